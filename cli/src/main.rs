@@ -1,0 +1,2 @@
+//! `engine-cli`: copies disks and images.
+fn main() {}

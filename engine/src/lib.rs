@@ -1,0 +1,8 @@
+//! High-throughput, point-in-time copy engine for disks, built on io_uring.
+//!
+//! The engine is two halves with one seam between them. The *logic* (the copier, its parts and the job's lifecycle) is
+//! a set of plain state machines that take typed events and return typed requests; it never does I/O. The *ring*
+//! carries those requests out: `io_uring`, a thread pool, or a deterministic simulation. See `ARCHITECTURE.md`.
+
+pub mod interval_set;
+pub mod units;
