@@ -5,4 +5,6 @@
 //! carries those requests out: `io_uring`, a thread pool, or a deterministic simulation. See `ARCHITECTURE.md`.
 
 pub mod interval_set;
+pub mod ring;
+pub mod storage;
 pub mod units;

@@ -238,7 +238,8 @@ impl Geometry {
     #[must_use]
     pub fn within(self, bytes: ByteRange) -> ClusterRange {
         let start = bytes.offset.div_ceil(self.cluster.bytes());
-        let end = if bytes.end() >= self.length.0 { self.clusters().0 } else { self.cluster_at(bytes.end()).0 };
+        let end =
+            if bytes.end() >= self.length.0 { self.clusters().0 } else { self.cluster_at(bytes.end()).0 };
         ClusterRange::new(start.min(end), end)
     }
 }

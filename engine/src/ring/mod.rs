@@ -1,0 +1,258 @@
+//! The seam between the logic and the world: a [`Ring`] carries out typed [`Op`]s and reports typed [`Completion`]s.
+//!
+//! # Model
+//! One thread owns a ring. It pushes operations, each under a [`Token`] of its own choosing, then calls
+//! [`Ring::wait`], which submits everything pushed in one batch and returns when at least one completion is there,
+//! the deadline has passed, or the [`Wake`] handle was used. Every operation pushed completes exactly once, in any
+//! order. Nothing in a ring retries, resumes or interprets: a short result, `EAGAIN`, `ENOSPC` reach the logic as they
+//! came from the kernel, so that one piece of code (tested under the simulation) decides what they mean.
+//!
+//! # Buffers
+//! All data moves through the ring's [`Arena`]. An operation names a [`BufferRange`] of it; from `push` to the completion
+//! that range is lent to the ring and the arena refuses to hand out references to it.
+//!
+//! # Implementations
+//! `uring` (the product), `threads` (hosts where io_uring is refused), `sim` (deterministic, seeded, virtual time, faults).
+//! One conformance suite (`tests/ring_conformance.rs`) runs over all three.
+
+pub mod arena;
+
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use crate::units::{ByteRange, Timestamp};
+pub use arena::{Arena, BufferRange};
+
+/// Names an operation between `push` and its completion. Chosen by the caller; unique among those in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Token(pub u64);
+
+/// A storage that was added to a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FileId(pub u16);
+
+/// A document (a small file that is replaced as a whole) that was added to a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DocumentId(pub u16);
+
+/// How bytes travel between buffer and storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IoPath {
+    /// Past the page cache; offset, length and memory are multiples of the storage's alignment.
+    Direct,
+    /// Through the page cache: storages without direct I/O, and a tail shorter than a sector.
+    Buffered,
+}
+
+/// How a range is made to read as zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZeroMethod {
+    /// Give the space back: the range becomes a hole or is unmapped, and reads as zeros.
+    Unmap,
+    /// Keep the space allocated; the range reads as zeros.
+    Keep,
+}
+
+/// What to ask a storage about its ranges.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExtentQuery {
+    /// Which ranges hold data and which are holes that read as zeros.
+    Data,
+    /// Which ranges are allocated in the top layer. A storage without layers is allocated as a whole.
+    TopLayer,
+}
+
+/// A range as a storage describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Where.
+    pub range: ByteRange,
+    /// For [`ExtentQuery::Data`]: holds data (`false`: a hole). For [`ExtentQuery::TopLayer`]: allocated in the top layer.
+    pub present: bool,
+}
+
+/// One request to the ring.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Fill `buffer` from `offset`. Completes with the bytes read: fewer than asked for at the end of the storage, or anywhere.
+    Read {
+        /// From where.
+        file: FileId,
+        /// First byte.
+        offset: u64,
+        /// To where.
+        buffer: BufferRange,
+        /// Direct or buffered.
+        path: IoPath,
+    },
+    /// Write `buffer` at `offset`. Completes with the bytes written, which may be fewer.
+    Write {
+        /// To where.
+        file: FileId,
+        /// First byte.
+        offset: u64,
+        /// From where.
+        buffer: BufferRange,
+        /// Direct or buffered.
+        path: IoPath,
+    },
+    /// Make a range read as zeros. All or an error (`EOPNOTSUPP` where the storage has no such operation).
+    WriteZeroes {
+        /// Where.
+        file: FileId,
+        /// Which bytes.
+        range: ByteRange,
+        /// Keep the space or give it back.
+        method: ZeroMethod,
+    },
+    /// Tell the storage that a range is not needed any more; its contents are undefined afterwards.
+    Discard {
+        /// Where.
+        file: FileId,
+        /// Which bytes.
+        range: ByteRange,
+    },
+    /// Reserve space for ranges without changing what they read as, nor the storage's length.
+    Allocate {
+        /// Where.
+        file: FileId,
+        /// Ranges in ascending order.
+        ranges: Vec<ByteRange>,
+    },
+    /// Bring everything whose write completed before this was pushed to stable storage, data and what is needed to read it.
+    Flush {
+        /// Which storage.
+        file: FileId,
+    },
+    /// Drop a range from the page cache, writing it back first. Only for storages used through [`IoPath::Buffered`].
+    DropCache {
+        /// Where.
+        file: FileId,
+        /// Which bytes.
+        range: ByteRange,
+    },
+    /// Describe `range` from its start: contiguous extents, at most `limit` of them, so possibly less than `range`.
+    Extents {
+        /// Where.
+        file: FileId,
+        /// Which bytes, not empty.
+        range: ByteRange,
+        /// What to ask.
+        query: ExtentQuery,
+        /// Most extents to return, at least 1.
+        limit: usize,
+    },
+    /// Checksum (XXH3, 128 bits) of each `chunk` bytes of `buffer`, the last one possibly shorter.
+    Digest {
+        /// What.
+        buffer: BufferRange,
+        /// Bytes a checksum.
+        chunk: u32,
+    },
+    /// Replace a document atomically and durably (`Some`), or remove it durably (`None`; it may be missing).
+    Publish {
+        /// Which document.
+        document: DocumentId,
+        /// Its new contents.
+        contents: Option<Vec<u8>>,
+    },
+    /// Cancel the operation in flight under `target`, if it can still be. The cancelled operation completes with
+    /// `ECANCELED`, or normally; this one completes with success either way, or `ENOENT` if there was none.
+    Cancel {
+        /// Token of the operation to cancel.
+        target: Token,
+    },
+}
+
+/// What an operation that succeeded gives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Nothing but success.
+    Done,
+    /// Bytes read or written.
+    Bytes(u32),
+    /// Extents in ascending order without gaps, the first starting where asked.
+    Extents(Vec<Extent>),
+    /// Checksums in the order of the chunks.
+    Digests(Vec<u128>),
+}
+
+/// The end of one operation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Completion {
+    /// As pushed.
+    pub token: Token,
+    /// How it went.
+    pub result: Result<Output, Errno>,
+}
+
+/// How long [`Ring::wait`] may wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Not at all: submit, and take what is there.
+    Poll,
+    /// Until a completion, a wake-up, or this moment.
+    Until(Timestamp),
+    /// Until a completion or a wake-up.
+    Forever,
+}
+
+/// Interrupts [`Ring::wait`] from any thread; a wake-up while nobody waits is kept for the next wait.
+pub trait Wake: Send + Sync {
+    /// Make the current or the next `wait` return.
+    fn wake(&self);
+}
+
+/// The ring itself broke (not an operation in it): nothing more can be done with it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the {ring} ring failed: {errno}")]
+pub struct RingFailure {
+    /// Which implementation.
+    pub ring: &'static str,
+    /// What the kernel said.
+    pub errno: Errno,
+}
+
+/// Carries out operations. See the module's header.
+pub trait Ring {
+    /// A storage as this ring takes it.
+    type File;
+    /// A document as this ring takes it.
+    type Document;
+
+    /// `"io_uring"`, `"threads"` or `"sim"`.
+    fn name(&self) -> &'static str;
+    /// The buffers.
+    fn arena(&self) -> &Arena;
+    /// The buffers, to fill them.
+    fn arena_mut(&mut self) -> &mut Arena;
+    /// Add a storage. At most 64 a ring.
+    ///
+    /// # Errors
+    /// When the table is full or the kernel refuses.
+    fn add_file(&mut self, file: Self::File) -> Result<FileId, RingFailure>;
+    /// Add a document. At most 64 a ring.
+    ///
+    /// # Errors
+    /// When the table is full.
+    fn add_document(&mut self, document: Self::Document) -> Result<DocumentId, RingFailure>;
+    /// Most operations in flight.
+    fn capacity(&self) -> usize;
+    /// Operations pushed whose completion was not returned yet.
+    fn in_flight(&self) -> usize;
+    /// Queue an operation; it is submitted by the next `wait`.
+    ///
+    /// # Panics
+    /// If `capacity` operations are in flight, if the token is in flight, if the buffer is lent or out of bounds.
+    fn push(&mut self, token: Token, op: Op);
+    /// Submit what was pushed and append what has completed to `completions`. May return with none.
+    ///
+    /// # Errors
+    /// When the ring itself is broken; operations in flight are lost then.
+    fn wait(&mut self, until: Wait, completions: &mut Vec<Completion>) -> Result<(), RingFailure>;
+    /// The ring's clock.
+    fn now(&self) -> Timestamp;
+    /// A handle that interrupts `wait`.
+    fn waker(&self) -> Arc<dyn Wake>;
+}

@@ -1,0 +1,94 @@
+//! What a disk is to the engine: its length, its alignment, and the operations that block.
+//!
+//! A [`Storage`] is shared by the threads that carry out operations. The `threads` ring calls its methods for everything;
+//! the `uring` ring uses its descriptors ([`Storage::descriptors`]) for what the kernel does asynchronously and calls the methods, on
+//! its small helper pool, for the rest (`SEEK_HOLE`, `BLKDISCARD`, …). Methods map to one system call where they can,
+//! and return its result as it is: short counts and errors are for the logic to judge.
+
+use std::os::fd::BorrowedFd;
+
+use nix::errno::Errno;
+
+use crate::ring::{Extent, ExtentQuery, IoPath, ZeroMethod};
+use crate::units::{ByteRange, Length};
+
+/// The descriptors of a storage that the kernel can do I/O on.
+#[derive(Clone, Copy, Debug)]
+pub struct Descriptors<'a> {
+    /// Opened with `O_DIRECT`; `None` where the storage refuses direct I/O.
+    pub direct: Option<BorrowedFd<'a>>,
+    /// Opened without `O_DIRECT`.
+    pub buffered: BorrowedFd<'a>,
+    /// Whether it is a block device (`BLK*` commands) rather than a regular file.
+    pub block_device: bool,
+}
+
+/// What the logic must know to form operations on a storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Length when it was opened.
+    pub length: Length,
+    /// Offset, length and memory of direct I/O are multiples of this (a power of two, at most 4096); `None` where direct I/O is refused.
+    pub direct_alignment: Option<u32>,
+}
+
+/// A disk. See the module's header.
+pub trait Storage: Send + Sync {
+    /// How messages name it: its path as the user gave it.
+    fn name(&self) -> &str;
+    /// Length and alignment.
+    fn limits(&self) -> Limits;
+    /// Descriptors to do I/O on; `None` for a storage without any (`null:`), whose reads and writes complete at once.
+    fn descriptors(&self) -> Option<Descriptors<'_>>;
+
+    /// `pread`. Short at the end of the storage.
+    ///
+    /// # Errors
+    /// The system call's.
+    fn read_at(&self, path: IoPath, offset: u64, buffer: &mut [u8]) -> Result<usize, Errno>;
+    /// `pwrite`.
+    ///
+    /// # Errors
+    /// The system call's.
+    fn write_at(&self, path: IoPath, offset: u64, buffer: &[u8]) -> Result<usize, Errno>;
+    /// Make `range` read as zeros.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where there is no such operation, else the system call's.
+    fn write_zeroes(&self, range: ByteRange, method: ZeroMethod) -> Result<(), Errno>;
+    /// Tell the storage that `range` is not needed any more.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where there is no such operation, else the system call's.
+    fn discard(&self, range: ByteRange) -> Result<(), Errno>;
+    /// Reserve space for `ranges`, keeping length and contents.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where there is no such operation, else the system call's.
+    fn allocate(&self, ranges: &[ByteRange]) -> Result<(), Errno>;
+    /// Bring data, and what is needed to read it, to stable storage.
+    ///
+    /// # Errors
+    /// The system call's.
+    fn flush(&self) -> Result<(), Errno>;
+    /// Write `range` back and drop it from the page cache.
+    ///
+    /// # Errors
+    /// The system call's.
+    fn drop_cache(&self, range: ByteRange) -> Result<(), Errno>;
+    /// Describe `range` from its start: at most `limit` extents, ascending, without gaps. Where the storage cannot tell, the whole
+    /// range is data ([`ExtentQuery::Data`]), and, without layers, allocated ([`ExtentQuery::TopLayer`]).
+    ///
+    /// # Errors
+    /// The system call's.
+    fn extents(&self, range: ByteRange, query: ExtentQuery, limit: usize) -> Result<Vec<Extent>, Errno>;
+}
+
+/// A small file that is replaced as a whole.
+pub trait Document: Send + Sync {
+    /// Replace it atomically and durably, or remove it durably.
+    ///
+    /// # Errors
+    /// The system call's; the old contents stand then.
+    fn publish(&self, contents: Option<&[u8]>) -> Result<(), Errno>;
+}
