@@ -13,10 +13,10 @@ use std::ptr::NonNull;
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 
-/// Bytes a page of the lending record; every buffer range starts on such a border.
+/// Bytes a page of the lending record.
 pub const PAGE_BYTES: usize = 4096;
 
-/// A contiguous part of the arena, in bytes. Starts on a page border.
+/// A contiguous part of the arena, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BufferRange {
     /// Bytes from the arena's start.
@@ -26,8 +26,7 @@ pub struct BufferRange {
 }
 
 impl BufferRange {
-    /// The part of it from `skip` bytes on, `length` bytes long. `skip` is a multiple of the page size unless the part is
-    /// only looked at (never lent).
+    /// The part of it from `skip` bytes on, `length` bytes long.
     ///
     /// # Panics
     /// If the part does not lie in the range.
@@ -146,10 +145,9 @@ impl Arena {
     /// Lend `range` to an operation; it must be given back with the same access when the operation has ended.
     ///
     /// # Panics
-    /// If it lies outside, does not start on a page border, or its pages are lent in a way that excludes `access`.
+    /// If it lies outside, or its pages are lent in a way that excludes `access`.
     pub(crate) fn lend(&mut self, range: BufferRange, access: Access) -> NonNull<u8> {
         self.check_bounds(range);
-        assert!((range.start as usize).is_multiple_of(PAGE_BYTES), "{range:?} does not start on a page");
         for page in &mut self.lent[range.pages()] {
             match access {
                 Access::Fill => {

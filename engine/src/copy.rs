@@ -1,0 +1,133 @@
+//! `copy`: what an embedder or the command line calls to copy one disk to another.
+//!
+//! [`start`] checks everything before it touches anything of the target, then starts the ring thread and returns a handle.
+
+use std::path::PathBuf;
+
+use crate::error::Error;
+use crate::job::JobHandle;
+use crate::units::{ClusterSize, Speed};
+
+/// What the copy covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SyncMode {
+    /// The whole disk.
+    Full,
+    /// What is allocated in the top layer of the source. A raw source has one layer, allocated as a whole.
+    Top,
+}
+
+/// What the sweep does about an I/O error. See the table in the README.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorPolicy {
+    /// The job fails with that error.
+    Report,
+    /// The job pauses; resume tries the same cluster again.
+    Stop,
+    /// `Stop` when out of space, else `Report`.
+    Enospc,
+    /// As `Enospc`.
+    Auto,
+    /// A bounded number of retries with growing pauses, then the cluster is left out and listed.
+    Ignore,
+}
+
+/// Which ring carries the I/O.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IoEngine {
+    /// io_uring where it is to be had, else a thread pool.
+    Auto,
+    /// io_uring, or refused.
+    IoUring,
+    /// A thread pool.
+    Threads,
+}
+
+/// Image format of one side. Never guessed from the contents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// The bytes as they are.
+    Raw,
+    /// QEMU's qcow2.
+    Qcow2,
+}
+
+/// What to copy and how.
+#[derive(Clone, Debug)]
+pub struct CopyOptions {
+    /// A path, `null:SIZE`, or an NBD URI.
+    pub source: String,
+    /// A path, `null:`, or an NBD URI.
+    pub target: String,
+    /// Image format of the source.
+    pub source_format: Format,
+    /// Image format of the target.
+    pub target_format: Format,
+    /// What is covered.
+    pub sync: SyncMode,
+    /// Unit of copying.
+    pub cluster_size: ClusterSize,
+    /// Most clusters in flight; `None`: chosen from the cluster size.
+    pub queue_depth: Option<u32>,
+    /// Speed limit.
+    pub speed: Option<Speed>,
+    /// Policy for reads.
+    pub on_source_error: ErrorPolicy,
+    /// Policy for writes.
+    pub on_target_error: ErrorPolicy,
+    /// Map file, to go on after an interruption.
+    pub map: Option<PathBuf>,
+    /// Read back what was written and compare.
+    pub verify: bool,
+    /// Look for clusters of zeros.
+    pub zero_detect: bool,
+    /// The target (a device) reads as zeros already.
+    pub target_is_zero: bool,
+    /// Overwrite an existing target file.
+    pub force: bool,
+    /// Which ring.
+    pub io_engine: IoEngine,
+}
+
+impl CopyOptions {
+    /// The defaults of the command line for copying `source` to `target`.
+    #[must_use]
+    pub fn new(source: impl Into<String>, target: impl Into<String>) -> Self {
+        Self {
+            source: source.into(),
+            target: target.into(),
+            source_format: Format::Raw,
+            target_format: Format::Raw,
+            sync: SyncMode::Full,
+            cluster_size: ClusterSize::DEFAULT,
+            queue_depth: None,
+            speed: None,
+            on_source_error: ErrorPolicy::Report,
+            on_target_error: ErrorPolicy::Report,
+            map: None,
+            verify: false,
+            zero_detect: true,
+            target_is_zero: false,
+            force: false,
+            io_engine: IoEngine::Auto,
+        }
+    }
+}
+
+/// A copy that has started.
+#[derive(Debug)]
+pub struct Copy {
+    /// Steers and watches it.
+    pub job: JobHandle,
+    /// Things worth telling at the start, one line each (io_uring refused, direct I/O refused, little space left, resumed from a map).
+    pub notices: Vec<String>,
+}
+
+/// Check `options`, then start the copy.
+///
+/// # Errors
+/// A refusal (nothing was touched, [`Error::is_refusal`]) or a failure to prepare the target.
+pub fn start(options: &CopyOptions) -> Result<Copy, Error> {
+    let _ = options;
+    Err(Error::placeholder())
+}

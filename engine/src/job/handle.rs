@@ -1,0 +1,259 @@
+//! Steering and watching a job from any thread.
+//!
+//! The handle and the ring thread share one small state under a lock that is only ever held for a few instructions. A verb is
+//! checked and recorded there, the ring thread woken; it acts when it looks. Progress goes the other way: the ring
+//! thread writes it once an iteration, whoever asks reads the last one. Waiting for the end uses a condition variable.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::lifecycle::{Lifecycle, Refusal, Verb};
+use super::progress::Progress;
+use super::{JobResult, Status};
+use crate::ring::Wake;
+use crate::units::Speed;
+
+/// Called once with the result, on the ring thread, after the job has ended and before [`JobHandle::wait`] returns.
+pub type CompletionCallback = Box<dyn FnOnce(&JobResult) + Send>;
+
+/// What the ring thread is asked to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Requests {
+    /// A user or an error wants it paused.
+    pub(crate) pause: bool,
+    /// It is to be cancelled.
+    pub(crate) cancel: bool,
+    /// `finalize` was asked.
+    pub(crate) finalize: bool,
+    /// Speed limit in force.
+    pub(crate) speed: Option<Speed>,
+}
+
+struct State {
+    lifecycle: Lifecycle,
+    cancel: bool,
+    speed: Option<Speed>,
+    progress: Progress,
+    result: Option<Arc<JobResult>>,
+    callback: Option<CompletionCallback>,
+    waker: Option<Arc<dyn Wake>>,
+}
+
+/// What the handle and the ring thread share.
+pub(crate) struct Shared {
+    state: Mutex<State>,
+    ended: Condvar,
+    /// Counts requests, so that the ring thread sees with one load whether there is anything new.
+    version: AtomicU64,
+}
+
+impl Shared {
+    pub(crate) fn new(lifecycle: Lifecycle, progress: Progress, speed: Option<Speed>) -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::new(State {
+                lifecycle,
+                cancel: false,
+                speed,
+                progress,
+                result: None,
+                callback: None,
+                waker: None,
+            }),
+            ended: Condvar::new(),
+            version: AtomicU64::new(0),
+        })
+    }
+
+    /// Number of requests made so far.
+    pub(crate) fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_waker(&self, waker: Arc<dyn Wake>) {
+        self.state.lock().waker = Some(waker);
+    }
+
+    pub(crate) fn set_callback(&self, callback: CompletionCallback) {
+        self.state.lock().callback = Some(callback);
+    }
+
+    /// What is asked now.
+    pub(crate) fn requests(&self) -> Requests {
+        let state = self.state.lock();
+        Requests {
+            pause: state.lifecycle.wants_pause(),
+            cancel: state.cancel,
+            finalize: state.lifecycle.status() == Status::Concluded
+                || state.lifecycle.status() == Status::Null,
+            speed: state.speed,
+        }
+    }
+
+    /// Change the lifecycle from the ring thread; gives the status after it.
+    pub(crate) fn with_lifecycle<T>(&self, change: impl FnOnce(&mut Lifecycle) -> T) -> T {
+        let mut state = self.state.lock();
+        let result = change(&mut state.lifecycle);
+        state.progress.status = state.lifecycle.status();
+        state.progress.io_status = state.lifecycle.io_status();
+        result
+    }
+
+    /// Publish progress; status, io-status and speed are filled in here.
+    pub(crate) fn publish(&self, mut progress: Progress) {
+        let mut state = self.state.lock();
+        progress.status = state.lifecycle.status();
+        progress.io_status = state.lifecycle.io_status();
+        progress.speed = state.speed.map(|speed| speed.0.get());
+        state.progress = progress;
+    }
+
+    /// The job has ended: calls the callback, then lets the waiters go.
+    pub(crate) fn end(&self, mut result: JobResult) {
+        let callback = {
+            let mut state = self.state.lock();
+            assert!(state.result.is_none(), "a job ends once");
+            result.progress.status = state.lifecycle.status();
+            result.progress.io_status = state.lifecycle.io_status();
+            result.progress.speed = state.speed.map(|speed| speed.0.get());
+            state.progress = result.progress.clone();
+            state.callback.take()
+        };
+        if let Some(callback) = callback {
+            callback(&result);
+        }
+        let mut state = self.state.lock();
+        state.result = Some(Arc::new(result));
+        state.waker = None;
+        self.ended.notify_all();
+    }
+}
+
+/// Steers and watches a job. Cheap to clone; may outlive the job.
+#[derive(Clone)]
+pub struct JobHandle {
+    shared: Arc<Shared>,
+}
+
+impl fmt::Debug for JobHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("JobHandle").field("progress", &self.progress()).finish()
+    }
+}
+
+impl JobHandle {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
+    }
+
+    /// The last counters that the ring thread published.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        self.shared.state.lock().progress.clone()
+    }
+
+    /// Where the job stands.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.shared.state.lock().lifecycle.status()
+    }
+
+    /// Ask for a pause; the job is [`Status::Paused`] once nothing is in flight any more.
+    ///
+    /// # Errors
+    /// When the state does not allow it, or it is paused already.
+    pub fn pause(&self) -> Result<(), Refusal> {
+        self.request(|state| state.lifecycle.pause())
+    }
+
+    /// Go on after a pause, asked for or on an error; what failed is tried again.
+    ///
+    /// # Errors
+    /// When the state does not allow it, or it is not paused.
+    pub fn resume(&self) -> Result<(), Refusal> {
+        self.request(|state| state.lifecycle.resume())
+    }
+
+    /// End the job without a result. Returns at once; [`Self::wait`] tells when it has ended.
+    ///
+    /// # Errors
+    /// When it is ending already.
+    pub fn cancel(&self) -> Result<(), Refusal> {
+        self.request(|state| {
+            state.lifecycle.check(Verb::Cancel)?;
+            state.cancel = true;
+            Ok(())
+        })
+    }
+
+    /// Change the speed limit; `None` lifts it. In force within one cluster or 100 ms.
+    ///
+    /// # Errors
+    /// When the state does not allow it.
+    pub fn set_speed(&self, speed: Option<Speed>) -> Result<(), Refusal> {
+        self.request(|state| {
+            state.lifecycle.check(Verb::SetSpeed)?;
+            state.speed = speed;
+            Ok(())
+        })
+    }
+
+    /// Let a job in `pending` conclude.
+    ///
+    /// # Errors
+    /// When it is not pending.
+    pub fn finalize(&self) -> Result<(), Refusal> {
+        self.request(|state| state.lifecycle.finalize())
+    }
+
+    /// Forget a job in `concluded`.
+    ///
+    /// # Errors
+    /// When it is not concluded.
+    pub fn dismiss(&self) -> Result<(), Refusal> {
+        self.request(|state| state.lifecycle.dismiss())
+    }
+
+    /// Wait for the end.
+    #[must_use]
+    pub fn wait(&self) -> Arc<JobResult> {
+        let mut state = self.shared.state.lock();
+        loop {
+            if let Some(result) = &state.result {
+                return Arc::clone(result);
+            }
+            self.shared.ended.wait(&mut state);
+        }
+    }
+
+    /// Wait for the end, at most `timeout`.
+    #[must_use]
+    pub fn wait_timeout(&self, timeout: Duration) -> Option<Arc<JobResult>> {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.shared.state.lock();
+        while state.result.is_none() {
+            if self.shared.ended.wait_until(&mut state, deadline).timed_out() {
+                break;
+            }
+        }
+        state.result.clone()
+    }
+
+    fn request(&self, change: impl FnOnce(&mut State) -> Result<(), Refusal>) -> Result<(), Refusal> {
+        let waker = {
+            let mut state = self.shared.state.lock();
+            change(&mut state)?;
+            state.progress.status = state.lifecycle.status();
+            state.progress.io_status = state.lifecycle.io_status();
+            self.shared.version.fetch_add(1, Ordering::Release);
+            state.waker.clone()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,389 @@
+//! The states of a job and what may be asked of it in each.
+//!
+//! ```text
+//! created → running ⇄ paused
+//!              │
+//!              ├─► waiting → pending → concluded → null      (the work is done)
+//!              └─► aborting ──────────► concluded → null     (failure or cancel, from any state before concluded)
+//! ```
+//! `waiting` is left once the work of a group is done (a job alone does not stay), `pending` by `finalize` (at once with
+//! auto-finalize), `concluded` by `dismiss` (at once with auto-dismiss). The verbs allowed in each state are QEMU's.
+
+use std::fmt;
+
+/// Where a job stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Status {
+    /// Made, not started.
+    Created,
+    /// At work.
+    Running,
+    /// Not claiming clusters: a user asked, or an error with policy `stop`. Nothing is in flight.
+    Paused,
+    /// The work is done; others of its group are not.
+    Waiting,
+    /// The work is done; `finalize` is due.
+    Pending,
+    /// Failing or being cancelled.
+    Aborting,
+    /// Ended; the result can be read; `dismiss` is due.
+    Concluded,
+    /// Gone.
+    Null,
+}
+
+/// What may be asked of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Verb {
+    /// End it without a result.
+    Cancel,
+    /// Stop claiming clusters.
+    Pause,
+    /// Go on.
+    Resume,
+    /// Change the speed limit.
+    SetSpeed,
+    /// Let a job in `pending` conclude.
+    Finalize,
+    /// Forget a job in `concluded`.
+    Dismiss,
+    /// For mirrors; never allowed for a copy.
+    Complete,
+}
+
+/// Whether the sweep has met an error that paused it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum IoStatus {
+    /// No.
+    Ok,
+    /// The target ran out of space.
+    NoSpace,
+    /// Any other error.
+    Failed,
+}
+
+/// Why a verb was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The state does not allow it.
+    #[error("a job in state '{status}' cannot accept '{verb}'")]
+    State {
+        /// Where the job stands.
+        status: Status,
+        /// What was asked.
+        verb: Verb,
+    },
+    /// It is paused by a user already.
+    #[error("the job is already paused")]
+    AlreadyPaused,
+    /// It is not paused.
+    #[error("the job is not paused")]
+    NotPaused,
+}
+
+impl Status {
+    /// As QMP spells it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Waiting => "waiting",
+            Self::Pending => "pending",
+            Self::Aborting => "aborting",
+            Self::Concluded => "concluded",
+            Self::Null => "null",
+        }
+    }
+
+    /// Whether `verb` is allowed here.
+    #[must_use]
+    pub fn allows(self, verb: Verb) -> bool {
+        match verb {
+            Verb::Cancel => {
+                matches!(self, Self::Created | Self::Running | Self::Paused | Self::Waiting | Self::Pending)
+            }
+            Verb::Pause | Verb::Resume | Verb::SetSpeed => {
+                matches!(self, Self::Created | Self::Running | Self::Paused)
+            }
+            Verb::Finalize => self == Self::Pending,
+            Verb::Dismiss => self == Self::Concluded,
+            Verb::Complete => false,
+        }
+    }
+
+    /// Whether a job may go from here to `next`.
+    #[must_use]
+    pub fn may_become(self, next: Self) -> bool {
+        use Status::{Aborting, Concluded, Created, Null, Paused, Pending, Running, Waiting};
+        matches!(
+            (self, next),
+            (Created, Running | Aborting)
+                | (Running, Paused | Waiting | Aborting)
+                | (Paused, Running | Aborting)
+                | (Waiting, Pending | Aborting)
+                | (Pending | Aborting, Concluded)
+                | (Pending, Aborting)
+                | (Concluded, Null)
+        )
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Display for Verb {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cancel => "cancel",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::SetSpeed => "set-speed",
+            Self::Finalize => "finalize",
+            Self::Dismiss => "dismiss",
+            Self::Complete => "complete",
+        })
+    }
+}
+
+/// A job's state, with the pauses that hold it. See the module's header.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lifecycle {
+    status: Status,
+    io_status: IoStatus,
+    user_paused: bool,
+    auto_finalize: bool,
+    auto_dismiss: bool,
+}
+
+impl Lifecycle {
+    /// A job in `created`.
+    #[must_use]
+    pub fn new(auto_finalize: bool, auto_dismiss: bool) -> Self {
+        Self {
+            status: Status::Created,
+            io_status: IoStatus::Ok,
+            user_paused: false,
+            auto_finalize,
+            auto_dismiss,
+        }
+    }
+
+    /// Where the job stands.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.status
+    }
+
+    /// Whether it is paused on an error.
+    #[must_use]
+    pub fn io_status(&self) -> IoStatus {
+        self.io_status
+    }
+
+    /// Whether anything (a user or an error) wants it paused.
+    #[must_use]
+    pub fn wants_pause(&self) -> bool {
+        self.user_paused || self.io_status != IoStatus::Ok
+    }
+
+    /// Check `verb` against the state.
+    ///
+    /// # Errors
+    /// The refusal.
+    pub fn check(&self, verb: Verb) -> Result<(), Refusal> {
+        if self.status.allows(verb) { Ok(()) } else { Err(Refusal::State { status: self.status, verb }) }
+    }
+
+    /// A user asks for a pause. The job is `paused` once [`Self::drained`] is told.
+    ///
+    /// # Errors
+    /// The refusal.
+    pub fn pause(&mut self) -> Result<(), Refusal> {
+        self.check(Verb::Pause)?;
+        if self.user_paused {
+            return Err(Refusal::AlreadyPaused);
+        }
+        self.user_paused = true;
+        Ok(())
+    }
+
+    /// A user asks to go on; lifts a pause on an error too.
+    ///
+    /// # Errors
+    /// The refusal.
+    pub fn resume(&mut self) -> Result<(), Refusal> {
+        self.check(Verb::Resume)?;
+        if !self.wants_pause() {
+            return Err(Refusal::NotPaused);
+        }
+        self.user_paused = false;
+        self.io_status = IoStatus::Ok;
+        if self.status == Status::Paused {
+            self.become_(Status::Running);
+        }
+        Ok(())
+    }
+
+    /// The sweep met an error that pauses it.
+    pub fn stopped_on_error(&mut self, io_status: IoStatus) {
+        assert_ne!(io_status, IoStatus::Ok, "a pause on an error needs one");
+        self.io_status = io_status;
+    }
+
+    /// Nothing is in flight: a job that wants to be paused is.
+    pub fn drained(&mut self) {
+        if self.wants_pause() && self.status == Status::Running {
+            self.become_(Status::Paused);
+        }
+    }
+
+    /// The job starts.
+    pub fn start(&mut self) {
+        self.become_(Status::Running);
+    }
+
+    /// The work is done, and flushed. Goes to `pending`, and on to `concluded` with auto-finalize.
+    pub fn finished(&mut self) {
+        self.user_paused = false;
+        if self.status == Status::Paused {
+            self.become_(Status::Running);
+        }
+        self.become_(Status::Waiting);
+        self.become_(Status::Pending);
+        if self.auto_finalize {
+            self.conclude();
+        }
+    }
+
+    /// `finalize`: from `pending` to `concluded`.
+    ///
+    /// # Errors
+    /// The refusal.
+    pub fn finalize(&mut self) -> Result<(), Refusal> {
+        self.check(Verb::Finalize)?;
+        self.conclude();
+        Ok(())
+    }
+
+    /// The job fails or is cancelled. No effect once it is aborting or has ended.
+    pub fn abort(&mut self) {
+        if self.status.may_become(Status::Aborting) {
+            self.become_(Status::Aborting);
+        }
+    }
+
+    /// The end of an abort, or of `pending`.
+    pub fn conclude(&mut self) {
+        self.become_(Status::Concluded);
+        if self.auto_dismiss {
+            self.become_(Status::Null);
+        }
+    }
+
+    /// `dismiss`: from `concluded` to `null`.
+    ///
+    /// # Errors
+    /// The refusal.
+    pub fn dismiss(&mut self) -> Result<(), Refusal> {
+        self.check(Verb::Dismiss)?;
+        self.become_(Status::Null);
+        Ok(())
+    }
+
+    fn become_(&mut self, next: Status) {
+        assert!(self.status.may_become(next), "a job cannot go from {} to {next}", self.status);
+        tracing::debug!(from = self.status.as_str(), to = next.as_str(), "job state");
+        self.status = next;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: [Status; 8] = [
+        Status::Created,
+        Status::Running,
+        Status::Paused,
+        Status::Waiting,
+        Status::Pending,
+        Status::Aborting,
+        Status::Concluded,
+        Status::Null,
+    ];
+
+    #[test]
+    fn verbs_are_allowed_where_the_table_says() {
+        let allowed = |verb| ALL.iter().filter(|s| s.allows(verb)).map(|s| s.as_str()).collect::<Vec<_>>();
+        assert_eq!(allowed(Verb::Cancel), ["created", "running", "paused", "waiting", "pending"]);
+        for verb in [Verb::Pause, Verb::Resume, Verb::SetSpeed] {
+            assert_eq!(allowed(verb), ["created", "running", "paused"]);
+        }
+        assert_eq!(allowed(Verb::Finalize), ["pending"]);
+        assert_eq!(allowed(Verb::Dismiss), ["concluded"]);
+        assert!(allowed(Verb::Complete).is_empty());
+    }
+
+    #[test]
+    fn a_pause_takes_hold_once_drained_and_is_lifted_once() {
+        let mut job = Lifecycle::new(true, true);
+        job.start();
+        job.pause().unwrap();
+        assert_eq!(job.status(), Status::Running);
+        assert_eq!(job.pause(), Err(Refusal::AlreadyPaused));
+        job.drained();
+        assert_eq!(job.status(), Status::Paused);
+        job.resume().unwrap();
+        assert_eq!(job.status(), Status::Running);
+        assert_eq!(job.resume(), Err(Refusal::NotPaused));
+    }
+
+    #[test]
+    fn resume_lifts_a_pause_on_an_error() {
+        let mut job = Lifecycle::new(true, true);
+        job.start();
+        job.stopped_on_error(IoStatus::NoSpace);
+        job.drained();
+        assert_eq!((job.status(), job.io_status()), (Status::Paused, IoStatus::NoSpace));
+        job.resume().unwrap();
+        assert_eq!((job.status(), job.io_status()), (Status::Running, IoStatus::Ok));
+    }
+
+    #[test]
+    fn without_the_automatics_a_job_waits_to_be_finalized_and_dismissed() {
+        let mut job = Lifecycle::new(false, false);
+        job.start();
+        job.finished();
+        assert_eq!(job.status(), Status::Pending);
+        assert!(job.dismiss().is_err());
+        job.finalize().unwrap();
+        assert_eq!(job.status(), Status::Concluded);
+        assert!(job.finalize().is_err());
+        job.dismiss().unwrap();
+        assert_eq!(job.status(), Status::Null);
+    }
+
+    #[test]
+    fn an_abort_ends_from_every_state_before_concluded() {
+        for prepare in [0, 1, 2] {
+            let mut job = Lifecycle::new(true, false);
+            if prepare > 0 {
+                job.start();
+            }
+            if prepare > 1 {
+                job.pause().unwrap();
+                job.drained();
+            }
+            job.abort();
+            job.abort();
+            assert!(job.check(Verb::Cancel).is_err());
+            job.conclude();
+            job.dismiss().unwrap();
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! A job: one copy with its lifecycle, as those who steer and watch it see it.
+//!
+//! [`Lifecycle`] is the state machine (QEMU's, so that the library, the command line and QMP tell the same story).
+//! [`JobHandle`] steers and watches from any thread: it never waits for the ring thread, which looks at the requests when it is
+//! woken. [`JobResult`] is how it ended.
+
+pub mod handle;
+pub mod lifecycle;
+pub mod progress;
+
+pub use handle::JobHandle;
+pub use lifecycle::{IoStatus, Lifecycle, Refusal, Status, Verb};
+pub use progress::Progress;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::error::Error;
+use crate::units::ByteRange;
+
+/// A range that was left out of the copy after its retries (policy `ignore`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SkippedRange {
+    /// Whole clusters, cut at the end of the disk.
+    pub range: ByteRange,
+    /// The last error, in one line.
+    pub error: String,
+}
+
+/// What became of the job.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// Every cluster that the mode covers is on the target, flushed to stable storage.
+    Complete,
+    /// The same, but for [`JobResult::skipped`].
+    CompleteWithSkipped,
+    /// It failed with this error; the target is not a copy.
+    Failed(Arc<Error>),
+    /// It was cancelled.
+    Cancelled,
+}
+
+/// How a job ended.
+#[derive(Clone, Debug)]
+pub struct JobResult {
+    /// What became of it.
+    pub outcome: Outcome,
+    /// Counters at the end.
+    pub progress: Progress,
+    /// Ranges left out, ascending, adjacent ones with the same error merged.
+    pub skipped: Vec<SkippedRange>,
+    /// Whether what was written was read back from the target and compared, all of it.
+    pub verified: bool,
+    /// From the start of the copy to its end, pauses included.
+    pub elapsed: Duration,
+    /// Which ring carried it: `"io_uring"` or `"threads"`.
+    pub engine: &'static str,
+    /// Whether a later run can go on from the map file.
+    pub resumable: bool,
+    /// Things worth telling a person that are no errors (a source that changed meanwhile, direct I/O refused, …).
+    pub notices: Vec<String>,
+}
