@@ -16,6 +16,9 @@ from workspace import Refused
 # has to stand between this interpreter and the tool.
 _GNU_TIME = "/usr/bin/time"
 
+# A process that is killed still waits for the writes it has under way.
+_PATIENCE = 30.0
+
 
 class ToolFailed(Exception):
     """The tool did not do its work; says how."""
@@ -58,11 +61,23 @@ def _run_to_end(command: list[str], output: int) -> tuple[int, resource.struct_r
         # Unlike Popen.wait this tells the CPU time, of all descendants that were waited for.
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _kill_group(process)
         raise
     process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, usage
+
+
+def _kill_group(process: "subprocess.Popen[bytes]") -> None:
+    """Ends the whole tree; its files and devices can be removed only when the last one is gone."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
 
 
 def _last_line(messages: IO[bytes]) -> str:
