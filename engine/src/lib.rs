@@ -7,4 +7,5 @@
 pub mod interval_set;
 pub mod ring;
 pub mod storage;
+mod sync;
 pub mod units;
