@@ -74,7 +74,7 @@ use std::fmt;
 use std::io;
 
 use crate::sync::Ordering;
-use crate::units::{ClusterCount, ClusterRange};
+use crate::units::{ClusterCount, ClusterIndex, ClusterRange};
 
 pub use self::claim::{Claim, ClaimClusters};
 use self::waiters::Table;
@@ -154,23 +154,31 @@ impl IntervalSet {
     pub fn claim_first(&self, within: ClusterRange, max: ClusterCount) -> Option<Claim> {
         self.check(within);
         assert!(max.0 > 0, "a claim holds a cluster");
-        let mut spans = spans(within);
-        let mut range = spans.find_map(|span| self.take_run(span, max.0, Begin::Anywhere))?;
-        while range.count() < max.0 && range.end.0 % CLUSTERS == 0 {
-            let Some(span) = spans.next() else { break };
-            debug_assert_eq!(span.base, range.end.0, "spans follow on each other");
-            let Some(more) = self.take_run(span, max.0 - range.count(), Begin::AtOnce) else { break };
+        let mut rest = within;
+        let mut range = loop {
+            let (span, seen) = self.find_word(rest, Word::to_copy)?;
+            if let Some(run) = self.take_run(span, seen, max.0, Begin::Anywhere) {
+                break run;
+            }
+            // Others were faster in that word; on to the next.
+            rest.start = ClusterIndex((span.base + CLUSTERS).min(rest.end.0));
+        };
+        // A run that ends at the border of its word goes on in the next, if that begins with a free cluster.
+        while range.end.0.is_multiple_of(CLUSTERS) && range.count() < max.0 {
+            let Some(span) = spans(ClusterRange { start: range.end, end: within.end }).next() else { break };
+            let seen = Word(self.words[span.word].load(Ordering::Relaxed));
+            let left = max.0 - range.count();
+            let Some(more) = self.take_run(span, seen, left, Begin::AtOnce) else { break };
             range.end = more.end;
         }
         debug_assert!(range.count() <= max.0 && within.start <= range.start && range.end <= within.end);
         Some(Claim::new(self.words.id(), range))
     }
 
-    /// Claims a run of at most `max` clusters in one word.
+    /// Claims a run of at most `max` clusters in one word, which was just read as `seen`.
     #[inline]
-    fn take_run(&self, span: Span, max: u64, begin: Begin) -> Option<ClusterRange> {
+    fn take_run(&self, span: Span, mut seen: Word, max: u64, begin: Begin) -> Option<ClusterRange> {
         let word = &self.words[span.word];
-        let mut seen = Word(word.load(Ordering::Relaxed));
         loop {
             let free = seen.to_copy() & span.mask;
             if free.is_empty() || (begin == Begin::AtOnce && free.lowest() != span.mask.lowest()) {

@@ -27,6 +27,7 @@ pub(super) struct Mask(u32);
 
 impl Mask {
     pub(super) const EMPTY: Self = Self(0);
+    pub(super) const ALL: Self = Self(u32::MAX);
 
     /// `length` clusters from the `first`-th on.
     #[inline]
