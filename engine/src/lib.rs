@@ -10,4 +10,5 @@ pub mod interval_set;
 pub mod job;
 pub mod ring;
 pub mod storage;
+mod sync;
 pub mod units;
