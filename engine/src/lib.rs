@@ -8,6 +8,7 @@ pub mod copy;
 pub mod error;
 pub mod interval_set;
 pub mod job;
+pub mod map;
 pub mod ring;
 pub mod storage;
 mod sync;
