@@ -2,11 +2,14 @@
 //!
 //! [`start`] checks everything before it touches anything of the target, then starts the ring thread and returns a handle.
 
+mod start;
+
 use std::path::PathBuf;
 
-use crate::error::Error;
 use crate::job::JobHandle;
+pub use crate::ring::select::IoEngine;
 use crate::units::{ClusterSize, Speed};
+pub use start::{start, start_with};
 
 /// What the copy covers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,17 +33,6 @@ pub enum ErrorPolicy {
     Auto,
     /// A bounded number of retries with growing pauses, then the cluster is left out and listed.
     Ignore,
-}
-
-/// Which ring carries the I/O.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum IoEngine {
-    /// io_uring where it is to be had, else a thread pool.
-    Auto,
-    /// io_uring, or refused.
-    IoUring,
-    /// A thread pool.
-    Threads,
 }
 
 /// Image format of one side. Never guessed from the contents.
@@ -121,13 +113,4 @@ pub struct Copy {
     pub job: JobHandle,
     /// Things worth telling at the start, one line each (io_uring refused, direct I/O refused, little space left, resumed from a map).
     pub notices: Vec<String>,
-}
-
-/// Check `options`, then start the copy.
-///
-/// # Errors
-/// A refusal (nothing was touched, [`Error::is_refusal`]) or a failure to prepare the target.
-pub fn start(options: &CopyOptions) -> Result<Copy, Error> {
-    let _ = options;
-    Err(Error::placeholder())
 }

@@ -59,11 +59,11 @@ pub(super) struct Checkpoints {
 }
 
 impl Checkpoints {
-    pub(super) fn new(resumed: Captured) -> Self {
+    pub(super) fn new(resumed: Captured, map_written: bool) -> Self {
         Self {
             stage: Stage::Idle,
             captured: Captured::default(),
-            map_written: !resumed.done.is_empty(),
+            map_written,
             durable: resumed,
             dirty: true,
             map_stale: false,

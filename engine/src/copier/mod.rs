@@ -243,7 +243,7 @@ impl Copier {
             window: Window::default(),
             closed_window: Window::default(),
             verify_failure: None,
-            checkpoints: Checkpoints::new(resumed),
+            checkpoints: Checkpoints::new(resumed, plan.map.is_some()),
             tally,
             verified: 0,
             retry_count: 0,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::copy::{ErrorPolicy, SyncMode};
 use crate::ring::{DocumentId, FileId};
-use crate::units::{ByteRange, ClusterRange, Geometry, Speed};
+use crate::units::{ClusterRange, Geometry, Speed};
 
 /// One side of a copy, as the logic sees it.
 #[derive(Clone, Debug)]
@@ -23,8 +23,8 @@ pub struct Side {
 pub struct Checkpoint {
     /// Clusters whose copy is on stable storage, ascending, neither empty nor adjacent.
     pub done: Vec<ClusterRange>,
-    /// Ranges left out, which the next run tries again.
-    pub skipped: Vec<ByteRange>,
+    /// Clusters left out, which the next run tries again.
+    pub skipped: Vec<ClusterRange>,
 }
 
 /// Puts a checkpoint into the form in which it is stored.
@@ -66,7 +66,7 @@ pub struct Plan {
     pub speed: Option<Speed>,
     /// Read back and compare what was written.
     pub verify: bool,
-    /// Keep a map.
+    /// Keep a map. Its first version, with nothing done, was published already.
     pub map: Option<MapPlan>,
     /// What an earlier run has done.
     pub resumed: Vec<ClusterRange>,

@@ -236,8 +236,7 @@ impl Copier {
     /// Publish what is durable, or, at the end of a complete copy, remove the map.
     fn push_map(&mut self, remove: bool) {
         let Some(map) = &self.plan.map else { return };
-        let skipped: Vec<ByteRange> =
-            self.skipped_ranges().into_iter().map(|skipped| skipped.range).collect();
+        let skipped = ranges_of(self.skipped.keys().copied());
         let contents = (!remove)
             .then(|| (map.encode)(&Checkpoint { done: self.checkpoints.durable.done.clone(), skipped }));
         let document = map.document;
@@ -288,4 +287,16 @@ impl Copier {
         let sides = [&self.plan.source, &self.plan.target];
         sides.iter().filter(|side| side.direct_alignment.is_none()).map(|side| side.file).collect()
     }
+}
+
+/// Ascending clusters as ranges.
+fn ranges_of(clusters: impl Iterator<Item = crate::units::ClusterIndex>) -> Vec<ClusterRange> {
+    let mut ranges: Vec<ClusterRange> = Vec::new();
+    for cluster in clusters {
+        match ranges.last_mut() {
+            Some(last) if last.end == cluster => last.end.0 += 1,
+            _ => ranges.push(one(cluster)),
+        }
+    }
+    ranges
 }

@@ -13,7 +13,8 @@ use parking_lot::{Condvar, Mutex};
 
 use super::lifecycle::{IoStatus, Lifecycle, Refusal, Verb};
 use super::progress::Progress;
-use super::{JobResult, Status};
+use super::{JobResult, Outcome, Status};
+use crate::error::Error;
 use crate::ring::Wake;
 use crate::units::Speed;
 
@@ -117,6 +118,31 @@ impl Shared {
         progress.io_status = state.lifecycle.io_status();
         progress.speed = state.speed.map(|speed| speed.0.get());
         state.progress = progress;
+    }
+
+    /// The ring thread is dying: the job fails with `error`, if it has not ended.
+    pub(crate) fn died(&self, engine: &'static str, error: Arc<Error>) {
+        let progress = {
+            let mut state = self.state.lock();
+            if state.result.is_some() {
+                return;
+            }
+            state.lifecycle.abort();
+            if state.lifecycle.status() == Status::Aborting {
+                state.lifecycle.conclude();
+            }
+            state.progress.clone()
+        };
+        self.end(JobResult {
+            outcome: Outcome::Failed(error),
+            elapsed: progress.elapsed,
+            progress,
+            skipped: Vec::new(),
+            verified: false,
+            engine,
+            resumable: false,
+            notices: Vec::new(),
+        });
     }
 
     /// The job has ended: calls the callback, then lets the waiters go.

@@ -1,0 +1,362 @@
+//! Putting a copy together: check everything, open the ring, prepare the target, run.
+//!
+//! # Order
+//! 1. On the caller's thread: every check that can refuse, changing nothing.
+//! 2. On the new ring thread: the ring is opened (io_uring wants to be set up by the thread that uses it). Still nothing was changed.
+//! 3. The target is prepared, and with a map its first version published, so that from here on a killed copy can go on.
+//! 4. The caller gets its handle, and the loop runs.
+//! 5. At the end, before anybody is told: a source that changed meanwhile makes the copy a failure, and a new target file of a copy
+//!    that did not succeed and cannot go on is removed.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+
+use crossbeam::channel::{Sender, bounded};
+
+use super::{Copy, CopyOptions};
+use crate::copier::Copier;
+use crate::copier::plan::{Checkpoint, Limits, MapPlan, Plan, Side};
+use crate::error::{Error, ErrorKind, Operation, Refusal};
+use crate::interval_set::IntervalSet;
+use crate::job::driver::{AtEnd, Driver, empty_progress};
+use crate::job::handle::{CompletionCallback, Shared};
+use crate::job::{JobHandle, JobResult, Lifecycle, Outcome};
+use crate::map::{Map, MapFile, MapHeader};
+use crate::ring::select::{self, OpenedRing, RingConfig, SetupError};
+use crate::ring::{Arena, DocumentId, FileId, Ring};
+use crate::storage::{
+    Document, Locator, OpenedSource, OpenedTarget, Resume, SourceOptions, Storage, TargetOptions, TargetPlan,
+    open_source, plan_target, source_unchanged,
+};
+use crate::units::{ClusterRange, Geometry};
+
+/// Bytes in flight unless a depth is asked for: enough for a fast disk's best throughput on both sides, and together with the ring
+/// within the 8 MiB that ordinary users may register with the kernel.
+const DEFAULT_BYTES_IN_FLIGHT: u64 = 7 << 20;
+/// Largest request, in bytes, unless one cluster is larger.
+const MAX_REQUEST_BYTES: u64 = 1 << 20;
+/// Fewest slots unless a depth is asked for.
+const MIN_SLOTS: u64 = 4;
+/// Most slots.
+const MAX_SLOTS: u64 = 8192;
+
+/// Everything checked, nothing touched.
+struct Checked {
+    options: CopyOptions,
+    source: OpenedSource,
+    target: TargetPlan,
+    map: Option<Arc<MapFile>>,
+    geometry: Geometry,
+    slots: u32,
+    callback: Option<CompletionCallback>,
+}
+
+/// Check `options`, then start the copy.
+///
+/// # Errors
+/// A refusal (nothing was touched, [`Error::is_refusal`]) or a failure to prepare the target.
+pub fn start(options: &CopyOptions) -> Result<Copy, Error> {
+    start_with(options, None)
+}
+
+/// As [`start`], with a callback that is called once with the result, on the ring thread, before waiters are told.
+///
+/// # Errors
+/// As [`start`]. The callback is not called then.
+pub fn start_with(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<Copy, Error> {
+    let checked = check(options, callback)?;
+    let name = options.source.clone();
+    let (started, outcome) = bounded(1);
+    let thread = std::thread::Builder::new().name("engine-ring".into());
+    let spawned = thread.spawn(move || carry_out(checked, &started));
+    if let Err(error) = spawned {
+        return Err(Error::refused(Refusal::Unavailable, Operation::Copy, name, "cannot start a thread")
+            .because(error));
+    }
+    let died = |_| Err(Error::engine_died(name, "its thread ended before the copy began"));
+    outcome.recv().unwrap_or_else(died)
+}
+
+fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<Checked, Error> {
+    let source =
+        open_source(&Locator::parse(&options.source)?, &SourceOptions { format: options.source_format })?;
+    let target_locator = Locator::parse(&options.target)?;
+    let geometry = Geometry::new(source.length(), options.cluster_size);
+    let slots = slots_of(options)?;
+    let map = match &options.map {
+        Some(path) => Some(Arc::new(MapFile::open(&path.to_string_lossy(), &source, &target_locator)?)),
+        None => None,
+    };
+    let found = map.as_ref().and_then(|map| map.map().map(|found| (found.header(), map.path())));
+    if let Some((header, path)) = found {
+        header.check_options(geometry, options.sync, options.verify, path)?;
+        let now = source.identity();
+        if let Some(difference) = header.source.difference_as_source(now) {
+            return Err(map_of_another(path, "source", &difference));
+        }
+    }
+    let resume = found.map(|(header, map_path)| Resume { header, map_path });
+    let target_options = TargetOptions {
+        format: options.target_format,
+        force: options.force,
+        target_is_zero: options.target_is_zero,
+        verify: options.verify,
+        resume,
+    };
+    let target = plan_target(&target_locator, &source, &target_options)?;
+    Ok(Checked { options: options.clone(), source, target, map, geometry, slots, callback })
+}
+
+fn map_of_another(path: &str, side: &str, difference: &crate::storage::Difference) -> Error {
+    let reason = format!("it belongs to a copy of another {side}: {difference}");
+    Error::new(ErrorKind::MapRefused, Operation::UseMap, path, reason)
+        .advise("name the map of this copy, or remove it to copy everything again")
+}
+
+fn slots_of(options: &CopyOptions) -> Result<u32, Error> {
+    let cluster = options.cluster_size.bytes();
+    let most = (Arena::MAX_BYTES as u64 / cluster).min(MAX_SLOTS);
+    let slots = match options.queue_depth {
+        None => (DEFAULT_BYTES_IN_FLIGHT / cluster).clamp(MIN_SLOTS, MAX_SLOTS),
+        Some(depth) => u64::from(depth),
+    };
+    if slots == 0 || slots > most {
+        let reason = format!("a queue depth of {slots} is out of range");
+        return Err(Error::refused(Refusal::BadArgument, Operation::Parse, "--queue-depth", reason)
+            .advise(format!("choose 1 to {most} clusters of {} KiB", cluster >> 10)));
+    }
+    Ok(u32::try_from(slots).expect("at most MAX_SLOTS"))
+}
+
+/// The ring thread's life.
+fn carry_out(checked: Checked, started: &Sender<Result<Copy, Error>>) {
+    let config = RingConfig {
+        arena_bytes: usize::try_from(u64::from(checked.slots) * checked.options.cluster_size.bytes())
+            .expect("at most 1 GiB"),
+        capacity: (checked.slots as usize * 2 + 64).min(RingConfig::MAX_CAPACITY),
+        threads: RingConfig::DEFAULT_THREADS.min(checked.slots as usize + 1),
+    };
+    let opened = match select::open(checked.options.io_engine, &config) {
+        Ok(opened) => opened,
+        Err(error) => return tell(started, Err(ring_refused(&checked.options, error))),
+    };
+    match opened.ring {
+        OpenedRing::Uring(ring) => run_on(ring, checked, opened.notice, started),
+        OpenedRing::Threads(ring) => run_on(ring, checked, opened.notice, started),
+    }
+}
+
+fn ring_refused(options: &CopyOptions, error: SetupError) -> Error {
+    let refused =
+        Error::refused(Refusal::Unavailable, Operation::Copy, options.source.clone(), error.to_string());
+    let refused =
+        if error.is_refusal() { refused.advise("use --io-engine threads, or auto") } else { refused };
+    refused.because(error)
+}
+
+/// The caller is waiting for this, unless it has gone away.
+fn tell(started: &Sender<Result<Copy, Error>>, result: Result<Copy, Error>) {
+    if started.send(result).is_err() {
+        tracing::debug!("nobody waits for the copy to start");
+    }
+}
+
+fn run_on<R>(ring: R, checked: Checked, notice: Option<String>, started: &Sender<Result<Copy, Error>>)
+where
+    R: Ring<File = Arc<dyn Storage>, Document = Arc<dyn Document>>,
+{
+    let engine = ring.name();
+    let callback_and = Prepared::new(ring, checked, notice);
+    let Prepared { mut driver, shared, notices, source_name } = match callback_and {
+        Ok(prepared) => prepared,
+        Err(error) => return tell(started, Err(error)),
+    };
+    tell(started, Ok(Copy { job: JobHandle::new(Arc::clone(&shared)), notices }));
+    let ran = std::panic::catch_unwind(AssertUnwindSafe(|| driver.run()));
+    let reason = match ran {
+        Ok(Ok(())) => return,
+        Ok(Err(failure)) => failure.to_string(),
+        Err(panic) => format!("internal error: {}", panic_text(panic.as_ref())),
+    };
+    // The ring is broken: whoever waits must learn of it, whatever else is lost.
+    shared.died(engine, Arc::new(Error::engine_died(source_name, reason)));
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
+}
+
+/// A driver that is ready to run.
+struct Prepared<R: Ring> {
+    driver: Driver<R>,
+    shared: Arc<Shared>,
+    notices: Vec<String>,
+    source_name: String,
+}
+
+impl<R> Prepared<R>
+where
+    R: Ring<File = Arc<dyn Storage>, Document = Arc<dyn Document>>,
+{
+    fn new(mut ring: R, checked: Checked, notice: Option<String>) -> Result<Self, Error> {
+        let Checked { options, source, target, map, geometry, slots, callback } = checked;
+        let mut notices: Vec<String> = source.warnings().to_vec();
+        notices.extend(notice);
+        let set = IntervalSet::new(geometry.clusters()).map_err(|error| {
+            Error::refused(
+                Refusal::Unavailable,
+                Operation::Copy,
+                options.source.clone(),
+                "no memory for its clusters",
+            )
+            .because(error)
+        })?;
+        let target = target.prepare()?;
+        notices.extend(target.warnings().iter().cloned());
+        let resumed: Vec<ClusterRange> =
+            map.as_ref().and_then(|map| map.map()).map(|map| map.done().to_vec()).unwrap_or_default();
+        let header = MapHeader {
+            source: source.identity().clone(),
+            target: target.identity().clone(),
+            geometry,
+            sync: options.sync,
+            verify: options.verify,
+            target_was_zero: target.known_zero(),
+        };
+        if let Some(map) = &map {
+            notices.extend(going_on(map, geometry, &resumed));
+            publish_first(map, &header, &target)?;
+        }
+        let broken = |failure: crate::ring::RingFailure| {
+            Error::engine_died(options.source.clone(), failure.to_string())
+        };
+        let from = side(&mut ring, source.storage()).map_err(broken)?;
+        let to = side(&mut ring, target.storage()).map_err(broken)?;
+        let document = match &map {
+            Some(map) => Some(ring.add_document(Arc::clone(map) as Arc<dyn Document>).map_err(broken)?),
+            None => None,
+        };
+        let plan = Plan {
+            source: from,
+            target: to,
+            target_is_zero: target.known_zero(),
+            allocate_ahead: target.storage().descriptors().is_some_and(|fds| !fds.block_device),
+            map: document.map(|document| map_plan(document, header)),
+            resumed,
+            ..plan_of(&options, geometry, slots)
+        };
+        let copier = Copier::new(plan, Arc::new(set));
+        let shared =
+            Shared::new(Lifecycle::new(true, false), empty_progress(geometry.length().0), options.speed);
+        if let Some(callback) = callback {
+            shared.set_callback(callback);
+        }
+        let source_name = options.source;
+        let at_end = at_end(source, target, map);
+        let driver = Driver::attached(ring, copier, Arc::clone(&shared), Some(at_end));
+        Ok(Self { driver, shared, notices, source_name })
+    }
+}
+
+/// The parts of the plan that are just options; the rest is a placeholder that the caller fills in.
+fn plan_of(options: &CopyOptions, geometry: Geometry, slots: u32) -> Plan {
+    let nowhere = || Side { file: FileId(0), name: Arc::from(""), direct_alignment: None };
+    let cluster = options.cluster_size.bytes();
+    Plan {
+        geometry,
+        source: nowhere(),
+        target: nowhere(),
+        sync: options.sync,
+        zero_detect: options.zero_detect,
+        target_is_zero: false,
+        allocate_ahead: false,
+        slots,
+        max_run: u32::try_from((MAX_REQUEST_BYTES / cluster).max(1)).expect("small").min(slots.div_ceil(2)),
+        on_source_error: options.on_source_error,
+        on_target_error: options.on_target_error,
+        speed: options.speed,
+        verify: options.verify,
+        map: None,
+        resumed: Vec::new(),
+        limits: Limits::default(),
+        #[cfg(feature = "sim")]
+        planted: None,
+    }
+}
+
+fn side<R: Ring<File = Arc<dyn Storage>>>(
+    ring: &mut R,
+    storage: Arc<dyn Storage>,
+) -> Result<Side, crate::ring::RingFailure> {
+    let name = Arc::from(storage.name());
+    let limits = storage.limits();
+    // A storage without descriptors moves nothing: any alignment will do.
+    let direct_alignment = if storage.descriptors().is_some() { limits.direct_alignment } else { Some(512) };
+    let file = ring.add_file(storage)?;
+    Ok(Side { file, name, direct_alignment })
+}
+
+fn map_plan(document: DocumentId, header: MapHeader) -> MapPlan {
+    let encode = move |checkpoint: &Checkpoint| {
+        Map::new(header.clone(), checkpoint.done.clone(), checkpoint.skipped.clone())
+            .expect("the copier's ranges ascend, are disjoint and lie on the disk")
+            .encode()
+    };
+    MapPlan { document, encode: Box::new(encode) }
+}
+
+fn going_on(map: &MapFile, geometry: Geometry, resumed: &[ClusterRange]) -> Option<String> {
+    let found = map.map()?;
+    let bytes: u64 = resumed.iter().map(|&range| geometry.bytes_of(range).length).sum();
+    let again = found.skipped().len();
+    let again = if again == 0 {
+        String::new()
+    } else {
+        format!("; {again} ranges that were left out are tried again")
+    };
+    Some(format!(
+        "going on from map file {}: {bytes} of {} bytes are done{again}",
+        map.path(),
+        geometry.length().0
+    ))
+}
+
+/// Publish a map for a copy that begins, before any of its data is written. One that goes on has its map.
+fn publish_first(map: &MapFile, header: &MapHeader, target: &OpenedTarget) -> Result<(), Error> {
+    if map.map().is_some() {
+        return Ok(());
+    }
+    let first = Map::new(header.clone(), Vec::new(), Vec::new()).expect("an empty map makes sense").encode();
+    map.publish(Some(&first)).map_err(|errno| {
+        if let Err(error) = target.discard_new_file() {
+            tracing::warn!(%error, "new target file stays behind");
+        }
+        Error::io(Operation::WriteMap, map.path(), None, errno)
+    })
+}
+
+/// What is to be done when the copy is over; see the module's header.
+fn at_end(source: OpenedSource, target: OpenedTarget, map: Option<Arc<MapFile>>) -> AtEnd {
+    Box::new(move |result: &mut JobResult| {
+        let complete = matches!(result.outcome, Outcome::Complete | Outcome::CompleteWithSkipped);
+        if complete {
+            if let Err(error) = source_unchanged(&source) {
+                result
+                    .notices
+                    .push(format!("{} is kept, but it is no point in time", target.storage().name()));
+                result.outcome = Outcome::Failed(Arc::new(error));
+                result.resumable = false;
+            }
+        } else if !result.resumable {
+            match target.discard_new_file() {
+                Ok(true) => {
+                    result.notices.push(format!("the incomplete {} was removed", target.storage().name()))
+                }
+                Ok(false) => {}
+                Err(error) => result.notices.push(error.to_string()),
+            }
+        }
+        drop(map);
+    })
+}
