@@ -57,14 +57,15 @@ struct Current {
 }
 
 impl MapFile {
-    /// Open the map file at `path` for a copy of `source` to `target`: an existing one to go on with the copy that it
+    /// Open the map file `wanted` for a copy of `source` to `target`: an existing one to go on with the copy that it
     /// tells of, else a new one.
     ///
     /// # Errors
     /// Refusals only: no such directory, not a map, damaged, from a newer version, in use by another run, or the source or
     /// the target itself.
-    pub fn open(path: &str, source: &OpenedSource, target: &Locator) -> Result<Self> {
-        let wanted = Path::new(path);
+    pub fn open(wanted: &Path, source: &OpenedSource, target: &Locator) -> Result<Self> {
+        let text = wanted.to_string_lossy();
+        let path = &*text;
         let refused = |errno| Error::refused_by_system(Operation::UseMap, path, errno);
         let (parent, name) = match std::fs::metadata(wanted) {
             Ok(metadata) => {

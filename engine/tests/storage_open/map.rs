@@ -19,7 +19,7 @@ fn setup() -> (Place, OpenedSource) {
 }
 
 fn open(place: &Place, from: &OpenedSource, name: &str) -> Result<MapFile> {
-    patiently(|| MapFile::open(&place.text(name), from, &Locator::path(place.path("target"))))
+    patiently(|| MapFile::open(&place.path(name), from, &Locator::path(place.path("target"))))
 }
 
 fn sample(from: &OpenedSource, done: u64) -> Map {
