@@ -241,13 +241,13 @@ mod tests {
     fn a_buffer_being_filled_is_not_looked_at() {
         let mut arena = Arena::new(4096).unwrap();
         let _ = arena.lend(FIRST, Access::Fill);
-        let _ = arena.slice(FIRST);
+        assert!(arena.slice(FIRST).is_empty());
     }
 
     #[test]
     #[should_panic(expected = "outside an arena")]
     fn a_range_outside_is_refused() {
         let arena = Arena::new(4096).unwrap();
-        let _ = arena.slice(BufferRange { start: 4096, length: 1 });
+        assert!(arena.slice(BufferRange { start: 4096, length: 1 }).is_empty());
     }
 }

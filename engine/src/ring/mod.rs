@@ -16,6 +16,13 @@
 //! One conformance suite (`tests/ring_conformance.rs`) runs over all three.
 
 pub mod arena;
+mod base;
+mod blocking;
+mod lent;
+pub mod select;
+mod signal;
+pub mod threads;
+pub mod uring;
 
 use std::sync::Arc;
 

@@ -1,0 +1,378 @@
+//! What the two real rings share: the arena, the tables of storages and documents, the record of operations in flight, and
+//! the ways in which an operation ends without the kernel's ring: at once, or on the helper pool.
+//!
+//! # Model
+//! An operation is either *in flight* (an entry in [`Flight`], with the kernel or with the pool) or *ready* (its completion
+//! is known and leaves with the next `wait`). A storage without descriptors does no I/O worth a thread or a system call, so
+//! operations on it are carried out in `push` and are ready at once.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use nix::errno::Errno;
+
+use super::arena::{Access, Arena};
+use super::blocking::{Job, Pool, Subject, execute_on_storage};
+use super::lent::Lent;
+use super::signal::Signal;
+use super::{Completion, DocumentId, FileId, Op, RingFailure, Token, Wait};
+use crate::storage::{Document, Storage};
+use crate::units::{ByteRange, Timestamp};
+
+/// Most storages, and most documents, of a ring.
+pub(crate) const MAX_FILES: usize = 64;
+
+/// Most operations in flight that a ring can be made for.
+pub(crate) const MAX_CAPACITY: usize = 4096;
+
+/// Who has an operation in flight, and what its completion means.
+#[derive(Debug)]
+pub(crate) enum Task {
+    /// The helper pool, buffer included.
+    Pool,
+    /// The kernel: moves bytes.
+    Transfer(Lent),
+    /// The kernel: succeeds or fails.
+    Plain,
+    /// The kernel: a request to cancel another.
+    Cancel,
+    /// The kernel: a discard, which the pool does where the kernel has no such command.
+    Discard {
+        /// Where.
+        file: FileId,
+        /// Which bytes.
+        range: ByteRange,
+    },
+}
+
+struct Slot {
+    generation: u32,
+    entry: Option<(Token, Task)>,
+}
+
+/// The operations in flight: a slab. Its keys carry a generation, so that a stale one is caught.
+pub(crate) struct Flight {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    count: usize,
+}
+
+impl Flight {
+    fn new() -> Self {
+        Self { slots: Vec::new(), free: Vec::new(), count: 0 }
+    }
+
+    /// Note an operation; the key names it until [`Flight::remove`].
+    pub(crate) fn insert(&mut self, token: Token, task: Task) -> u64 {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot { generation: 0, entry: None });
+            u32::try_from(self.slots.len() - 1).expect("bounded by the ring's capacity")
+        });
+        let slot = &mut self.slots[index as usize];
+        assert!(slot.entry.is_none(), "slot {index} is taken");
+        slot.entry = Some((token, task));
+        self.count += 1;
+        u64::from(slot.generation) << 32 | u64::from(index)
+    }
+
+    /// The operation `key` has ended.
+    ///
+    /// # Panics
+    /// If there is none: an operation that completes twice, or was never pushed.
+    pub(crate) fn remove(&mut self, key: u64) -> (Token, Task) {
+        let (generation, index) = split(key);
+        let slot = &mut self.slots[index];
+        assert_eq!(slot.generation, generation, "operation {key:#x} completed a second time");
+        let entry = slot.entry.take().expect("an operation completes once");
+        slot.generation = slot.generation.wrapping_add(1) & GENERATION_MASK;
+        self.free.push(u32::try_from(index).expect("came from a u32"));
+        self.count -= 1;
+        entry
+    }
+
+    /// The operation `key`, if it is in flight.
+    pub(crate) fn get(&self, key: u64) -> Option<&(Token, Task)> {
+        let (generation, index) = split(key);
+        self.slots.get(index).filter(|slot| slot.generation == generation)?.entry.as_ref()
+    }
+
+    /// The operation under `token`. Scans: only for the rare.
+    pub(crate) fn find(&self, token: Token) -> Option<(u64, &Task)> {
+        self.entries().find(|(_, entry)| entry.0 == token).map(|(key, entry)| (key, &entry.1))
+    }
+
+    /// Keys of all operations that the kernel has.
+    pub(crate) fn with_kernel(&self) -> Vec<u64> {
+        self.entries().filter(|(_, entry)| !matches!(entry.1, Task::Pool)).map(|(key, _)| key).collect()
+    }
+
+    fn entries(&self) -> impl Iterator<Item = (u64, &(Token, Task))> {
+        (0_u64..).zip(&self.slots).filter_map(|(index, slot)| {
+            let key = u64::from(slot.generation) << 32 | index;
+            slot.entry.as_ref().map(|entry| (key, entry))
+        })
+    }
+}
+
+/// Generation and index of a key.
+#[expect(clippy::cast_possible_truncation, reason = "cuts the two halves apart")]
+fn split(key: u64) -> (u32, usize) {
+    ((key >> 32) as u32, key as u32 as usize)
+}
+
+/// Keeps generations away from the values with the top bits set, which rings use for themselves.
+const GENERATION_MASK: u32 = 0x7fff_ffff;
+
+struct Ready {
+    completion: Completion,
+    lent: Option<Lent>,
+}
+
+/// A storage in a ring's table.
+pub(crate) struct FileEntry {
+    /// The storage.
+    pub(crate) storage: Arc<dyn Storage>,
+    /// Without descriptors: its operations are carried out in `push`.
+    pub(crate) inline: bool,
+}
+
+/// See the module's header.
+pub(crate) struct Base {
+    pub(crate) name: &'static str,
+    pub(crate) arena: Arena,
+    pub(crate) files: Vec<FileEntry>,
+    documents: Vec<Arc<dyn Document>>,
+    pub(crate) flight: Flight,
+    ready: Vec<Ready>,
+    pub(crate) pool: Pool,
+    pub(crate) signal: Arc<Signal>,
+    started: Instant,
+    capacity: usize,
+    failure: Option<RingFailure>,
+}
+
+impl Base {
+    /// # Panics
+    /// If `capacity` is 0 or beyond [`MAX_CAPACITY`].
+    pub(crate) fn new(
+        name: &'static str,
+        arena: Arena,
+        capacity: usize,
+        threads: usize,
+        signal: Arc<Signal>,
+    ) -> Self {
+        assert!((1..=MAX_CAPACITY).contains(&capacity), "a ring of capacity {capacity}");
+        Self {
+            name,
+            arena,
+            files: Vec::new(),
+            documents: Vec::new(),
+            flight: Flight::new(),
+            ready: Vec::with_capacity(capacity),
+            pool: Pool::new(threads, capacity, Arc::clone(&signal)),
+            signal,
+            started: Instant::now(),
+            capacity,
+            failure: None,
+        }
+    }
+
+    pub(crate) fn add_file(&mut self, storage: Arc<dyn Storage>) -> Result<FileId, RingFailure> {
+        if self.files.len() == MAX_FILES {
+            return Err(RingFailure { ring: self.name, errno: Errno::ENFILE });
+        }
+        let id = u16::try_from(self.files.len()).expect("at most MAX_FILES");
+        let inline = storage.descriptors().is_none();
+        self.files.push(FileEntry { storage, inline });
+        Ok(FileId(id))
+    }
+
+    pub(crate) fn add_document(&mut self, document: Arc<dyn Document>) -> Result<DocumentId, RingFailure> {
+        if self.documents.len() == MAX_FILES {
+            return Err(RingFailure { ring: self.name, errno: Errno::ENFILE });
+        }
+        let id = u16::try_from(self.documents.len()).expect("at most MAX_FILES");
+        self.documents.push(document);
+        Ok(DocumentId(id))
+    }
+
+    pub(crate) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    pub(crate) fn in_flight(&self) -> usize {
+        self.flight.count + self.ready.len()
+    }
+
+    pub(crate) fn now(&self) -> Timestamp {
+        Timestamp(self.started.elapsed())
+    }
+
+    /// Check that an operation may be pushed under `token`.
+    ///
+    /// # Panics
+    /// If the ring is full or, in debug builds, if the token is in flight.
+    pub(crate) fn admit(&self, token: Token) {
+        assert!(self.in_flight() < self.capacity, "{} operations are in flight already", self.capacity);
+        debug_assert!(!self.is_in_flight(token), "{token:?} is in flight already");
+    }
+
+    /// The storage `file`.
+    ///
+    /// # Panics
+    /// If it was never added.
+    pub(crate) fn storage(&self, file: FileId) -> &Arc<dyn Storage> {
+        &self.files[usize::from(file.0)].storage
+    }
+
+    /// Whether `file` is carried out in `push`.
+    pub(crate) fn is_inline(&self, file: FileId) -> bool {
+        self.files[usize::from(file.0)].inline
+    }
+
+    /// Lend the buffer that `op` names, if it names one.
+    pub(crate) fn lend(&mut self, op: &Op) -> Option<Lent> {
+        let (buffer, access) = match op {
+            Op::Read { buffer, .. } => (*buffer, Access::Fill),
+            Op::Write { buffer, .. } | Op::Digest { buffer, .. } => (*buffer, Access::Look),
+            _ => return None,
+        };
+        Some(Lent::new(&mut self.arena, buffer, access))
+    }
+
+    /// Carry `op` out now, on a storage without descriptors.
+    pub(crate) fn push_inline(&mut self, token: Token, op: &Op, file: FileId) {
+        let mut lent = self.lend(op);
+        let storage = self.files[usize::from(file.0)].storage.as_ref();
+        let result = execute_on_storage(op, storage, lent.as_mut());
+        self.ready.push(Ready { completion: Completion { token, result }, lent });
+    }
+
+    /// Hand `op` to the helper pool at the next `wait`.
+    ///
+    /// # Panics
+    /// If it names a storage or a document that was never added, or a digest's chunk is 0.
+    pub(crate) fn push_to_pool(&mut self, token: Token, op: Op) {
+        let subject = match &op {
+            Op::Digest { chunk, .. } => {
+                assert!(*chunk > 0, "a checksum of chunks of 0 bytes");
+                Subject::Memory
+            }
+            Op::Publish { document, .. } => {
+                Subject::Document(Arc::clone(&self.documents[usize::from(document.0)]))
+            }
+            _ => {
+                let file = file_of(&op).expect("all that is left works on a storage");
+                Subject::Storage(Arc::clone(self.storage(file)))
+            }
+        };
+        let lent = self.lend(&op);
+        let key = self.flight.insert(token, Task::Pool);
+        self.pool.stage(Job { key, op, subject, lent });
+    }
+
+    /// Complete `token`, which has no buffer, with the next `wait`.
+    pub(crate) fn push_ready(&mut self, completion: Completion) {
+        self.ready.push(Ready { completion, lent: None });
+    }
+
+    /// Take the job `key` back from the pool if it has not begun; it completes with `ECANCELED` then.
+    pub(crate) fn withdraw(&mut self, key: u64) {
+        let Some(job) = self.pool.withdraw(key) else { return };
+        let (token, _) = self.flight.remove(key);
+        let completion = Completion { token, result: Err(Errno::ECANCELED) };
+        self.ready.push(Ready { completion, lent: job.lent });
+    }
+
+    /// Whether a completion under `token` was not returned yet.
+    pub(crate) fn is_in_flight(&self, token: Token) -> bool {
+        self.is_ready(token) || self.flight.find(token).is_some()
+    }
+
+    /// Whether the completion under `token` is known and waits to be returned.
+    pub(crate) fn is_ready(&self, token: Token) -> bool {
+        self.ready.iter().any(|ready| ready.completion.token == token)
+    }
+
+    /// Append what is ready and what the pool has done.
+    ///
+    /// # Errors
+    /// When an operation panicked.
+    pub(crate) fn collect(&mut self, completions: &mut Vec<Completion>) -> Result<(), RingFailure> {
+        for Ready { completion, lent } in self.ready.drain(..) {
+            if let Some(lent) = lent {
+                lent.give_back(&mut self.arena);
+            }
+            completions.push(completion);
+        }
+        while let Some(done) = self.pool.collect() {
+            if let Some(lent) = done.lent {
+                lent.give_back(&mut self.arena);
+            }
+            let (token, _) = self.flight.remove(done.key);
+            let Some(result) = done.result else {
+                tracing::error!(ring = self.name, "an operation panicked on a helper thread");
+                return Err(self.fail(Errno::EOWNERDEAD));
+            };
+            completions.push(Completion { token, result });
+        }
+        Ok(())
+    }
+
+    /// The ring is broken from now on.
+    pub(crate) fn fail(&mut self, errno: Errno) -> RingFailure {
+        let failure = RingFailure { ring: self.name, errno };
+        self.failure.get_or_insert(failure).clone()
+    }
+
+    /// # Errors
+    /// When the ring broke earlier.
+    pub(crate) fn check(&self) -> Result<(), RingFailure> {
+        self.failure.clone().map_or(Ok(()), Err)
+    }
+
+    /// When `until` ends, on the clock of the standard library; `None`: never.
+    pub(crate) fn deadline(&self, until: Wait) -> Option<Instant> {
+        match until {
+            Wait::Poll => Some(self.started),
+            // Beyond what the clock can say is never.
+            Wait::Until(at) => self.started.checked_add(at.0),
+            Wait::Forever => None,
+        }
+    }
+
+    /// The ring goes: take everything back from the pool, waiting until `deadline` for what runs.
+    pub(crate) fn shut_down(&mut self, deadline: Instant) {
+        for job in self.pool.stop() {
+            if let Some(lent) = job.lent {
+                lent.give_back(&mut self.arena);
+            }
+        }
+        self.pool.join(deadline);
+        while let Some(done) = self.pool.collect() {
+            if let Some(lent) = done.lent {
+                lent.give_back(&mut self.arena);
+            }
+        }
+        for Ready { lent, .. } in self.ready.drain(..) {
+            if let Some(lent) = lent {
+                lent.give_back(&mut self.arena);
+            }
+        }
+    }
+}
+
+/// The storage that `op` works on, if any.
+pub(crate) fn file_of(op: &Op) -> Option<FileId> {
+    match op {
+        Op::Read { file, .. }
+        | Op::Write { file, .. }
+        | Op::WriteZeroes { file, .. }
+        | Op::Discard { file, .. }
+        | Op::Allocate { file, .. }
+        | Op::Flush { file }
+        | Op::DropCache { file, .. }
+        | Op::Extents { file, .. } => Some(*file),
+        Op::Digest { .. } | Op::Publish { .. } | Op::Cancel { .. } => None,
+    }
+}

@@ -1,0 +1,59 @@
+//! One suite over every ring. A ring is added by a [`support::Fixture`] and one line at the end of this file.
+
+mod support;
+
+use engine::ring::threads::ThreadsRing;
+use engine::ring::uring::UringRing;
+use support::real::Real;
+
+macro_rules! suite {
+    ($ring:ident, $fixture:ty: $($module:ident::$check:ident),* $(,)?) => {
+        mod $ring {
+            use super::*;
+            $(
+                #[test]
+                fn $check() {
+                    match <$fixture as support::Fixture>::unavailable() {
+                        None => support::checks::$module::$check::<$fixture>(),
+                        Some(reason) => support::skip(stringify!($ring), &reason),
+                    }
+                }
+            )*
+        }
+    };
+}
+
+macro_rules! conformance {
+    ($ring:ident, $fixture:ty) => {
+        suite! { $ring, $fixture:
+            transfer::reads_and_writes,
+            transfer::unaligned_tails,
+            transfer::end_of_file,
+            transfer::errors_are_raw,
+            transfer::direct_where_refused,
+            transfer::many_in_any_order,
+            transfer::null_storage,
+            whole::write_zeroes,
+            whole::zeroing_keeps_the_length,
+            whole::discard,
+            whole::allocate,
+            whole::flush_and_drop_cache,
+            whole::extents,
+            whole::digests,
+            whole::documents,
+            control::cancel,
+            control::dropped_in_flight,
+            control::deadlines,
+            control::woken_before,
+            control::woken_during,
+            control::helpers_wake,
+            control::mixed_kinds,
+            control::misuse_panics,
+            control::a_panic_breaks_the_ring,
+            control::tables_are_bounded,
+        }
+    };
+}
+
+conformance!(uring, Real<UringRing>);
+conformance!(threads, Real<ThreadsRing>);

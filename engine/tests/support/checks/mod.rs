@@ -1,0 +1,5 @@
+//! The checks themselves, generic over the ring.
+
+pub(crate) mod control;
+pub(crate) mod transfer;
+pub(crate) mod whole;
