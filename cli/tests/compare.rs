@@ -172,3 +172,27 @@ fn bar_on_a_terminal_and_nothing_in_a_pipe() {
     assert_eq!(messages.lines().count(), 1, "{messages}");
     assert!(messages.starts_with("engine-cli: ended by SIGTERM"), "{messages}");
 }
+
+#[test]
+fn a_second_signal_ends_at_once_even_when_nobody_reads_the_messages() {
+    let there = directory();
+    // A pipe that is full from the start: the first message blocks whoever writes it.
+    let (reader, mut writer) = std::io::pipe().expect("a pipe");
+    std::io::Write::write_all(&mut writer, &[b'x'; 64 << 10]).expect("filled");
+    let mut child = std::process::Command::new(support::program())
+        .args(["compare", "--progress", "json", "null:1P", "null:1P"])
+        .current_dir(there.path())
+        .stderr(writer)
+        .spawn()
+        .expect("the program starts");
+    let kill = || {
+        std::thread::sleep(Duration::from_millis(600));
+        let status = std::process::Command::new("kill").arg(child.id().to_string()).status();
+        assert!(status.expect("kill runs").success());
+    };
+    kill();
+    kill();
+    let status = child.wait().expect("waited");
+    assert_eq!(support::exit_code(status, "the pipe is full"), 143);
+    drop(reader);
+}

@@ -76,7 +76,8 @@ pub(crate) fn directory() -> TempDir {
 
 /// A file of `length` bytes without zeros, different for each `seed`.
 pub(crate) fn dense(path: &Path, length: usize, seed: u8) {
-    let bytes: Vec<u8> = (0..length).map(|at| ((at / 7 + at / 4093) % 251) as u8 ^ seed | 1).collect();
+    let byte = |at: usize| u8::try_from((at / 7 + at / 4093) % 251).expect("below 251") ^ seed | 1;
+    let bytes: Vec<u8> = (0..length).map(byte).collect();
     fs::write(path, bytes).expect("written");
 }
 
