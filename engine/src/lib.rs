@@ -5,10 +5,13 @@
 //! carries those requests out: `io_uring`, a thread pool, or a deterministic simulation. See `ARCHITECTURE.md`.
 
 pub mod compare;
+pub mod copier;
 pub mod copy;
 pub mod error;
 pub mod interval_set;
 pub mod job;
+pub mod map;
 pub mod ring;
 pub mod storage;
+mod sync;
 pub mod units;

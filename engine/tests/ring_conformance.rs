@@ -48,6 +48,7 @@ macro_rules! conformance {
             control::woken_during,
             control::helpers_wake,
             control::mixed_kinds,
+            control::signals,
             control::misuse_panics,
             control::a_panic_breaks_the_ring,
             control::tables_are_bounded,

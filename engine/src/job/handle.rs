@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::lifecycle::{Lifecycle, Refusal, Verb};
+use super::lifecycle::{IoStatus, Lifecycle, Refusal, Verb};
 use super::progress::Progress;
 use super::{JobResult, Status};
 use crate::ring::Wake;
@@ -100,6 +100,14 @@ impl Shared {
         state.progress.status = state.lifecycle.status();
         state.progress.io_status = state.lifecycle.io_status();
         result
+    }
+
+    /// An error pauses the job: the state and the reason show at the same time.
+    pub(crate) fn stopped(&self, io_status: IoStatus, reason: String) {
+        let mut state = self.state.lock();
+        state.lifecycle.stopped_on_error(io_status);
+        state.progress.io_status = io_status;
+        state.progress.paused_on = Some(reason);
     }
 
     /// Publish progress; status, io-status and speed are filled in here.

@@ -4,6 +4,7 @@
 //! [`JobHandle`] steers and watches from any thread: it never waits for the ring thread, which looks at the requests when it is
 //! woken. [`JobResult`] is how it ended.
 
+pub mod driver;
 pub mod handle;
 pub mod lifecycle;
 pub mod progress;

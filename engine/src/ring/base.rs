@@ -376,3 +376,32 @@ pub(crate) fn file_of(op: &Op) -> Option<FileId> {
         Op::Digest { .. } | Op::Publish { .. } | Op::Cancel { .. } => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_is_used_again_under_another_key() {
+        let mut flight = Flight::new();
+        let first = flight.insert(Token(1), Task::Plain);
+        let other = flight.insert(Token(2), Task::Pool);
+        assert_eq!(flight.find(Token(1)).map(|(key, _)| key), Some(first));
+        assert_eq!(flight.with_kernel(), [first]);
+        assert_eq!(flight.remove(first).0, Token(1));
+        let second = flight.insert(Token(1), Task::Plain);
+        assert_ne!(first, second);
+        assert!(flight.get(first).is_none() && flight.get(second).is_some() && flight.get(other).is_some());
+        assert_eq!((flight.count, flight.slots.len()), (2, 2));
+    }
+
+    #[test]
+    #[should_panic(expected = "completed a second time")]
+    fn a_second_completion_is_caught() {
+        let mut flight = Flight::new();
+        let key = flight.insert(Token(1), Task::Plain);
+        flight.remove(key);
+        flight.insert(Token(2), Task::Plain);
+        flight.remove(key);
+    }
+}

@@ -21,6 +21,8 @@ mod blocking;
 mod lent;
 pub mod select;
 mod signal;
+#[cfg(feature = "sim")]
+pub mod sim;
 pub mod threads;
 pub mod uring;
 

@@ -5,12 +5,34 @@
 //! its small helper pool, for the rest (`SEEK_HOLE`, `BLKDISCARD`, …). Methods map to one system call where they can,
 //! and return its result as it is: short counts and errors are for the logic to judge.
 
+mod block;
+mod file;
+mod handles;
+mod identity;
+mod info;
+pub mod locator;
+pub(crate) mod lock;
+mod null;
+pub(crate) mod open;
+pub(crate) mod prepare;
+mod sys;
+mod target;
+pub(crate) mod topology;
+
 use std::os::fd::BorrowedFd;
 
 use nix::errno::Errno;
 
 use crate::ring::{Extent, ExtentQuery, IoPath, ZeroMethod};
 use crate::units::{ByteRange, Length};
+pub use block::BlockStorage;
+pub use file::FileStorage;
+pub use identity::{Difference, DiskId, FileTime, Identity};
+pub use info::{DiskInfo, DiskKind, info};
+pub use locator::Locator;
+pub use null::NullStorage;
+pub use open::{OpenedSource, SourceOptions, open_source, source_unchanged};
+pub use target::{OpenedTarget, Resume, TargetOptions, TargetPlan, plan_target};
 
 /// The descriptors of a storage that the kernel can do I/O on.
 #[derive(Clone, Copy, Debug)]

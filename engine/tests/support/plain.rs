@@ -1,9 +1,10 @@
 //! A plain storage for tests, written against the trait alone, so that the suite judges rings and not the product's storages.
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use engine::ring::{Extent, ExtentQuery, IoPath, ZeroMethod};
 use engine::storage::{Descriptors, Limits, Storage};
@@ -13,11 +14,16 @@ use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::sys::uio::{pread, pwrite};
 use nix::unistd::{Whence, fdatasync, lseek};
 
+nix::ioctl_write_ptr_bad!(blkdiscard, nix::request_code_none!(0x12, 119), [u64; 2]);
+
 /// A file, or anything that can be opened by path.
 pub(crate) struct PlainFile {
     pub(crate) path: PathBuf,
     pub(crate) direct: Option<File>,
     pub(crate) buffered: File,
+    block_device: bool,
+    /// How often [`Storage::discard`] was called.
+    pub(crate) discards: AtomicU32,
 }
 
 impl PlainFile {
@@ -26,7 +32,8 @@ impl PlainFile {
         options.read(true).write(writable);
         let buffered = options.open(path)?;
         let direct = options.custom_flags(libc::O_DIRECT).open(path).ok();
-        Ok(Self { path: path.to_owned(), direct, buffered })
+        let block_device = buffered.metadata()?.file_type().is_block_device();
+        Ok(Self { path: path.to_owned(), direct, buffered, block_device, discards: AtomicU32::new(0) })
     }
 
     fn descriptor(&self, path: IoPath) -> Result<&File, Errno> {
@@ -68,7 +75,7 @@ impl Storage for PlainFile {
         Some(Descriptors {
             direct: self.direct.as_ref().map(AsFd::as_fd),
             buffered: self.buffered.as_fd(),
-            block_device: false,
+            block_device: self.block_device,
         })
     }
 
@@ -88,6 +95,12 @@ impl Storage for PlainFile {
     }
 
     fn discard(&self, range: ByteRange) -> Result<(), Errno> {
+        self.discards.fetch_add(1, Ordering::Relaxed);
+        if self.block_device {
+            let bounds = [range.offset, range.length];
+            // SAFETY: the descriptor is open, and BLKDISCARD reads two words, which live through the call.
+            return unsafe { blkdiscard(self.buffered.as_raw_fd(), &raw const bounds) }.map(drop);
+        }
         self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, range)
     }
 

@@ -332,10 +332,11 @@ fn ended(
         },
         Task::Discard { file, range } => match result {
             Ok(_) => Ok(Output::Done),
-            Err(Errno::EINVAL | Errno::EOPNOTSUPP | Errno::ENOTTY | Errno::ENOSYS) => {
-                // This kernel has no such command, or the device no discard: the ioctl tells which.
-                reach[usize::from(file.0)].as_mut().expect("a storage with descriptors").discard_by_pool =
-                    true;
+            Err(errno @ (Errno::EINVAL | Errno::EOPNOTSUPP | Errno::ENOTTY | Errno::ENOSYS)) => {
+                // This kernel has no such command, or the device no discard, or the range is not to its taste: the ioctl tells
+                // which. Only in the last case is the command worth another try.
+                let reach = reach[usize::from(file.0)].as_mut().expect("a storage with descriptors");
+                reach.discard_by_pool |= errno != Errno::EINVAL;
                 base.push_to_pool(token, Op::Discard { file, range });
                 return None;
             }

@@ -147,6 +147,32 @@ pub(crate) fn helpers_wake<F: Fixture>() {
     }
 }
 
+/// Signals that a handler takes neither break a ring nor end a `wait` early.
+pub(crate) fn signals<F: Fixture>() {
+    extern "C" fn ignore(_: libc::c_int) {}
+    let fixture = F::default();
+    let mut ring = fixture.ring(1 << 20, 8);
+    let handler: extern "C" fn(libc::c_int) = ignore;
+    // SAFETY: all-zero is a valid `sigaction`: no flags (no restart of system calls), nothing masked.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handler as usize;
+    // SAFETY: `action` is initialised, the handler does nothing.
+    assert_eq!(unsafe { libc::sigaction(libc::SIGUSR2, &raw const action, std::ptr::null_mut()) }, 0);
+    // SAFETY: always sound.
+    let thread: libc::pthread_t = unsafe { libc::pthread_self() };
+    let sender = std::thread::spawn(move || {
+        for _ in 0..20 {
+            std::thread::sleep(Duration::from_millis(2));
+            // SAFETY: the thread lives: it joins this one.
+            assert_eq!(unsafe { libc::pthread_kill(thread, libc::SIGUSR2) }, 0);
+        }
+    });
+    let until = ring.now().after(Duration::from_millis(80));
+    ring.wait(Wait::Until(until), &mut Vec::new()).unwrap();
+    assert!(ring.now() >= until, "a signal ended the wait");
+    sender.join().unwrap();
+}
+
 /// Operations that need the kernel, helpers and nobody, mixed, all complete, once.
 pub(crate) fn mixed_kinds<F: Fixture>() {
     let fixture = F::default();

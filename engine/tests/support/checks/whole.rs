@@ -24,7 +24,9 @@ pub(crate) fn write_zeroes<F: Fixture>() {
         shadow[65536..65536 + 262_144].fill(0);
         assert!(disk.contents() == shadow, "{method:?}");
         if let (Some(before), Some(after)) = (before, disk.allocated()) {
-            assert_eq!(before - after, if method == ZeroMethod::Keep { 0 } else { 262_144 }, "{method:?}");
+            // Up to the file system's own blocks, in which it notes the hole.
+            let given_back = if method == ZeroMethod::Keep { 0 } else { 262_144 };
+            assert!(before.abs_diff(after + given_back) <= 65536, "{method:?}: {before} bytes, then {after}");
         }
     }
     let Some(storage) = fixture.faulty(Fault::NoZeroing) else {

@@ -1,0 +1,157 @@
+//! What is known to be on stable storage, and how a later run learns of it.
+//!
+//! # Order
+//! 1. *Capture*: the set of done clusters is taken down. Nothing that completes later belongs to this checkpoint.
+//! 2. *Flush*: submitted after the capture, so it covers every write of a captured cluster.
+//! 3. *Verify* (if asked for): what was captured since the last checkpoint is read back; what differs leaves the captured set.
+//! 4. *Claim*: the captured set is now durable, and is published in the map.
+//!
+//! A flush that fails says nothing about which writes were lost, and says it only once: everything captured or completed since the last
+//! good flush is withdrawn (copied again, if the policy lets the job go on). It is never retried and believed.
+
+use crate::units::{ClusterIndex, ClusterRange, Timestamp};
+
+use super::plan::Limits;
+use super::tally::Tally;
+use super::verify::Verification;
+
+/// Where a checkpoint stands.
+#[derive(Debug)]
+pub(super) enum Stage {
+    /// None under way.
+    Idle,
+    /// The flush is.
+    Flushing,
+    /// The window is read back.
+    Verifying(Verification),
+    /// The map is written (or removed, at the end of a complete copy).
+    Publishing,
+}
+
+/// The set of done clusters as it was before a flush was submitted.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Captured {
+    /// Ascending, disjoint, not adjacent.
+    pub(super) done: Vec<ClusterRange>,
+    /// The counters that go with it.
+    pub(super) tally: Tally,
+    /// Whether nothing was left to copy.
+    pub(super) complete: bool,
+}
+
+/// See the module's header.
+#[derive(Debug)]
+pub(super) struct Checkpoints {
+    pub(super) stage: Stage,
+    /// Of the checkpoint under way.
+    pub(super) captured: Captured,
+    /// What the last good flush covered (and verification agreed with).
+    pub(super) durable: Captured,
+    /// Something was written since the last capture; also true until the first flush.
+    pub(super) dirty: bool,
+    /// The map does not show all that is durable, because it could not be written.
+    pub(super) map_stale: bool,
+    /// A map was written (or was there to resume from).
+    pub(super) map_written: bool,
+    pub(super) failed_flushes: u32,
+    last_start: Timestamp,
+    bytes_since: u64,
+}
+
+impl Checkpoints {
+    pub(super) fn new(resumed: Captured) -> Self {
+        Self {
+            stage: Stage::Idle,
+            captured: Captured::default(),
+            map_written: !resumed.done.is_empty(),
+            durable: resumed,
+            dirty: true,
+            map_stale: false,
+            failed_flushes: 0,
+            last_start: Timestamp::default(),
+            bytes_since: 0,
+        }
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        matches!(self.stage, Stage::Idle)
+    }
+
+    /// `bytes` were settled.
+    pub(super) fn on_settled(&mut self, bytes: u64) {
+        self.dirty = true;
+        self.bytes_since += bytes;
+    }
+
+    /// Whether the next one is due.
+    pub(super) fn is_due(&self, now: Timestamp, limits: &Limits) -> bool {
+        self.is_idle()
+            && self.dirty
+            && self.bytes_since > 0
+            && (self.bytes_since >= limits.checkpoint_bytes || now >= self.due_at(limits))
+    }
+
+    /// When the next one is due at the latest.
+    pub(super) fn due_at(&self, limits: &Limits) -> Timestamp {
+        self.last_start.after(limits.checkpoint_interval)
+    }
+
+    /// Whether time alone will make one due.
+    pub(super) fn awaits_time(&self) -> bool {
+        self.is_idle() && self.dirty && self.bytes_since > 0
+    }
+
+    /// The set was captured and the flush is being submitted.
+    pub(super) fn begin(&mut self, captured: Captured, now: Timestamp) {
+        assert!(self.is_idle(), "one checkpoint at a time");
+        self.captured = captured;
+        self.stage = Stage::Flushing;
+        self.dirty = false;
+        self.bytes_since = 0;
+        self.last_start = now;
+    }
+}
+
+/// `ranges` without `clusters`; both ascending (`clusters` in any order).
+pub(super) fn without(ranges: &[ClusterRange], mut clusters: Vec<ClusterIndex>) -> Vec<ClusterRange> {
+    clusters.sort_unstable();
+    let mut holes = clusters.into_iter().peekable();
+    let mut rest = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        let mut start = range.start;
+        while let Some(&hole) = holes.peek() {
+            if hole >= range.end {
+                break;
+            }
+            holes.next();
+            if hole < start {
+                continue;
+            }
+            if start < hole {
+                rest.push(ClusterRange { start, end: hole });
+            }
+            start = ClusterIndex(hole.0 + 1);
+        }
+        if start < range.end {
+            rest.push(ClusterRange { start, end: range.end });
+        }
+    }
+    rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clusters_are_cut_out_of_ranges() {
+        let ranges = [ClusterRange::new(0, 5), ClusterRange::new(8, 10)];
+        let cut = |clusters: &[u64]| without(&ranges, clusters.iter().map(|&c| ClusterIndex(c)).collect());
+        assert_eq!(cut(&[]), ranges);
+        assert_eq!(
+            cut(&[9, 0, 2, 2, 7]),
+            [ClusterRange::new(1, 2), ClusterRange::new(3, 5), ClusterRange::new(8, 9)]
+        );
+        assert_eq!(cut(&[0, 1, 2, 3, 4, 8, 9]), []);
+    }
+}

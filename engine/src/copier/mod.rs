@@ -1,0 +1,427 @@
+//! The copier: one copy as a pure state machine. Events in (completions, commands, the time), operations out.
+//!
+//! # Model
+//! The *sweep* walks the disk in order. For each stretch it asks what lies there (holes, data, not covered), claims a run of
+//! free clusters in the interval set, takes a run of slots and starts a *transfer*: read, inspect, write. Holes and zeros become holes or
+//! efficient zeros on the target, or nothing where the target is zero already. Checkpoints flush the target, read back what was
+//! written if asked to, and publish what a later run may rely on.
+//!
+//! # Ordering
+//! - Claims are held by I/O in flight only. A cluster that failed is released before it waits for its retry or for a resume.
+//! - A cluster is completed in the set after its last task succeeded; the set of done clusters is captured before a flush is
+//!   submitted; the map claims what was captured, after that flush succeeded.
+//! - Success is decided once a flush that was submitted after the last write has succeeded (and what it covered was read back); from then
+//!   on a cancel is too late. Failure and cancel are decided at once, and told when nothing is in flight any more.
+//!
+//! # Bounds
+//! Operations in flight: the ring's capacity; those queued behind it: a few for each slot. Everything else is counted in slots, in
+//! [`plan::Limits`], or in bits per cluster.
+//!
+//! The parts: [`sweep`](self) decides what to start, `tasks` carries transfers through, `settle` handles errors, checkpoints and the end.
+
+mod allocation;
+mod checkpoint;
+mod extents;
+mod faults;
+pub mod inspect;
+mod piece;
+pub mod plan;
+mod retry;
+mod settle;
+mod slots;
+mod sweep;
+mod tally;
+mod tasks;
+mod throttle;
+mod transfer;
+mod verify;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use slab::Slab;
+
+use crate::error::Error;
+use crate::interval_set::{Claim, IntervalSet};
+use crate::job::{IoStatus, SkippedRange};
+use crate::ring::{Op, Token, ZeroMethod};
+use crate::units::{ByteRange, ClusterIndex, Speed, Timestamp};
+
+use allocation::AllocateAhead;
+use checkpoint::{Captured, Checkpoints};
+use extents::ExtentWindow;
+use piece::Piece;
+use plan::Plan;
+use retry::RetryList;
+use slots::Slots;
+use tally::Tally;
+use throttle::Throttle;
+use transfer::{Failure, Transfer, TransferId};
+use verify::Window;
+
+/// What the copier tells the job.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// An error has paused the sweep.
+    Stopped {
+        /// What kind of error.
+        io_status: IoStatus,
+        /// The error.
+        error: Arc<Error>,
+    },
+    /// Nothing is in flight; said once after each pause.
+    Drained,
+    /// Something worth telling a person that is no error of the copy.
+    Notice(String),
+    /// It is over.
+    Finished(Ending),
+}
+
+/// How a copier ended.
+#[derive(Clone, Debug)]
+pub enum Ending {
+    /// Everything is on stable storage, but for the ranges left out.
+    Complete,
+    /// Failed.
+    Failed(Arc<Error>),
+    /// Cancelled.
+    Cancelled,
+}
+
+/// Counters for [`crate::job::Progress`], in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// See [`crate::job::Progress`].
+    pub total: u64,
+    /// See [`crate::job::Progress`].
+    pub done: u64,
+    /// See [`crate::job::Progress`].
+    pub copied: u64,
+    /// See [`crate::job::Progress`].
+    pub holes: u64,
+    /// See [`crate::job::Progress`].
+    pub zeros: u64,
+    /// See [`crate::job::Progress`].
+    pub uncovered: u64,
+    /// See [`crate::job::Progress`].
+    pub resumed: u64,
+    /// See [`crate::job::Progress`].
+    pub skipped: u64,
+    /// See [`crate::job::Progress`].
+    pub verified: u64,
+    /// See [`crate::job::Progress`].
+    pub retries: u64,
+    /// Bytes handed to the target as data, retries included.
+    pub written: u64,
+}
+
+/// What an operation in flight is for.
+#[derive(Debug)]
+enum Task {
+    /// A read or write of a transfer.
+    Move { transfer: TransferId, piece: Piece },
+    /// Zeros of a transfer's clusters. `best_effort`: they read as zeros already, space is given back.
+    Zero { transfer: TransferId, range: ByteRange, best_effort: bool },
+    /// Checksums of a transfer's clusters.
+    Digest { transfer: TransferId },
+    /// A hole made zero on the target.
+    ZeroRun { claim: Claim },
+    /// A question about the source.
+    SourceExtents,
+    /// A question about the source's layers.
+    SourceLayers,
+    /// A question about the target, for a verification.
+    TargetExtents,
+    /// Space reserved ahead.
+    Allocate,
+    /// A checkpoint's flush.
+    Flush,
+    /// A checkpoint's map.
+    Publish,
+    /// Page cache dropped behind a buffered side.
+    DropCache,
+}
+
+/// How the target is made to read as zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Zeroing {
+    /// By an operation of its own.
+    Operation(ZeroMethod),
+    /// By writing zeros as data: it has no such operation.
+    Data,
+}
+
+/// One copy. See the module's header.
+pub struct Copier {
+    plan: Plan,
+    set: Arc<IntervalSet>,
+    slots: Slots,
+    transfers: Slab<Transfer>,
+    tasks: Slab<Task>,
+    backlog: VecDeque<(Token, Op)>,
+    /// Next cluster for the sweep to look at.
+    position: ClusterIndex,
+    holes: ExtentWindow,
+    layers: Option<ExtentWindow>,
+    zeroing: Zeroing,
+    zero_runs: u32,
+    /// What the zero runs in flight wrote cannot be believed: a flush failed meanwhile.
+    zero_runs_tainted: bool,
+    allocation: AllocateAhead,
+    /// Transfers that were read and wait for their space.
+    held: Vec<TransferId>,
+    throttle: Throttle,
+    retries: RetryList,
+    /// Failed verifications of a cluster so far.
+    mismatches: BTreeMap<ClusterIndex, u32>,
+    skipped: BTreeMap<ClusterIndex, Arc<str>>,
+    /// What was copied since the last capture.
+    window: Window,
+    /// What was copied between the last two captures, while its flush is under way.
+    closed_window: Window,
+    /// First mismatch of the verification under way.
+    verify_failure: Option<Failure>,
+    checkpoints: Checkpoints,
+    tally: Tally,
+    verified: u64,
+    retry_count: u64,
+    skipped_bytes: u64,
+    /// The map operation under way removes it.
+    map_removed: bool,
+    /// After a failed flush: not before this.
+    hold_until: Option<Timestamp>,
+    written: u64,
+    /// Up to where the page cache was dropped, for each buffered side.
+    dropped_to: u64,
+    user_paused: bool,
+    stopped: Option<Arc<Error>>,
+    drained_said: bool,
+    ending: Option<Ending>,
+    salvaged: bool,
+    finished: bool,
+    events: Vec<Event>,
+}
+
+impl Copier {
+    /// A copier for `plan`, over `set`, in which nothing is claimed or done yet.
+    ///
+    /// # Panics
+    /// If the plan contradicts itself.
+    #[must_use]
+    pub fn new(plan: Plan, set: Arc<IntervalSet>) -> Self {
+        let geometry = plan.geometry;
+        assert_eq!(set.clusters(), geometry.clusters(), "the set is the disk's");
+        assert!(plan.slots > 0 && plan.max_run > 0, "slots and runs are not empty");
+        let mut tally = Tally::default();
+        for &range in &plan.resumed {
+            let marked = set.mark_done(range);
+            assert_eq!(marked.0, range.count(), "resumed clusters were free");
+            tally.resumed += geometry.bytes_of(range).length;
+            tally.settled_clusters += range.count();
+        }
+        let resumed = Captured { done: plan.resumed.clone(), tally, complete: false };
+        let length = geometry.length().0;
+        let layers = (plan.sync == crate::copy::SyncMode::Top)
+            .then(|| ExtentWindow::new(crate::ring::ExtentQuery::TopLayer, length, plan.limits.extents));
+        Self {
+            slots: Slots::new(plan.slots),
+            transfers: Slab::new(),
+            tasks: Slab::new(),
+            backlog: VecDeque::new(),
+            position: ClusterIndex(0),
+            holes: ExtentWindow::new(crate::ring::ExtentQuery::Data, length, plan.limits.extents),
+            layers,
+            zeroing: Zeroing::Operation(ZeroMethod::Unmap),
+            zero_runs: 0,
+            zero_runs_tainted: false,
+            allocation: AllocateAhead::new(plan.allocate_ahead, plan.limits),
+            held: Vec::new(),
+            throttle: Throttle::new(plan.speed, geometry.cluster_size().bytes()),
+            retries: RetryList::default(),
+            mismatches: BTreeMap::new(),
+            skipped: BTreeMap::new(),
+            window: Window::default(),
+            closed_window: Window::default(),
+            verify_failure: None,
+            checkpoints: Checkpoints::new(resumed),
+            tally,
+            verified: 0,
+            retry_count: 0,
+            skipped_bytes: 0,
+            map_removed: false,
+            hold_until: None,
+            written: 0,
+            dropped_to: 0,
+            user_paused: false,
+            stopped: None,
+            drained_said: false,
+            ending: None,
+            salvaged: false,
+            finished: false,
+            events: Vec::new(),
+            plan,
+            set,
+        }
+    }
+
+    /// Do what can be done at `now`, and give at most `room` operations to push. `true`: there is more to do at once.
+    pub fn poll(&mut self, now: Timestamp, room: usize, out: &mut Vec<(Token, Op)>) -> bool {
+        if self.hold_until.is_some_and(|until| until <= now) {
+            self.hold_until = None;
+        }
+        self.settle(now);
+        let mut more = false;
+        if !self.finished {
+            more = self.advance(now);
+            self.settle(now);
+        }
+        for _ in 0..room {
+            let Some(next) = self.backlog.pop_front() else { break };
+            out.push(next);
+        }
+        more && !self.finished
+    }
+
+    /// When to call [`Self::poll`] again although nothing has happened.
+    #[must_use]
+    pub fn next_deadline(&self, now: Timestamp) -> Option<Timestamp> {
+        let keeps = self.plan.map.is_some() || self.plan.verify;
+        let checkpoint = (keeps && self.checkpoints.awaits_time() && self.ending.is_none())
+            .then(|| self.checkpoints.due_at(&self.plan.limits));
+        let sweep = match self.hold_until {
+            _ if self.ending.is_some() || self.paused() => None,
+            Some(until) => Some(until),
+            None => self.throttle.next_at(now).into_iter().chain(self.retries.next_after(now)).min(),
+        };
+        checkpoint.into_iter().chain(sweep).min()
+    }
+
+    /// A user pauses the sweep, or lets it go on. Letting go on also lifts a pause on an error.
+    pub fn set_paused(&mut self, paused: bool) {
+        if paused != self.user_paused {
+            self.drained_said = false;
+        }
+        self.user_paused = paused;
+        if !paused {
+            self.stopped = None;
+        }
+    }
+
+    /// Change the speed limit.
+    pub fn set_speed(&mut self, speed: Option<Speed>, now: Timestamp) {
+        self.throttle.set_speed(speed, now);
+    }
+
+    /// End without a result. What is in flight is waited for; with a map, a last checkpoint keeps what was done. `false`: too
+    /// late, how it ends is decided.
+    pub fn cancel(&mut self) -> bool {
+        let accepted = self.ending.is_none();
+        self.end_with(Ending::Cancelled);
+        accepted
+    }
+
+    /// Whether [`Event::Finished`] was given.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.finished
+    }
+
+    /// What has happened since the last call.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// The counters.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let tally = &self.tally;
+        Counters {
+            total: self.plan.geometry.length().0,
+            done: tally.done(),
+            copied: tally.copied,
+            holes: tally.holes,
+            zeros: tally.zeros,
+            uncovered: tally.uncovered,
+            resumed: tally.resumed,
+            skipped: self.skipped_bytes,
+            verified: self.verified,
+            retries: self.retry_count,
+            written: self.written,
+        }
+    }
+
+    /// Ranges left out so far, ascending; neighbours with the same error merged.
+    #[must_use]
+    pub fn skipped_ranges(&self) -> Vec<SkippedRange> {
+        let mut ranges: Vec<SkippedRange> = Vec::new();
+        for (&cluster, error) in &self.skipped {
+            let range = self.plan.geometry.bytes_of(one(cluster));
+            match ranges.last_mut() {
+                Some(last) if last.range.end() == range.offset && *last.error == **error => {
+                    last.range.length += range.length;
+                }
+                _ => ranges.push(SkippedRange { range, error: error.to_string() }),
+            }
+        }
+        ranges
+    }
+
+    /// Whether a later run can go on from the map as it stands.
+    #[must_use]
+    pub fn is_resumable(&self) -> bool {
+        self.plan.map.is_some() && self.checkpoints.map_written
+    }
+
+    /// Whether `verify` was asked for and everything done by this run was compared.
+    #[must_use]
+    pub fn is_verified(&self) -> bool {
+        self.plan.verify && matches!(self.ending, Some(Ending::Complete))
+    }
+
+    fn push(&mut self, task: Task, op: Op) {
+        let token = Token(self.tasks.insert(task) as u64);
+        self.backlog.push_back((token, op));
+    }
+
+    fn paused(&self) -> bool {
+        self.user_paused || self.stopped.is_some()
+    }
+}
+
+impl std::fmt::Debug for Copier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Copier")
+            .field("position", &self.position)
+            .field("tasks", &self.tasks)
+            .field("transfers", &self.transfers)
+            .field("backlog", &self.backlog)
+            .field("held", &self.held)
+            .field("retries", &self.retries)
+            .field("holes", &self.holes)
+            .field("allocation", &self.allocation)
+            .field("stage", &self.checkpoints.stage)
+            .field("tally", &self.tally)
+            .field("stopped", &self.stopped)
+            .field("ending", &self.ending)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Copier {
+    /// A copier that goes away in mid-copy (its ring broke) gives its claims back.
+    fn drop(&mut self) {
+        let transfers = self.transfers.drain().flat_map(Transfer::abandon);
+        let runs = self
+            .tasks
+            .drain()
+            .filter_map(|task| if let Task::ZeroRun { claim } = task { Some(claim) } else { None });
+        for claim in transfers.chain(runs) {
+            self.set.release(claim);
+        }
+    }
+}
+
+/// The range of one cluster.
+fn one(cluster: ClusterIndex) -> crate::units::ClusterRange {
+    crate::units::ClusterRange::new(cluster.0, cluster.0 + 1)
+}

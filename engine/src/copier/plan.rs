@@ -1,0 +1,160 @@
+//! What a copier is to do: everything decided before it starts.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::copy::{ErrorPolicy, SyncMode};
+use crate::ring::{DocumentId, FileId};
+use crate::units::{ByteRange, ClusterRange, Geometry, Speed};
+
+/// One side of a copy, as the logic sees it.
+#[derive(Clone, Debug)]
+pub struct Side {
+    /// On the ring.
+    pub file: FileId,
+    /// How messages name it.
+    pub name: Arc<str>,
+    /// Alignment of direct I/O; `None`: buffered, and the page cache is dropped behind the copy.
+    pub direct_alignment: Option<u32>,
+}
+
+/// A small state that a later run can go on from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// Clusters whose copy is on stable storage, ascending, neither empty nor adjacent.
+    pub done: Vec<ClusterRange>,
+    /// Ranges left out, which the next run tries again.
+    pub skipped: Vec<ByteRange>,
+}
+
+/// Puts a checkpoint into the form in which it is stored.
+pub type EncodeCheckpoint = Box<dyn Fn(&Checkpoint) -> Vec<u8> + Send>;
+
+/// Where checkpoints go.
+pub struct MapPlan {
+    /// On the ring.
+    pub document: DocumentId,
+    /// Its form.
+    pub encode: EncodeCheckpoint,
+}
+
+/// What a copier is to do.
+pub struct Plan {
+    /// Length and cluster size.
+    pub geometry: Geometry,
+    /// Read from.
+    pub source: Side,
+    /// Written to.
+    pub target: Side,
+    /// What is covered.
+    pub sync: SyncMode,
+    /// Look for clusters of zeros.
+    pub zero_detect: bool,
+    /// What was not written yet reads as zeros on the target.
+    pub target_is_zero: bool,
+    /// Reserve space on the target ahead of the data.
+    pub allocate_ahead: bool,
+    /// In-flight clusters; the arena holds as many.
+    pub slots: u32,
+    /// Most clusters in one request, at least 1.
+    pub max_run: u32,
+    /// Policy for reads.
+    pub on_source_error: ErrorPolicy,
+    /// Policy for writes, flushes and verification.
+    pub on_target_error: ErrorPolicy,
+    /// Speed limit at the start.
+    pub speed: Option<Speed>,
+    /// Read back and compare what was written.
+    pub verify: bool,
+    /// Keep a map.
+    pub map: Option<MapPlan>,
+    /// What an earlier run has done.
+    pub resumed: Vec<ClusterRange>,
+    /// Limits that tests make smaller.
+    pub limits: Limits,
+    /// A bug put in on purpose, to see that the tests catch it.
+    #[cfg(feature = "sim")]
+    pub planted: Option<PlantedBug>,
+}
+
+/// Named bounds of a copier.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Longest time between the starts of two checkpoints while there is something new.
+    pub checkpoint_interval: Duration,
+    /// Most bytes copied between the starts of two checkpoints.
+    pub checkpoint_bytes: u64,
+    /// Retries of a cluster under policy `ignore`, and of a failed flush, before giving up on it.
+    pub retries: u32,
+    /// Pause before the first retry; doubles with each.
+    pub retry_pause: Duration,
+    /// Most ranges left out; one more fails the job.
+    pub skipped_ranges: usize,
+    /// Most bytes made zero by one request.
+    pub zero_run_bytes: u64,
+    /// First and smallest window of space reserved ahead, in bytes of data.
+    pub allocation_window_min: u64,
+    /// Largest window of space reserved ahead.
+    pub allocation_window_max: u64,
+    /// Extents asked for at a time.
+    pub extents: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            checkpoint_interval: Duration::from_secs(5),
+            checkpoint_bytes: 1 << 30,
+            retries: 5,
+            retry_pause: Duration::from_millis(100),
+            skipped_ranges: 65_536,
+            zero_run_bytes: 32 << 20,
+            allocation_window_min: 16 << 20,
+            allocation_window_max: 1 << 30,
+            extents: 1024,
+        }
+    }
+}
+
+/// Bugs that the simulation must catch.
+#[cfg(feature = "sim")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PlantedBug {
+    /// A short write counts as the whole.
+    ShortWriteIsWhole,
+    /// The map is written without waiting for the flush.
+    MapBeforeFlush,
+    /// The set of done clusters is captured when the flush has ended, not before it was submitted.
+    CaptureAfterFlush,
+    /// A failed flush is tried again and, when that succeeds, believed.
+    FlushRetriedAndBelieved,
+    /// A cluster counts as done although its write failed.
+    FailedWriteIsDone,
+    /// What is read back is not compared.
+    VerifyBelieves,
+}
+
+impl Plan {
+    /// Whether `bug` was put in. Never, outside the simulation.
+    #[cfg(feature = "sim")]
+    #[must_use]
+    pub(super) fn has_bug(&self, bug: PlantedBug) -> bool {
+        self.planted == Some(bug)
+    }
+}
+
+/// Whether a bug was planted in `$plan`: `false`, at no cost, outside the simulation.
+macro_rules! planted {
+    ($plan:expr, $bug:ident) => {{
+        #[cfg(feature = "sim")]
+        {
+            $plan.has_bug($crate::copier::plan::PlantedBug::$bug)
+        }
+        #[cfg(not(feature = "sim"))]
+        {
+            let _ = &$plan;
+            false
+        }
+    }};
+}
+pub(super) use planted;

@@ -1,0 +1,291 @@
+//! Checkpoints, withdrawals, and the end.
+
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::checkpoint::{Captured, Stage, without};
+use super::piece::Fault;
+use super::plan::{Checkpoint, planted};
+use super::retry::{Verdict, verdict};
+use super::verify::{Verification, Window};
+use super::{Copier, Ending, Event, Task, one};
+use crate::error::{Error, Operation};
+use crate::ring::{FileId, Op, Output};
+use crate::units::{ByteRange, ClusterRange, Timestamp};
+
+/// Bytes of sweep after which the page cache behind a buffered side is dropped.
+const DROP_STEP: u64 = 32 << 20;
+
+impl Copier {
+    /// Do whatever checkpoints and the end call for.
+    pub(super) fn settle(&mut self, now: Timestamp) {
+        if self.finished {
+            return;
+        }
+        self.finish_verification(now);
+        if self.ending.is_some() {
+            return self.settle_ending(now);
+        }
+        let idle = self.is_idle();
+        if self.paused() && idle && !self.drained_said {
+            self.drained_said = true;
+            self.events.push(Event::Drained);
+        }
+        let all_settled = self.tally.settled_clusters == self.plan.geometry.clusters().0;
+        if all_settled && idle && self.checkpoints.is_idle() && !self.paused() {
+            return self.begin_checkpoint(true, now);
+        }
+        self.drop_cache();
+        let keeps = self.plan.map.is_some() || self.plan.verify;
+        if keeps && self.checkpoints.is_due(now, &self.plan.limits) {
+            self.begin_checkpoint(false, now);
+        }
+    }
+
+    fn settle_ending(&mut self, now: Timestamp) {
+        if !self.is_idle() || !self.checkpoints.is_idle() {
+            return;
+        }
+        let decided = matches!(self.ending, Some(Ending::Complete));
+        let salvage = self.plan.map.is_some() && self.checkpoints.dirty && !self.salvaged && !decided;
+        self.salvaged = true;
+        if salvage {
+            self.begin_checkpoint(false, now);
+        } else if self.nothing_under_way() {
+            let ending = self.ending.clone().expect("it is ending");
+            self.finish(ending);
+        }
+    }
+
+    /// Whether no cluster is being copied.
+    fn is_idle(&self) -> bool {
+        let idle = self.transfers.is_empty() && self.zero_runs == 0;
+        assert!(!idle || self.slots.all_free(), "slots belong to transfers");
+        idle
+    }
+
+    fn nothing_under_way(&self) -> bool {
+        self.tasks.is_empty() && self.backlog.is_empty()
+    }
+
+    fn finish(&mut self, ending: Ending) {
+        assert!(
+            self.is_idle() && self.nothing_under_way() && !self.finished,
+            "it ends once, with nothing in flight"
+        );
+        if matches!(ending, Ending::Complete) {
+            let counters = self.counters();
+            assert_eq!(counters.done + counters.skipped, counters.total, "everything was done or left out");
+            assert_eq!(self.set.count_done(), self.plan.geometry.clusters(), "everything was settled");
+            assert!(counters.written >= counters.copied, "what was copied was written");
+        }
+        self.ending = Some(ending.clone());
+        self.finished = true;
+        self.events.push(Event::Finished(ending));
+    }
+
+    /// It is to end so, once nothing is in flight; the first reason counts.
+    pub(super) fn end_with(&mut self, ending: Ending) {
+        if self.ending.is_some() || self.finished {
+            return;
+        }
+        tracing::debug!(?ending, "ending");
+        self.ending = Some(ending);
+        self.stopped = None;
+        self.user_paused = false;
+        self.retries.clear();
+    }
+
+    /// The set of done clusters now, without those left out.
+    fn capture(&self) -> Captured {
+        let skipped = self.skipped.keys().copied().collect();
+        let mut tally = self.tally;
+        tally.settled_clusters -= self.skipped.len() as u64;
+        let ranges: Vec<ClusterRange> = self.set.done_ranges().collect();
+        let complete = self.tally.settled_clusters == self.plan.geometry.clusters().0;
+        Captured { done: without(&ranges, skipped), tally, complete }
+    }
+
+    fn begin_checkpoint(&mut self, last: bool, now: Timestamp) {
+        let captured = self.capture();
+        assert!(!last || captured.complete, "the last checkpoint covers everything");
+        tracing::debug!(ranges = captured.done.len(), last, "checkpoint");
+        self.closed_window = std::mem::take(&mut self.window);
+        self.checkpoints.begin(captured, now);
+        self.push(Task::Flush, Op::Flush { file: self.plan.target.file });
+        if planted!(self.plan, MapBeforeFlush) && self.plan.map.is_some() {
+            let captured = self.checkpoints.captured.clone();
+            self.checkpoints.durable = captured;
+            self.push_map(false);
+        }
+    }
+
+    pub(super) fn on_flushed(&mut self, result: &Result<Output, Errno>, now: Timestamp) {
+        match result {
+            Ok(_) => {
+                if planted!(self.plan, CaptureAfterFlush) {
+                    self.checkpoints.captured = self.capture();
+                }
+                self.checkpoints.failed_flushes = 0;
+                let window = std::mem::take(&mut self.closed_window);
+                self.checkpoints.stage = Stage::Verifying(Verification::new(window, self.plan.geometry));
+            }
+            Err(_) if planted!(self.plan, FlushRetriedAndBelieved) => {
+                self.push(Task::Flush, Op::Flush { file: self.plan.target.file });
+            }
+            Err(errno) => self.flush_failed(*errno, now),
+        }
+    }
+
+    /// A flush failed: what was written since the last good one may be lost, whatever a later flush says.
+    fn flush_failed(&mut self, errno: Errno, now: Timestamp) {
+        let attempts = self.checkpoints.failed_flushes;
+        let verdict = verdict(self.plan.on_target_error, Fault::Errno(errno), attempts, &self.plan.limits);
+        let error = Arc::new(Error::io(Operation::Flush, self.plan.target.name.to_string(), None, errno));
+        tracing::info!(%error, ?verdict, "flush failed");
+        self.withdraw();
+        self.checkpoints.failed_flushes += 1;
+        self.salvaged = true;
+        match verdict {
+            Verdict::Pause(io_status) if self.ending.is_none() => {
+                self.salvaged = false;
+                self.stop(io_status, error);
+            }
+            Verdict::Retry(pause) if self.ending.is_none() => {
+                self.salvaged = false;
+                self.hold_until = Some(now.after(pause));
+            }
+            _ if self.ending.is_some() => {
+                self.events.push(Event::Notice(format!(
+                    "what was copied since the last checkpoint is lost: {error}"
+                )));
+            }
+            _ => self.end_with(Ending::Failed(error)),
+        }
+    }
+
+    /// Take back every claim since the last good flush: those clusters are copied again.
+    fn withdraw(&mut self) {
+        let durable = &self.checkpoints.durable;
+        let mut keep = durable.done.iter().copied().peekable();
+        let done: Vec<ClusterRange> = self.set.done_ranges().collect();
+        let mut lost = Vec::new();
+        for range in done {
+            for cluster in range.iter() {
+                while keep.peek().is_some_and(|kept| kept.end <= cluster) {
+                    keep.next();
+                }
+                let kept = keep.peek().is_some_and(|kept| kept.contains(cluster));
+                if !kept && !self.skipped.contains_key(&cluster) {
+                    lost.push(cluster);
+                }
+            }
+        }
+        for &cluster in &lost {
+            self.set.reopen(one(cluster));
+        }
+        tracing::info!(clusters = lost.len(), "withdrawn");
+        self.tally = durable.tally;
+        self.tally.settled_clusters += self.skipped.len() as u64;
+        for (_, transfer) in &mut self.transfers {
+            transfer.tainted = !matches!(transfer.purpose, super::transfer::Purpose::Verify(_));
+        }
+        self.zero_runs_tainted = self.zero_runs > 0;
+        self.window = Window::default();
+        self.closed_window = Window::default();
+        self.checkpoints.stage = Stage::Idle;
+        self.checkpoints.dirty = true;
+        self.retries.clear();
+        self.rewind_to(crate::units::ClusterIndex(0));
+    }
+
+    /// When the window under verification is through: claim what compared equal.
+    fn finish_verification(&mut self, now: Timestamp) {
+        let Stage::Verifying(verification) = &mut self.checkpoints.stage else { return };
+        if matches!(self.ending, Some(Ending::Failed(_))) {
+            verification.abandon();
+        }
+        if !verification.is_done() {
+            return;
+        }
+        let failed: Vec<_> =
+            verification.failed.iter().map(|&cluster| (cluster, verification.was(cluster))).collect();
+        self.checkpoints.stage = Stage::Idle;
+        let mut captured = std::mem::take(&mut self.checkpoints.captured);
+        if !failed.is_empty() {
+            captured.complete = false;
+            captured.done = without(&captured.done, failed.iter().map(|&(cluster, _)| cluster).collect());
+            for &(cluster, was) in &failed {
+                captured.tally.withdraw(was, self.plan.geometry.bytes_of(one(cluster)).length);
+            }
+        }
+        let complete = captured.complete;
+        self.checkpoints.durable = captured;
+        self.reopen_mismatched(&failed, now);
+        if complete {
+            self.end_with(Ending::Complete);
+        }
+        if self.plan.map.is_some() {
+            self.checkpoints.stage = Stage::Publishing;
+            let succeeded = matches!(self.ending, Some(Ending::Complete));
+            self.push_map(succeeded && self.skipped.is_empty());
+        }
+    }
+
+    /// Publish what is durable, or, at the end of a complete copy, remove the map.
+    fn push_map(&mut self, remove: bool) {
+        let Some(map) = &self.plan.map else { return };
+        let skipped: Vec<ByteRange> =
+            self.skipped_ranges().into_iter().map(|skipped| skipped.range).collect();
+        let contents = (!remove)
+            .then(|| (map.encode)(&Checkpoint { done: self.checkpoints.durable.done.clone(), skipped }));
+        let document = map.document;
+        self.map_removed = remove;
+        self.push(Task::Publish, Op::Publish { document, contents });
+    }
+
+    pub(super) fn on_published(&mut self, result: &Result<Output, Errno>) {
+        if matches!(self.checkpoints.stage, Stage::Publishing) {
+            self.checkpoints.stage = Stage::Idle;
+        }
+        match result {
+            Ok(_) => {
+                self.checkpoints.map_stale = false;
+                self.checkpoints.map_written = !self.map_removed;
+            }
+            Err(errno) if !self.checkpoints.map_stale => {
+                self.checkpoints.map_stale = true;
+                let notice = if self.map_removed {
+                    format!("the copy is complete, but its map file cannot be removed: {}", errno.desc())
+                } else {
+                    format!(
+                        "the map file cannot be written ({}): an interrupted copy would go on from an older one",
+                        errno.desc()
+                    )
+                };
+                self.events.push(Event::Notice(notice));
+            }
+            Err(errno) => tracing::warn!(%errno, "map file still cannot be written"),
+        }
+    }
+
+    /// Drop the page cache behind a buffered side, a step of the sweep at a time and no closer than the slots in flight.
+    fn drop_cache(&mut self) {
+        let behind = u64::from(self.plan.slots) * self.plan.geometry.cluster_size().bytes();
+        let to = self.plan.geometry.offset_of(self.position).saturating_sub(behind);
+        if to < self.dropped_to + DROP_STEP {
+            return;
+        }
+        let range = ByteRange::between(self.dropped_to, to);
+        self.dropped_to = to;
+        for file in self.buffered_files() {
+            self.push(Task::DropCache, Op::DropCache { file, range });
+        }
+    }
+
+    fn buffered_files(&self) -> Vec<FileId> {
+        let sides = [&self.plan.source, &self.plan.target];
+        sides.iter().filter(|side| side.direct_alignment.is_none()).map(|side| side.file).collect()
+    }
+}

@@ -1,0 +1,348 @@
+//! What to start next: verification runs, retries, then the sweep in order.
+
+use super::checkpoint::Stage;
+use super::extents::{ExtentWindow, Known};
+use super::piece::Direction;
+use super::tally::Was;
+use super::transfer::{Purpose, Transfer};
+use super::verify::ReadBack;
+use super::{Copier, Task, Zeroing, one};
+use crate::interval_set::Claim;
+use crate::ring::Op;
+use crate::units::{ByteRange, ClusterCount, ClusterIndex, ClusterRange, Geometry, Timestamp};
+
+/// Runs of zeros in flight.
+const MAX_ZERO_RUNS: u32 = 4;
+/// Grain at which data within a cluster is told from holes: no file system has smaller blocks that matter, and every alignment divides it.
+const GRAIN: u64 = 4096;
+/// Steps an iteration of the ring thread, so that completions are never kept waiting long.
+const STEPS: u32 = 128;
+
+/// What the clusters from the sweep's position on have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stretch {
+    /// Not covered by the mode.
+    Uncovered,
+    /// Holes as a whole.
+    Hole,
+    /// At least some data in each.
+    Data,
+}
+
+impl Copier {
+    /// Start what can be started now. `true`: the work budget of an iteration was used up before that.
+    pub(super) fn advance(&mut self, now: Timestamp) -> bool {
+        let steps = (0..STEPS).take_while(|_| self.step(now)).count();
+        if let Some(op) = self.holes.question(self.plan.source.file) {
+            self.push(Task::SourceExtents, op);
+        }
+        let layers = self.layers.as_mut().and_then(|layers| layers.question(self.plan.source.file));
+        if let Some(op) = layers {
+            self.push(Task::SourceLayers, op);
+        }
+        steps == STEPS as usize
+    }
+
+    /// One step; `false` when nothing can be started before something happens.
+    fn step(&mut self, now: Timestamp) -> bool {
+        if self.start_verification() {
+            return true;
+        }
+        if self.ending.is_some() || self.paused() || self.hold_until.is_some() {
+            return false;
+        }
+        if self.throttle.allowance(now) == Some(0) {
+            return false;
+        }
+        if self.window.bytes() >= self.plan.limits.checkpoint_bytes && !self.checkpoints.is_idle() {
+            return false;
+        }
+        if self.retries.len() > 0 {
+            let (start, free) = self.slots.longest_run(1);
+            if free > 0
+                && let Some((cluster, attempts)) = self.retries.take_due(now)
+            {
+                if let Some(claim) = self.set.claim_first(one(cluster), ClusterCount(1)) {
+                    self.start_copy(claim, start, Some(attempts), now);
+                }
+                return true;
+            }
+            if self.retries.len() >= self.plan.slots as usize {
+                return false;
+            }
+        }
+        self.sweep(now)
+    }
+
+    fn sweep(&mut self, now: Timestamp) -> bool {
+        let end = ClusterIndex(self.plan.geometry.clusters().0);
+        if self.position >= end {
+            return false;
+        }
+        let Some(next) = self.set.next_not_done(self.position) else {
+            self.position = end;
+            return false;
+        };
+        self.position = next;
+        let offset = self.plan.geometry.offset_of(next);
+        self.holes.passed(offset);
+        if let Some(layers) = &mut self.layers {
+            layers.passed(offset);
+        }
+        let Some((stretch, end)) = self.stretch_at(next) else {
+            let needed = self.plan.geometry.bytes_of(one(next)).end();
+            self.holes.need(needed);
+            if let Some(layers) = &mut self.layers {
+                layers.need(needed);
+            }
+            return false;
+        };
+        match stretch {
+            Stretch::Uncovered => {
+                self.settle_at_once(ClusterRange { start: next, end }, None);
+                true
+            }
+            Stretch::Hole if self.plan.target_is_zero => {
+                self.settle_at_once(ClusterRange { start: next, end }, Some(Was::Hole));
+                true
+            }
+            Stretch::Hole => self.start_zero_run(ClusterRange { start: next, end }),
+            Stretch::Data => self.start_run(ClusterRange { start: next, end }, now),
+        }
+    }
+
+    /// What lies from `cluster` on, and up to where; `None`: not known yet.
+    fn stretch_at(&self, cluster: ClusterIndex) -> Option<(Stretch, ClusterIndex)> {
+        let geometry = self.plan.geometry;
+        let max = u64::from(self.plan.max_run);
+        let mut limit = ClusterIndex(geometry.clusters().0);
+        if let Some(layers) = &self.layers {
+            let (covered, end) = run_of(layers, geometry, cluster, max)?;
+            if !covered {
+                return Some((Stretch::Uncovered, end));
+            }
+            limit = end;
+        }
+        let (data, end) = run_of(&self.holes, geometry, cluster, max)?;
+        let end = end.min(limit);
+        let last_bytes = geometry.bytes_of(one(ClusterIndex(geometry.clusters().0 - 1)));
+        // The last cluster of a target that needs zeros written goes as data when it ends within a sector.
+        let odd_end = !self.plan.target_is_zero && !last_bytes.end().is_multiple_of(GRAIN);
+        let holes_as_data = !self.plan.target_is_zero && self.zeroing == Zeroing::Data;
+        if data || holes_as_data {
+            return Some((Stretch::Data, end));
+        }
+        if odd_end && end.0 == geometry.clusters().0 {
+            let before = ClusterIndex(end.0 - 1);
+            return Some(if cluster == before { (Stretch::Data, end) } else { (Stretch::Hole, before) });
+        }
+        Some((Stretch::Hole, end))
+    }
+
+    /// Clusters of `range` that need no I/O: not covered (`None`), or holes of a target that is zero.
+    fn settle_at_once(&mut self, range: ClusterRange, was: Option<Was>) {
+        let Some(claim) = self.set.claim_first(range, ClusterCount(range.count())) else {
+            self.position = range.end;
+            return;
+        };
+        let clusters = claim.range();
+        let bytes = self.plan.geometry.bytes_of(clusters).length;
+        self.position = clusters.end;
+        self.retries.forget(clusters);
+        tracing::trace!(?clusters, ?was, "skip");
+        self.set.complete(claim);
+        match was {
+            Some(was) => self.note_zeros(clusters, was),
+            None => {
+                self.tally.uncovered += bytes;
+                self.tally.settled_clusters += clusters.count();
+            }
+        }
+        self.checkpoints.on_settled(0);
+    }
+
+    fn start_zero_run(&mut self, range: ClusterRange) -> bool {
+        let Zeroing::Operation(method) = self.zeroing else { unreachable!("holes go as data then") };
+        if self.zero_runs >= MAX_ZERO_RUNS {
+            return false;
+        }
+        let max = (self.plan.limits.zero_run_bytes / self.plan.geometry.cluster_size().bytes()).max(1);
+        let Some(claim) = self.set.claim_first(range, ClusterCount(max)) else {
+            self.position = range.end;
+            return true;
+        };
+        let clusters = claim.range();
+        self.position = clusters.end;
+        self.retries.forget(clusters);
+        self.zero_runs += 1;
+        let range = self.plan.geometry.bytes_of(clusters);
+        let op = Op::WriteZeroes { file: self.plan.target.file, range, method };
+        tracing::trace!(?clusters, ?method, "zero");
+        self.push(Task::ZeroRun { claim }, op);
+        true
+    }
+
+    fn start_run(&mut self, range: ClusterRange, now: Timestamp) -> bool {
+        let cluster_bytes = self.plan.geometry.cluster_size().bytes();
+        let mut max = u64::from(self.plan.max_run).min(range.count());
+        if let Some(allowance) = self.throttle.allowance(now) {
+            max = max.min(allowance / cluster_bytes);
+        }
+        let max = u32::try_from(max).expect("bounded by max_run");
+        let (start, count) = self.slots.longest_run(max);
+        // Half a run now would be half a request for good: wait for the slots in flight instead.
+        if count == 0 || (count < max.div_ceil(2) && !self.transfers.is_empty()) {
+            return false;
+        }
+        let Some(claim) = self.set.claim_first(range, ClusterCount(u64::from(count))) else {
+            self.position = range.end;
+            return true;
+        };
+        self.position = claim.range().end;
+        self.retries.forget(claim.range());
+        self.reserve_ahead(claim.range());
+        self.start_copy(claim, start, None, now);
+        true
+    }
+
+    /// Read the clusters of `claim` into the slots from `slot` on.
+    fn start_copy(&mut self, claim: Claim, slot: u32, alone: Option<u32>, now: Timestamp) {
+        let clusters = claim.range();
+        let count = u32::try_from(clusters.count()).expect("bounded by the slots");
+        let run = self.slots.take(slot, count);
+        let mut transfer =
+            Transfer::new(Purpose::Copy { alone }, clusters, self.plan.geometry, run).with_claim(claim);
+        let whole = transfer.bytes;
+        let exact = alone.is_none() && self.plan.target_is_zero;
+        transfer.data = if exact { self.data_in(whole) } else { vec![whole] };
+        let read = if self.plan.verify {
+            whole
+        } else {
+            let first = transfer.data.first().map_or(whole.offset, |range| range.offset);
+            let last = transfer.data.last().map_or(whole.end(), |range| range.end());
+            ByteRange::between(first, last)
+        };
+        self.throttle.spend(transfer.data.iter().map(|range| range.length).sum(), now);
+        if alone.is_some() {
+            self.retry_count += 1;
+        }
+        tracing::trace!(?clusters, ?alone, %read, "read");
+        self.start_read(transfer, read);
+    }
+
+    fn start_read(&mut self, mut transfer: Transfer, range: ByteRange) {
+        transfer.outstanding += 1;
+        let piece = transfer.piece(Direction::Read, range);
+        let side = if matches!(transfer.purpose, Purpose::Verify(_)) {
+            &self.plan.target
+        } else {
+            &self.plan.source
+        };
+        let op = piece.op(side);
+        let id = self.transfers.insert(transfer);
+        self.push(Task::Move { transfer: id, piece }, op);
+    }
+
+    /// The data within `range`, rounded out to [`GRAIN`]s, as the source described it.
+    fn data_in(&self, range: ByteRange) -> Vec<ByteRange> {
+        let mut data: Vec<ByteRange> = Vec::new();
+        for extent in self.holes.present_in(range) {
+            let start = extent.offset - extent.offset % GRAIN;
+            let end = extent.end().next_multiple_of(GRAIN).min(range.end());
+            let start = start.max(range.offset);
+            match data.last_mut() {
+                Some(last) if last.end() >= start => last.length = end - last.offset,
+                _ => data.push(ByteRange::between(start, end)),
+            }
+        }
+        if data.is_empty() { vec![range] } else { data }
+    }
+
+    /// Reserve space for the data from the run just claimed on, if that is due.
+    fn reserve_ahead(&mut self, claimed: ClusterRange) {
+        let position = self.plan.geometry.offset_of(claimed.start);
+        let Some((from, budget)) = self.allocation.due(position) else { return };
+        let length = self.plan.geometry.length().0;
+        let mut ranges: Vec<ByteRange> = Vec::new();
+        let mut left = budget;
+        for extent in self.holes.present_in(ByteRange::between(from.min(length), length)) {
+            if left == 0 || ranges.len() >= self.plan.limits.extents {
+                break;
+            }
+            let part = ByteRange::new(extent.offset, extent.length.min(left));
+            left -= part.length;
+            ranges.push(part);
+        }
+        if ranges.is_empty() {
+            self.allocation.skip_to(from);
+            return;
+        }
+        tracing::debug!(ranges = ranges.len(), bytes = budget - left, "reserve");
+        self.allocation.begin(&ranges);
+        self.push(Task::Allocate, Op::Allocate { file: self.plan.target.file, ranges });
+    }
+
+    /// Read back the next run of the window under verification.
+    fn start_verification(&mut self) -> bool {
+        let Stage::Verifying(verification) = &mut self.checkpoints.stage else { return false };
+        if let Some(op) = verification.question(self.plan.target.file, self.plan.limits.extents) {
+            self.push(Task::TargetExtents, op);
+            return true;
+        }
+        if !verification.has_next() {
+            return false;
+        }
+        let (start, count) = self.slots.longest_run(self.plan.max_run);
+        if count == 0 || (count < self.plan.max_run.div_ceil(2) && !self.transfers.is_empty()) {
+            return false;
+        }
+        let Some(ReadBack { clusters, expected }) = verification.next(u64::from(count)) else { return false };
+        verification.running += 1;
+        let count = u32::try_from(clusters.count()).expect("bounded by the slots");
+        let run = self.slots.take(start, count);
+        let transfer = Transfer::new(Purpose::Verify(expected), clusters, self.plan.geometry, run);
+        let bytes = transfer.bytes;
+        tracing::trace!(?clusters, "read back");
+        self.start_read(transfer, bytes);
+        true
+    }
+}
+
+/// Whether `cluster` is absent as a whole or (partly) present in `window`, and up to where that holds: any number of absent
+/// clusters, at most `max` present ones. `None`: not known yet.
+fn run_of(
+    window: &ExtentWindow,
+    geometry: Geometry,
+    cluster: ClusterIndex,
+    max: u64,
+) -> Option<(bool, ClusterIndex)> {
+    let length = geometry.length().0;
+    let present = |cluster| -> Option<(bool, u64)> {
+        let bytes = geometry.bytes_of(one(cluster));
+        match window.at(bytes.offset) {
+            Known::Unknown => None,
+            Known::Until { present: false, until } if until >= bytes.end() => Some((false, until)),
+            Known::Until { present: true, until } if until >= bytes.end() => Some((true, until)),
+            // In pieces: all of them must be known, for what is not known to be data would be left out.
+            Known::Until { .. } if window.reaches(bytes.end()) => Some((true, bytes.end())),
+            Known::Until { .. } => None,
+        }
+    };
+    let (first, until) = present(cluster)?;
+    if !first {
+        let bytes = ByteRange::between(geometry.offset_of(cluster), until.min(length));
+        return Some((false, geometry.within(bytes).end));
+    }
+    let mut end = ClusterIndex(cluster.0 + 1);
+    let mut known_present_to = until;
+    while end.0 - cluster.0 < max && end.0 < geometry.clusters().0 {
+        if geometry.bytes_of(one(end)).end() > known_present_to {
+            match present(end) {
+                Some((true, until)) => known_present_to = until,
+                Some((false, _)) | None => break,
+            }
+        }
+        end.0 += 1;
+    }
+    Some((true, end))
+}

@@ -1,0 +1,448 @@
+//! Carrying transfers through: what a completion leads to.
+
+use nix::errno::Errno;
+
+use super::checkpoint::Stage;
+use super::faults::side_of;
+use super::inspect::is_zero;
+use super::piece::{Direction, Fault, Piece, Step};
+use super::plan::planted;
+use super::tally::Was;
+use super::transfer::{Category, Expected, Failure, Purpose, TransferId};
+use super::{Copier, Task, Zeroing};
+use crate::error::Operation;
+use crate::ring::{Arena, Completion, Op, Output, ZeroMethod};
+use crate::units::{ByteRange, ClusterIndex, ClusterRange, Timestamp};
+
+impl Copier {
+    /// Take in a completion. `arena` is the ring's.
+    ///
+    /// # Panics
+    /// If nothing is in flight under its token.
+    pub fn on_completion(&mut self, completion: Completion, arena: &Arena, now: Timestamp) {
+        let index = usize::try_from(completion.token.0).expect("our own token");
+        let task = self.tasks.remove(index);
+        let result = completion.result;
+        match task {
+            Task::Move { transfer, piece } => self.on_moved(transfer, piece, result, arena, now),
+            Task::Zero { transfer, range, best_effort } => {
+                self.on_zeroed(transfer, range, best_effort, &result, now)
+            }
+            Task::Digest { transfer } => self.on_digests(transfer, result, now),
+            Task::ZeroRun { claim } => self.on_zero_run(claim, &result),
+            Task::SourceExtents => self.holes.on_answer(result),
+            Task::SourceLayers => self.layers.as_mut().expect("asked about layers").on_answer(result),
+            Task::TargetExtents => self.on_target_extents(result),
+            Task::Allocate => self.on_reserved(&result, arena, now),
+            Task::Flush => self.on_flushed(&result, now),
+            Task::Publish => self.on_published(&result),
+            Task::DropCache => {
+                if let Err(errno) = result {
+                    tracing::debug!(%errno, "page cache not dropped");
+                }
+            }
+        }
+    }
+
+    fn on_moved(
+        &mut self,
+        id: TransferId,
+        mut piece: Piece,
+        result: Result<Output, Errno>,
+        arena: &Arena,
+        now: Timestamp,
+    ) {
+        let verifying = matches!(self.transfers[id].purpose, Purpose::Verify(_));
+        let operation = match (piece.direction(), verifying) {
+            (Direction::Read, false) => Operation::Read,
+            (Direction::Read, true) => Operation::Verify,
+            (Direction::Write, _) => Operation::Write,
+        };
+        let side = if operation == Operation::Read { &self.plan.source } else { &self.plan.target };
+        let short_write = operation == Operation::Write && matches!(result, Ok(Output::Bytes(_)));
+        let mut step = piece.on_result(result, side);
+        if planted!(self.plan, ShortWriteIsWhole) && short_write {
+            step = Step::Finished;
+        }
+        match step {
+            Step::Again if self.ending.is_none() => {
+                let op = piece.op(side);
+                self.push(Task::Move { transfer: id, piece }, op);
+            }
+            Step::Again => self.fail_task(id, piece.range(), Fault::Errno(Errno::ECANCELED), operation, now),
+            Step::Finished => match operation {
+                Operation::Read => self.on_read(id, arena, now),
+                Operation::Verify => self.on_read_back(id, arena, now),
+                _ => {
+                    self.transfers[id].written += piece.range().length;
+                    self.task_done(id, self.plan.geometry.covering(piece.range()), now);
+                }
+            },
+            Step::Failed(fault) => {
+                if planted!(self.plan, FailedWriteIsDone) && operation == Operation::Write {
+                    return self.task_done(id, self.plan.geometry.covering(piece.range()), now);
+                }
+                tracing::debug!(range = %piece.range(), ?fault, operation = operation.verb(), "failed");
+                self.fail_task(id, piece.range(), fault, operation, now);
+            }
+        }
+    }
+
+    /// A task over `range` of a transfer has failed.
+    fn fail_task(
+        &mut self,
+        id: TransferId,
+        range: ByteRange,
+        fault: Fault,
+        operation: Operation,
+        now: Timestamp,
+    ) {
+        let transfer = &mut self.transfers[id];
+        let clusters = match operation {
+            Operation::Read | Operation::Verify => transfer.clusters,
+            _ => self.plan.geometry.covering(range),
+        };
+        transfer.task_failed(clusters, Failure { fault, operation, range });
+        transfer.outstanding -= 1;
+        self.finish_if_over(id, now);
+    }
+
+    /// A task over `clusters` of a transfer has succeeded: settle the clusters that have none left.
+    fn task_done(&mut self, id: TransferId, clusters: ClusterRange, now: Timestamp) {
+        let transfer = &mut self.transfers[id];
+        transfer.outstanding -= 1;
+        let ranges = transfer.task_done(clusters);
+        self.settle_in(id, &ranges);
+        self.finish_if_over(id, now);
+    }
+
+    /// The data of a copy is there: find zeros, start the checksum and the writes.
+    fn on_read(&mut self, id: TransferId, arena: &Arena, now: Timestamp) {
+        if self.ending.is_some() {
+            let range = self.transfers[id].bytes;
+            return self.fail_task(id, range, Fault::Errno(Errno::ECANCELED), Operation::Read, now);
+        }
+        if self.allocation.holds(self.transfers[id].bytes) {
+            self.held.push(id);
+            return;
+        }
+        self.write_out(id, arena, now);
+    }
+
+    /// Start the writes of a transfer that was read. Its read still counts as outstanding.
+    fn write_out(&mut self, id: TransferId, arena: &Arena, now: Timestamp) {
+        let all = self.transfers[id].clusters;
+        for cluster in all.iter() {
+            if self.is_zero_cluster(id, cluster, arena) {
+                self.transfers[id].set_category(cluster, Category::Zeros);
+                self.allocation.on_zeros();
+            } else {
+                self.allocation.on_data(self.plan.geometry.cluster_size().bytes());
+            }
+        }
+        if self.plan.verify {
+            let buffer = self.transfers[id].buffer_of(self.transfers[id].bytes);
+            let chunk = u32::try_from(self.plan.geometry.cluster_size().bytes()).expect("at most 4 MiB");
+            self.transfers[id].add_task(all);
+            self.transfers[id].outstanding += 1;
+            self.push(Task::Digest { transfer: id }, Op::Digest { buffer, chunk });
+        }
+        let mut start = all.start;
+        while start < all.end {
+            let category = self.transfers[id].work(start).category;
+            let mut end = ClusterIndex(start.0 + 1);
+            while end < all.end && self.transfers[id].work(end).category == category {
+                end.0 += 1;
+            }
+            let clusters = ClusterRange { start, end };
+            if category == Category::Zeros {
+                self.zero_out(id, clusters)
+            } else {
+                self.write_data(id, clusters)
+            }
+            start = end;
+        }
+        let transfer = &mut self.transfers[id];
+        transfer.outstanding -= 1;
+        let ranges = transfer.settleable(all);
+        self.settle_in(id, &ranges);
+        self.finish_if_over(id, now);
+    }
+
+    fn is_zero_cluster(&self, id: TransferId, cluster: ClusterIndex, arena: &Arena) -> bool {
+        let bytes = self.plan.geometry.bytes_of(super::one(cluster));
+        // A target that needs zeros written gets an odd end as data: operations work on whole blocks.
+        let odd_end = !self.plan.target_is_zero && !bytes.end().is_multiple_of(4096);
+        let as_data = !self.plan.target_is_zero && self.zeroing == Zeroing::Data;
+        if !self.plan.zero_detect || odd_end || as_data {
+            return false;
+        }
+        let transfer = &self.transfers[id];
+        transfer
+            .data
+            .iter()
+            .filter_map(|range| range.intersection(bytes))
+            .all(|range| is_zero(arena.slice(transfer.buffer_of(range))))
+    }
+
+    fn write_data(&mut self, id: TransferId, clusters: ClusterRange) {
+        let bytes = self.plan.geometry.bytes_of(clusters);
+        let ranges: Vec<ByteRange> =
+            self.transfers[id].data.iter().filter_map(|range| range.intersection(bytes)).collect();
+        for range in ranges {
+            let transfer = &mut self.transfers[id];
+            let piece = transfer.piece(Direction::Write, range);
+            transfer.add_task(self.plan.geometry.covering(range));
+            transfer.outstanding += 1;
+            let op = piece.op(&self.plan.target);
+            tracing::trace!(%range, "write");
+            self.push(Task::Move { transfer: id, piece }, op);
+        }
+    }
+
+    fn zero_out(&mut self, id: TransferId, clusters: ClusterRange) {
+        let range = self.plan.geometry.bytes_of(clusters);
+        let best_effort = self.plan.target_is_zero;
+        if best_effort && !self.allocation.covers(range) {
+            return;
+        }
+        let Zeroing::Operation(method) = self.zeroing else {
+            assert!(best_effort, "zeros go as data then");
+            return;
+        };
+        let transfer = &mut self.transfers[id];
+        transfer.add_task(clusters);
+        transfer.outstanding += 1;
+        let op = Op::WriteZeroes { file: self.plan.target.file, range, method };
+        self.push(Task::Zero { transfer: id, range, best_effort }, op);
+    }
+
+    fn on_zeroed(
+        &mut self,
+        id: TransferId,
+        range: ByteRange,
+        best_effort: bool,
+        result: &Result<Output, Errno>,
+        now: Timestamp,
+    ) {
+        match result {
+            Err(errno) if !best_effort => {
+                // The buffer holds nothing but zeros: write them as data.
+                self.zeroing_failed(*errno);
+                let transfer = &self.transfers[id];
+                let piece = transfer.piece(Direction::Write, range);
+                let op = piece.op(&self.plan.target);
+                self.push(Task::Move { transfer: id, piece }, op);
+            }
+            result => {
+                if let Err(errno) = result {
+                    tracing::debug!(%errno, %range, "space of zeros not given back");
+                }
+                self.task_done(id, self.plan.geometry.covering(range), now);
+            }
+        }
+    }
+
+    /// A zero operation failed: try the next way from now on.
+    fn zeroing_failed(&mut self, errno: Errno) {
+        self.zeroing = match (self.zeroing, errno) {
+            (Zeroing::Operation(ZeroMethod::Unmap), Errno::EOPNOTSUPP) => {
+                Zeroing::Operation(ZeroMethod::Keep)
+            }
+            _ => Zeroing::Data,
+        };
+        tracing::debug!(%errno, next = ?self.zeroing, "zero operation failed");
+    }
+
+    fn on_zero_run(&mut self, claim: crate::interval_set::Claim, result: &Result<Output, Errno>) {
+        self.zero_runs -= 1;
+        let clusters = claim.range();
+        match result {
+            Ok(_) if !self.zero_runs_tainted => {
+                self.set.complete(claim);
+                self.note_zeros(clusters, Was::Hole);
+                self.checkpoints.on_settled(self.plan.geometry.bytes_of(clusters).length);
+            }
+            result => {
+                if let Err(errno) = result {
+                    self.zeroing_failed(*errno);
+                }
+                self.set.release(claim);
+                self.rewind_to(clusters.start);
+            }
+        }
+        if self.zero_runs == 0 {
+            self.zero_runs_tainted = false;
+        }
+    }
+
+    /// Have the sweep pass `cluster` again.
+    pub(super) fn rewind_to(&mut self, cluster: ClusterIndex) {
+        if cluster < self.position {
+            self.position = cluster;
+            let offset = self.plan.geometry.offset_of(cluster);
+            self.holes.seek(offset);
+            if let Some(layers) = &mut self.layers {
+                layers.seek(offset);
+            }
+        }
+    }
+
+    fn on_digests(&mut self, id: TransferId, result: Result<Output, Errno>, now: Timestamp) {
+        match result {
+            Ok(Output::Digests(digests)) => {
+                let clusters = self.transfers[id].clusters;
+                assert_eq!(digests.len() as u64, clusters.count(), "one checksum a cluster");
+                self.transfers[id].digests = digests;
+                if matches!(self.transfers[id].purpose, Purpose::Verify(_)) {
+                    self.compare(id, None, now);
+                } else {
+                    self.task_done(id, clusters, now);
+                }
+            }
+            Ok(other) => panic!("a checksum completes with checksums, not {other:?}"),
+            Err(errno) => {
+                let range = self.transfers[id].bytes;
+                self.fail_task(id, range, Fault::Errno(errno), Operation::Verify, now);
+            }
+        }
+    }
+
+    /// What was read back is there: compare zeros now, contents once their checksums are.
+    fn on_read_back(&mut self, id: TransferId, arena: &Arena, now: Timestamp) {
+        let transfer = &self.transfers[id];
+        let Purpose::Verify(expected) = &transfer.purpose else { unreachable!("a verification") };
+        if expected.contains(&Expected::Zeros) {
+            assert!(
+                expected.iter().all(|expected| *expected == Expected::Zeros),
+                "runs of zeros are not mixed"
+            );
+            return self.compare(id, Some(arena), now);
+        }
+        let buffer = transfer.buffer_of(transfer.bytes);
+        let chunk = u32::try_from(self.plan.geometry.cluster_size().bytes()).expect("at most 4 MiB");
+        self.push(Task::Digest { transfer: id }, Op::Digest { buffer, chunk });
+    }
+
+    fn compare(&mut self, id: TransferId, arena: Option<&Arena>, now: Timestamp) {
+        let transfer = &self.transfers[id];
+        let Purpose::Verify(expected) = &transfer.purpose else { unreachable!("a verification") };
+        let mut wrong = Vec::new();
+        for (index, cluster) in transfer.clusters.iter().enumerate() {
+            let bytes = self.plan.geometry.bytes_of(super::one(cluster));
+            let equal = match expected[index] {
+                Expected::Digest(digest) => transfer.digests[index] == digest,
+                Expected::Zeros => arena.is_some_and(|arena| is_zero(arena.slice(transfer.buffer_of(bytes)))),
+            };
+            if !equal && !planted!(self.plan, VerifyBelieves) {
+                wrong.push((cluster, bytes));
+            }
+        }
+        let transfer = &mut self.transfers[id];
+        for &(cluster, range) in &wrong {
+            let failure = Failure { fault: Fault::Mismatch, operation: Operation::Verify, range };
+            transfer.task_failed(super::one(cluster), failure);
+        }
+        transfer.outstanding -= 1;
+        let ranges = transfer.settleable(transfer.clusters);
+        for &range in &ranges {
+            let claim = self.transfers[id].settle(range);
+            assert!(claim.is_none(), "a verification holds no claim");
+            self.verified += self.plan.geometry.bytes_of(range).length;
+        }
+        self.finish_if_over(id, now);
+    }
+
+    fn on_target_extents(&mut self, result: Result<Output, Errno>) {
+        let extents = match result {
+            Ok(Output::Extents(extents)) => Some(extents),
+            Ok(other) => panic!("an extent query completes with extents, not {other:?}"),
+            Err(_) => None,
+        };
+        if let Stage::Verifying(verification) = &mut self.checkpoints.stage {
+            self.verified += verification.on_answer(extents);
+        }
+    }
+
+    fn on_reserved(&mut self, result: &Result<Output, Errno>, arena: &Arena, now: Timestamp) {
+        if let Err(errno) = result {
+            tracing::debug!(%errno, "space not reserved ahead; going on without");
+        }
+        self.allocation.end(result.is_ok());
+        for id in std::mem::take(&mut self.held) {
+            self.on_read(id, arena, now);
+        }
+    }
+
+    /// `ranges` of a transfer have no task left: complete their claims and count them.
+    fn settle_in(&mut self, id: TransferId, ranges: &[ClusterRange]) {
+        for &range in ranges {
+            let claim = self.transfers[id].settle(range).expect("a copy holds its claim until it is settled");
+            self.set.complete(claim);
+            for cluster in range.iter() {
+                self.settle_cluster(id, cluster);
+            }
+        }
+    }
+
+    fn settle_cluster(&mut self, id: TransferId, cluster: ClusterIndex) {
+        let transfer = &self.transfers[id];
+        let bytes = self.plan.geometry.bytes_of(super::one(cluster));
+        if transfer.work(cluster).category == Category::Zeros {
+            self.note_zeros(super::one(cluster), Was::Zeros);
+        } else {
+            let written = transfer.data.iter().filter_map(|range| range.intersection(bytes));
+            let written =
+                u32::try_from(written.map(|range| range.length).sum::<u64>()).expect("at most 4 MiB");
+            if self.plan.verify {
+                let index =
+                    usize::try_from(cluster.0 - transfer.clusters.start.0).expect("bounded by the slots");
+                self.window.note_data(cluster, transfer.digests[index], written, bytes.length);
+            }
+            self.tally.settle(Was::Data { written }, 1, bytes.length);
+        }
+        self.checkpoints.on_settled(bytes.length);
+    }
+
+    /// Count `clusters`, which read as zeros, as done.
+    pub(super) fn note_zeros(&mut self, clusters: ClusterRange, was: Was) {
+        if self.plan.verify {
+            self.window.note_zeros(clusters, was);
+        }
+        self.tally.settle(was, clusters.count(), self.plan.geometry.bytes_of(clusters).length);
+    }
+
+    /// Once nothing of a transfer is under way, take it apart.
+    fn finish_if_over(&mut self, id: TransferId, now: Timestamp) {
+        if self.transfers[id].outstanding > 0 {
+            return;
+        }
+        let transfer = self.transfers.remove(id);
+        self.written += transfer.written;
+        let failure = transfer.failure;
+        let tainted = transfer.tainted;
+        let clusters = transfer.clusters;
+        let unsettled: Vec<ClusterIndex> = transfer.unsettled().collect();
+        let alone = match &transfer.purpose {
+            Purpose::Copy { alone } => Some(*alone),
+            Purpose::Verify(_) => None,
+        };
+        assert!(failure.is_some() || tainted || unsettled.is_empty(), "a transfer settles what did not fail");
+        let (claims, run) = transfer.into_claims();
+        self.slots.give_back(&run);
+        for claim in claims {
+            self.set.release(claim);
+        }
+        match alone {
+            Some(alone) => self.copy_failed(&unsettled, clusters, alone, failure, tainted, now),
+            None => self.verification_ended(&unsettled, failure),
+        }
+    }
+
+    /// How messages name the side on which `operation` failed.
+    pub(super) fn path_of(&self, operation: Operation) -> String {
+        let side = side_of(operation);
+        if side == super::faults::SideName::Source { &self.plan.source.name } else { &self.plan.target.name }
+            .to_string()
+    }
+}

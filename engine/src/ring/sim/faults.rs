@@ -1,0 +1,99 @@
+//! Which operations fail, and how.
+
+use std::collections::BTreeMap;
+
+use fastrand::Rng;
+use nix::errno::Errno;
+
+use crate::ring::Op;
+
+/// What goes wrong with one operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// It fails with this error.
+    Errno(Errno),
+    /// It does less than was asked for (reads and writes; others are not affected).
+    Short,
+    /// It reports success but changes one bit of what it writes.
+    Corrupt,
+}
+
+impl Fault {
+    pub(super) fn errno(self) -> Errno {
+        match self {
+            Self::Errno(errno) => errno,
+            Self::Short | Self::Corrupt => Errno::EIO,
+        }
+    }
+}
+
+/// How often which fault happens, in parts of 1024 of all operations that it fits.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rates {
+    /// Short reads and writes.
+    pub short: u16,
+    /// `EAGAIN`, `EINTR`, `ECANCELED`.
+    pub passing: u16,
+    /// `EIO`.
+    pub eio: u16,
+    /// `ENOSPC`, of writes and reservations.
+    pub nospace: u16,
+    /// Of flushes.
+    pub flush: u16,
+    /// `EOPNOTSUPP`, of zero operations and reservations.
+    pub unsupported: u16,
+}
+
+/// See the module's header.
+#[derive(Clone, Debug, Default)]
+pub struct FaultPlan {
+    /// At random.
+    pub rates: Rates,
+    /// By the number of the operation, counted from 0 in the order of pushing.
+    pub exact: BTreeMap<u64, Fault>,
+    /// No random faults from this operation on.
+    pub quiet_from: Option<u64>,
+}
+
+impl FaultPlan {
+    /// Exactly one fault.
+    #[must_use]
+    pub fn single(operation: u64, fault: Fault) -> Self {
+        Self { exact: BTreeMap::from([(operation, fault)]), ..Self::default() }
+    }
+
+    pub(super) fn decide(&self, number: u64, op: &Op, rng: &mut Rng) -> Option<Fault> {
+        if let Some(fault) = self.exact.get(&number) {
+            return Some(*fault);
+        }
+        if self.quiet_from.is_some_and(|from| number >= from) {
+            return None;
+        }
+        let mut hit = |rate: u16| rng.u16(..1024) < rate;
+        let rates = &self.rates;
+        match op {
+            Op::Read { .. } | Op::Write { .. } => {
+                if hit(rates.short) {
+                    return Some(Fault::Short);
+                }
+                if hit(rates.passing) {
+                    let passing = [Errno::EAGAIN, Errno::EINTR, Errno::ECANCELED];
+                    return Some(Fault::Errno(passing[rng.usize(..passing.len())]));
+                }
+                if matches!(op, Op::Write { .. }) && hit(rates.nospace) {
+                    return Some(Fault::Errno(Errno::ENOSPC));
+                }
+                hit(rates.eio).then_some(Fault::Errno(Errno::EIO))
+            }
+            Op::Flush { .. } => hit(rates.flush).then_some(Fault::Errno(Errno::EIO)),
+            Op::WriteZeroes { .. } | Op::Allocate { .. } => {
+                if hit(rates.unsupported) {
+                    return Some(Fault::Errno(Errno::EOPNOTSUPP));
+                }
+                hit(rates.eio).then_some(Fault::Errno(Errno::EIO))
+            }
+            Op::Extents { .. } | Op::Publish { .. } => hit(rates.eio).then_some(Fault::Errno(Errno::EIO)),
+            Op::Discard { .. } | Op::DropCache { .. } | Op::Digest { .. } | Op::Cancel { .. } => None,
+        }
+    }
+}

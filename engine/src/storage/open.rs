@@ -1,0 +1,327 @@
+//! Opening the source of a copy, with all that can be refused about it.
+//!
+//! A path is looked at before it is opened (opening a FIFO would hang, opening a tape would rewind it) and again
+//! afterwards, through the descriptor: what was opened must be what was looked at. A source is never written to. It
+//! holds a shared lock for as long as it is open, so that no copy chooses it as a target.
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::identity::Identity;
+use super::locator::{Locator, Place};
+use super::lock::{self, Lock};
+use super::topology::{self, Node};
+use super::{BlockStorage, FileStorage, NullStorage, Storage, sys};
+use crate::copy::Format;
+use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
+use crate::units::{Length, MAX_LENGTH};
+
+/// How to open a source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SourceOptions {
+    /// How the disk lies in its file or device.
+    pub format: Format,
+}
+
+impl Default for SourceOptions {
+    fn default() -> Self {
+        Self { format: Format::Raw }
+    }
+}
+
+/// A source that is ready to be read.
+pub struct OpenedSource {
+    storage: Arc<dyn Storage>,
+    identity: Identity,
+    metadata: Option<(File, Metadata)>,
+    warnings: Vec<String>,
+}
+
+impl std::fmt::Debug for OpenedSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("OpenedSource").field("identity", &self.identity).finish_non_exhaustive()
+    }
+}
+
+impl OpenedSource {
+    /// To read it.
+    #[must_use]
+    pub fn storage(&self) -> Arc<dyn Storage> {
+        Arc::clone(&self.storage)
+    }
+
+    /// Which disk it is, as it was when it was opened.
+    #[must_use]
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Length when it was opened.
+    #[must_use]
+    pub fn length(&self) -> Length {
+        self.storage.limits().length
+    }
+
+    /// What the user should know, a line each.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// The file or device under it; `None` for `null:`.
+    pub(crate) fn node(&self) -> Option<Node> {
+        self.metadata.as_ref().map(|(_, metadata)| Node::of(metadata))
+    }
+
+    /// The permission bits that a new copy of it should have: its own if it is a file, else the owner's alone.
+    pub(super) fn mode_of_copy(&self) -> u32 {
+        match &self.metadata {
+            Some((_, metadata)) if metadata.is_file() => metadata.mode() & 0o666 | 0o600,
+            _ => 0o600,
+        }
+    }
+
+    /// Bytes that a copy with its holes kept is expected to take.
+    pub(super) fn expected_allocation(&self) -> u64 {
+        match &self.metadata {
+            Some((_, metadata)) if metadata.is_file() => (metadata.blocks() * 512).min(self.length().0),
+            Some(_) => self.length().0,
+            None => 0,
+        }
+    }
+}
+
+/// Open the source of a copy.
+///
+/// # Errors
+/// Refusals only; see the module's header.
+pub fn open_source(locator: &Locator, options: &SourceOptions) -> Result<OpenedSource> {
+    refuse_format(Operation::OpenSource, locator, options.format)?;
+    match locator.place() {
+        Place::Path(path) => open_source_path(locator, path),
+        Place::Null { length: Some(length) } => Ok(OpenedSource {
+            storage: Arc::new(NullStorage::new(locator.as_str(), *length)),
+            identity: Identity::null(*length),
+            metadata: None,
+            warnings: Vec::new(),
+        }),
+        Place::Null { length: None } => Err(Error::refused(
+            Refusal::BadArgument,
+            Operation::OpenSource,
+            locator.as_str(),
+            "a null source needs a size",
+        )
+        .advise("write it as null:SIZE, like null:64G")),
+    }
+}
+
+/// Whether the source is still what it was when it was opened, as far as its file system tells. A device's contents may
+/// change without a trace.
+///
+/// # Errors
+/// [`ErrorKind::SourceChanged`], or an I/O error when it cannot be asked.
+pub fn source_unchanged(source: &OpenedSource) -> Result<()> {
+    let Some((file, before)) = &source.metadata else { return Ok(()) };
+    let name = source.storage.name();
+    let failed = |errno| Error::io(Operation::Inspect, name, None, errno);
+    let now = file.metadata().map_err(|error| failed(errno_of(&error)))?;
+    let changed = |what: &str| {
+        Err(Error::new(
+            ErrorKind::SourceChanged,
+            Operation::Copy,
+            name,
+            format!("its {what} changed while it was copied, so the copy may mix old and new contents"),
+        )
+        .advise("copy again while nothing writes to it"))
+    };
+    let length = length_of(file, &now).map_err(failed)?;
+    if length != source.length().0 {
+        return changed("length");
+    }
+    if before.is_file() && (before.mtime(), before.mtime_nsec()) != (now.mtime(), now.mtime_nsec()) {
+        return changed("modification time");
+    }
+    if before.is_file() && (before.ctime(), before.ctime_nsec()) != (now.ctime(), now.ctime_nsec()) {
+        return changed("change time");
+    }
+    Ok(())
+}
+
+fn open_source_path(locator: &Locator, path: &Path) -> Result<OpenedSource> {
+    let operation = Operation::OpenSource;
+    let refused = |errno| Error::refused_by_system(operation, locator.as_str(), errno);
+    let seen = std::fs::metadata(path).map_err(|error| refused(errno_of(&error)))?;
+    refuse_non_disk(operation, locator, &seen)?;
+    let opened = open_both(operation, locator, path, &seen, Access::Read)?;
+    let is_device = seen.file_type().is_block_device();
+    let length = length_of(&opened.buffered, &opened.metadata).map_err(refused)?;
+    if length > MAX_LENGTH {
+        return Err(Error::refused(
+            Refusal::TooLarge,
+            operation,
+            locator.as_str(),
+            format!(
+                "its {length} bytes are more than the largest disk that can be copied ({MAX_LENGTH} bytes)"
+            ),
+        ));
+    }
+    let mut warnings = Vec::new();
+    match lock::shared(&opened.buffered).map_err(refused)? {
+        Lock::Held | Lock::Unsupported => {}
+        Lock::Busy => {
+            return Err(Error::refused(
+                Refusal::InUse,
+                operation,
+                locator.as_str(),
+                "another copy is writing to it",
+            )
+            .advise("wait until that has ended"));
+        }
+    }
+    if lock::has_writer(&opened.buffered) || (is_device && topology::is_mounted(seen.rdev())) {
+        warnings.push(format!(
+            "{locator} is in use (mounted, or the disk of a running machine): if it is written to meanwhile, the copy \
+             mixes old and new contents"
+        ));
+    }
+    let keep = opened.buffered.try_clone().map_err(|error| refused(errno_of(&error)))?;
+    let identity = Identity::of(path, &opened.buffered, &opened.metadata, Length(length), is_device);
+    let metadata = Some((keep, opened.metadata.clone()));
+    let storage = opened.into_storage(operation, locator)?;
+    warnings.extend(warn_of_buffered(locator, storage.as_ref()));
+    Ok(OpenedSource { storage, identity, metadata, warnings })
+}
+
+/// What a disk is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    /// Reading.
+    Read,
+    /// Reading and writing.
+    Write,
+    /// Reading and writing a block device that nobody else has claimed.
+    Claim,
+}
+
+/// A disk with both descriptors open.
+#[derive(Debug)]
+pub(super) struct OpenedPair {
+    pub(super) buffered: File,
+    pub(super) direct: Option<File>,
+    pub(super) metadata: Metadata,
+}
+
+impl OpenedPair {
+    pub(super) fn into_storage(self, operation: Operation, locator: &Locator) -> Result<Arc<dyn Storage>> {
+        let name = locator.as_str();
+        let refused = |errno| Error::refused_by_system(operation, name, errno);
+        Ok(if self.metadata.file_type().is_block_device() {
+            Arc::new(BlockStorage::from_files(name, self.buffered, self.direct).map_err(refused)?)
+        } else {
+            Arc::new(FileStorage::from_files(name, self.buffered, self.direct).map_err(refused)?)
+        })
+    }
+}
+
+/// Open what was `seen` at `path`, twice, and check that it is that.
+pub(super) fn open_both(
+    operation: Operation,
+    locator: &Locator,
+    path: &Path,
+    seen: &Metadata,
+    access: Access,
+) -> Result<OpenedPair> {
+    let refused = |errno| Error::refused_by_system(operation, locator.as_str(), errno);
+    let open = |flags: i32| {
+        OpenOptions::new()
+            .read(true)
+            .write(access != Access::Read)
+            .custom_flags(flags | libc::O_NOCTTY)
+            .open(path)
+            .map_err(|error| errno_of(&error))
+    };
+    let claim = if access == Access::Claim { libc::O_EXCL } else { 0 };
+    let buffered = open(claim).map_err(refused)?;
+    let direct = match open(libc::O_DIRECT) {
+        Ok(file) => Some(file),
+        Err(Errno::EINVAL | Errno::EOPNOTSUPP) => None,
+        Err(errno) => return Err(refused(errno)),
+    };
+    let metadata = buffered.metadata().map_err(|error| refused(errno_of(&error)))?;
+    for file in [Some(&buffered), direct.as_ref()].into_iter().flatten() {
+        let opened = file.metadata().map_err(|error| refused(errno_of(&error)))?;
+        if (opened.dev(), opened.ino(), opened.rdev()) != (seen.dev(), seen.ino(), seen.rdev()) {
+            return Err(Error::refused(
+                Refusal::InUse,
+                operation,
+                locator.as_str(),
+                "it was replaced by another file while it was being opened",
+            )
+            .advise("try again"));
+        }
+    }
+    Ok(OpenedPair { buffered, direct, metadata })
+}
+
+/// Refuse what holds no disk.
+pub(super) fn refuse_non_disk(operation: Operation, locator: &Locator, metadata: &Metadata) -> Result<()> {
+    let kind = metadata.file_type();
+    let what = if kind.is_file() || kind.is_block_device() {
+        return Ok(());
+    } else if kind.is_dir() {
+        "it is a directory"
+    } else if kind.is_char_device() {
+        "it is a character device"
+    } else if kind.is_fifo() {
+        "it is a FIFO"
+    } else if kind.is_socket() {
+        "it is a socket"
+    } else {
+        "it is neither a file nor a block device"
+    };
+    Err(Error::refused(Refusal::NotADisk, operation, locator.as_str(), what)
+        .advise("name a regular file or a block device"))
+}
+
+/// Refuse a format that this version does not read or write.
+pub(super) fn refuse_format(operation: Operation, locator: &Locator, format: Format) -> Result<()> {
+    match format {
+        Format::Raw => Ok(()),
+        Format::Qcow2 => {
+            let advice = if operation == Operation::OpenSource {
+                "convert it with `qemu-img convert -O raw` first"
+            } else {
+                "copy to a raw target and convert that with `qemu-img convert -O qcow2`"
+            };
+            Err(Error::refused(
+                Refusal::Unsupported,
+                operation,
+                locator.as_str(),
+                "the format qcow2 is not supported yet",
+            )
+            .advise(advice))
+        }
+    }
+}
+
+/// Length of an open file or block device.
+pub(super) fn length_of(file: &File, metadata: &Metadata) -> std::result::Result<u64, Errno> {
+    if metadata.file_type().is_block_device() { sys::device_length(file.as_fd()) } else { Ok(metadata.len()) }
+}
+
+/// A line for a disk without direct I/O.
+pub(super) fn warn_of_buffered(locator: &Locator, storage: &dyn Storage) -> Option<String> {
+    storage.limits().direct_alignment.is_none().then(|| {
+        format!("{locator}: direct I/O is refused here; using the page cache and dropping it behind the copy")
+    })
+}
+
+/// The system's number of an error of the standard library.
+pub(crate) fn errno_of(error: &std::io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw)
+}

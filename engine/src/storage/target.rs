@@ -1,0 +1,468 @@
+//! Opening the target of a copy, in two steps: everything that can be refused, then everything that changes something.
+//!
+//! # Order
+//! [`plan_target`] looks, opens, claims and locks, and changes nothing: whatever it refuses is untouched.
+//! [`TargetPlan::prepare`] then creates or empties the file and gives it the source's exact length; a new file's
+//! directory entry is durable before any map can speak of it. A step of `prepare` that fails undoes what went before
+//! it where that is possible: a new file is removed, and an existing one is lengthened before it is emptied, so that a
+//! length which the file system cannot hold is refused with the old contents intact.
+//!
+//! # Rules
+//! - An existing regular file is overwritten only with `force`, or to resume.
+//! - A block device always exists and needs no `force`; it must be free: not mounted and not claimed (`O_EXCL`, which it
+//!   then stays for everyone else), not under a loop device, not locked, writable, and large enough.
+//! - A target that shares bytes with the source by whatever name is refused, `force` or not.
+
+use std::fs::{File, Metadata};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::AtFlags;
+use nix::unistd::{AccessFlags, faccessat};
+
+use super::identity::Identity;
+use super::locator::{Locator, Place};
+use super::lock::{self, Lock};
+use super::open::{
+    Access, OpenedPair, OpenedSource, errno_of, length_of, open_both, refuse_format, refuse_non_disk,
+    warn_of_buffered,
+};
+use super::prepare::{NewFile, NewPlace, create, empty, identify, in_units, open_directory};
+use super::topology::{self, Node};
+use super::{NullStorage, Storage, sys};
+use crate::copy::Format;
+use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
+use crate::map::MapHeader;
+use crate::units::Length;
+
+/// How to open a target.
+#[derive(Clone, Copy, Debug)]
+pub struct TargetOptions<'a> {
+    /// How the disk shall lie in its file or device.
+    pub format: Format,
+    /// Overwrite an existing file.
+    pub force: bool,
+    /// The user says that the target reads as zeros. A new file does in any case.
+    pub target_is_zero: bool,
+    /// It will be read back.
+    pub verify: bool,
+    /// Go on with the copy that a map file tells of.
+    pub resume: Option<Resume<'a>>,
+}
+
+impl Default for TargetOptions<'_> {
+    fn default() -> Self {
+        Self { format: Format::Raw, force: false, target_is_zero: false, verify: false, resume: None }
+    }
+}
+
+/// The copy to go on with.
+#[derive(Clone, Copy, Debug)]
+pub struct Resume<'a> {
+    /// What the map file says about it.
+    pub header: &'a MapHeader,
+    /// The map file, for messages.
+    pub map_path: &'a str,
+}
+
+/// A target that has passed every check and is not changed yet.
+#[derive(Debug)]
+pub struct TargetPlan {
+    locator: Locator,
+    length: Length,
+    known_zero: bool,
+    state: Planned,
+    warnings: Vec<String>,
+}
+
+#[derive(Debug)]
+enum Planned {
+    Null { capacity: Length },
+    Existing { path: PathBuf, pair: Box<OpenedPair>, identity: Identity, empty_it: bool },
+    New(NewPlace),
+}
+
+/// A target that is ready to be written, at its final length.
+pub struct OpenedTarget {
+    storage: Arc<dyn Storage>,
+    identity: Identity,
+    known_zero: bool,
+    new_file: Option<NewFile>,
+    warnings: Vec<String>,
+}
+
+impl std::fmt::Debug for OpenedTarget {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("OpenedTarget").field("identity", &self.identity).finish_non_exhaustive()
+    }
+}
+
+/// Check everything about the target of a copy of `source`. Changes nothing.
+///
+/// # Errors
+/// Refusals only; see the module's header.
+pub fn plan_target(
+    locator: &Locator,
+    source: &OpenedSource,
+    options: &TargetOptions<'_>,
+) -> Result<TargetPlan> {
+    refuse_format(Operation::OpenTarget, locator, options.format)?;
+    let length = source.length();
+    let known_zero = match options.resume {
+        // A cluster that was written and not claimed may have been zeroed on a device since; a file would show that.
+        Some(resume) => resume.header.target_was_zero && source.identity().shows_changes(),
+        None => options.target_is_zero,
+    };
+    let path = match locator.place() {
+        Place::Null { length: capacity } => return plan_null(locator, length, *capacity, options),
+        Place::Path(path) => path,
+    };
+    let mut plan = TargetPlan {
+        locator: locator.clone(),
+        length,
+        known_zero,
+        state: Planned::Null { capacity: length },
+        warnings: Vec::new(),
+    };
+    match std::fs::metadata(path) {
+        Ok(seen) => {
+            refuse_non_disk(Operation::OpenTarget, locator, &seen)?;
+            refuse_overlap(locator, source, &seen)?;
+            plan.plan_existing(path, &seen, source, options)?;
+        }
+        Err(error) if errno_of(&error) == Errno::ENOENT => plan.plan_new(path, source, options)?,
+        Err(error) => return Err(plan.refused_by_system(errno_of(&error))),
+    }
+    Ok(plan)
+}
+
+impl TargetPlan {
+    /// Which disk it is; `None` for a file that does not exist yet.
+    #[must_use]
+    pub fn identity(&self) -> Option<&Identity> {
+        match &self.state {
+            Planned::Existing { identity, .. } => Some(identity),
+            Planned::Null { .. } | Planned::New(_) => None,
+        }
+    }
+
+    /// What the user should know, a line each.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// Create or empty the target and give it its length. See the module's header.
+    ///
+    /// # Errors
+    /// A refusal where nothing was changed or what was created is gone again, else an I/O error.
+    pub fn prepare(self) -> Result<OpenedTarget> {
+        let Self { locator, length, known_zero, state, mut warnings } = self;
+        let (storage, identity, known_zero, new_file) = match state {
+            Planned::Null { capacity } => {
+                let storage: Arc<dyn Storage> = Arc::new(NullStorage::new(locator.as_str(), capacity));
+                (storage, Identity::null(capacity), true, None)
+            }
+            Planned::Existing { pair, identity, empty_it: false, .. } => {
+                (pair.into_storage(Operation::OpenTarget, &locator)?, identity, known_zero, None)
+            }
+            Planned::Existing { path, mut pair, empty_it: true, .. } => {
+                empty(&locator, &pair, length)?;
+                let identity = identify(&locator, &path, &mut pair, length)?;
+                (pair.into_storage(Operation::OpenTarget, &locator)?, identity, true, None)
+            }
+            Planned::New(place) => {
+                let (pair, identity, new_file) = create(&locator, place, length)?;
+                match pair.into_storage(Operation::OpenTarget, &locator) {
+                    Ok(storage) => (storage, identity, true, Some(new_file)),
+                    Err(error) => return Err(new_file.discard_after(&locator, error)),
+                }
+            }
+        };
+        assert!(storage.limits().length >= length, "a target that holds the source: checked or made so");
+        warnings.extend(warn_of_buffered(&locator, storage.as_ref()));
+        Ok(OpenedTarget { storage, identity, known_zero, new_file, warnings })
+    }
+
+    fn refused(&self, refusal: Refusal, reason: impl Into<std::borrow::Cow<'static, str>>) -> Error {
+        Error::refused(refusal, Operation::OpenTarget, self.locator.as_str(), reason)
+    }
+
+    fn refused_by_system(&self, errno: Errno) -> Error {
+        Error::refused_by_system(Operation::OpenTarget, self.locator.as_str(), errno)
+    }
+
+    fn plan_existing(
+        &mut self,
+        path: &Path,
+        seen: &Metadata,
+        source: &OpenedSource,
+        options: &TargetOptions<'_>,
+    ) -> Result<()> {
+        let is_device = seen.file_type().is_block_device();
+        if !is_device && options.resume.is_none() && !options.force {
+            return Err(self
+                .refused(Refusal::Exists, "it exists already")
+                .advise("overwrite it with --force, or choose another name"));
+        }
+        let access = if is_device { Access::Claim } else { Access::Write };
+        let pair =
+            open_both(Operation::OpenTarget, &self.locator, path, seen, access).map_err(
+                |error| match error.kind() {
+                    ErrorKind::Refused(Refusal::InUse) if is_device => self
+                        .refused(Refusal::InUse, "it is mounted, or in use by another device or copy (EBUSY)")
+                        .advise("unmount it and stop what uses it (see lsblk), then try again")
+                        .because(Errno::EBUSY),
+                    _ => error,
+                },
+            )?;
+        if is_device {
+            self.check_device(&pair)?;
+        } else {
+            self.check_file_size_limit()?;
+        }
+        self.check_unused(&pair, is_device)?;
+        let size =
+            length_of(&pair.buffered, &pair.metadata).map_err(|errno| self.refused_by_system(errno))?;
+        let identity = Identity::of(path, &pair.buffered, &pair.metadata, Length(size), is_device);
+        if let Some(resume) = &options.resume {
+            check_same_pair(resume, source.identity(), &identity)?;
+        }
+        if !is_device {
+            let taken = seen.blocks() * 512;
+            self.warn_of_space(source, &pair.buffered, taken);
+        }
+        let empty_it = !is_device && options.resume.is_none();
+        self.state = Planned::Existing { path: path.to_owned(), pair: Box::new(pair), identity, empty_it };
+        Ok(())
+    }
+
+    fn check_device(&mut self, pair: &OpenedPair) -> Result<()> {
+        let fd = pair.buffered.as_fd();
+        if sys::is_read_only(fd).map_err(|errno| self.refused_by_system(errno))? {
+            return Err(self
+                .refused(Refusal::ReadOnly, "the device is read-only")
+                .advise("make it writable (blockdev --setrw), or choose another device"));
+        }
+        let size = sys::device_length(fd).map_err(|errno| self.refused_by_system(errno))?;
+        if size < self.length.0 {
+            return Err(self.too_small(size));
+        }
+        if size > self.length.0 {
+            self.warnings.push(format!(
+                "{}: the device is larger than the source; its last {} stay as they are",
+                self.locator,
+                in_units(size - self.length.0)
+            ));
+        }
+        Ok(())
+    }
+
+    fn too_small(&self, size: u64) -> Error {
+        self.refused(
+            Refusal::TooSmall,
+            format!("its {size} bytes are fewer than the source's {}", self.length.0),
+        )
+        .advise("choose a larger target")
+    }
+
+    fn check_unused(&mut self, pair: &OpenedPair, is_device: bool) -> Result<()> {
+        if let Some(device) = topology::loop_device_on(Node::of(&pair.metadata)) {
+            let device = device.to_string_lossy();
+            return Err(self
+                .refused(Refusal::InUse, format!("the loop device {device} is attached to it"))
+                .advise(format!("detach it with `losetup -d {device}`, or name {device} as the target")));
+        }
+        let mut locks = vec![lock::exclusive(&pair.buffered)];
+        if is_device {
+            locks.push(lock::keep_udev_off(&pair.buffered));
+        }
+        for lock in locks {
+            match lock.map_err(|errno| self.refused_by_system(errno))? {
+                Lock::Held => {}
+                Lock::Busy => {
+                    return Err(self
+                        .refused(Refusal::InUse, "another copy or a running machine has it locked")
+                        .advise("wait until that has ended, or choose another target"));
+                }
+                Lock::Unsupported => self.warnings.push(format!(
+                    "{}: its file system has no locks; make sure that nothing else writes to it",
+                    self.locator
+                )),
+            }
+        }
+        Ok(())
+    }
+
+    fn plan_new(&mut self, path: &Path, source: &OpenedSource, options: &TargetOptions<'_>) -> Result<()> {
+        if let Some(resume) = &options.resume {
+            return Err(map_refused(resume, format!("its target {} does not exist any more", self.locator)));
+        }
+        if std::fs::symlink_metadata(path).is_ok() {
+            return Err(self
+                .refused(Refusal::NotFound, "it is a symbolic link to nothing")
+                .advise("remove the link, or name the file itself"));
+        }
+        let name = match path.file_name() {
+            Some(name) if !self.locator.as_str().ends_with('/') => name.to_owned(),
+            _ => {
+                return Err(self
+                    .refused(Refusal::NotFound, "there is no such directory, and a directory is no target")
+                    .advise("name a file or a block device"));
+            }
+        };
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let directory = open_directory(parent).map_err(|errno| match errno {
+            Errno::ENOENT | Errno::ENOTDIR => self
+                .refused(Refusal::NotFound, format!("the directory {} does not exist", parent.display()))
+                .advise("create it first, or check the path")
+                .because(errno),
+            _ => self.refused_by_system(errno),
+        })?;
+        let needed = AccessFlags::W_OK | AccessFlags::X_OK;
+        faccessat(&directory, ".", needed, AtFlags::AT_EACCESS)
+            .map_err(|errno| self.refused_by_system(errno))?;
+        self.check_file_size_limit()?;
+        self.warn_of_space(source, &directory, 0);
+        let mode = source.mode_of_copy();
+        self.state = Planned::New(NewPlace { directory, name, path: path.to_owned(), mode });
+        Ok(())
+    }
+
+    /// Writing beyond this limit would raise a signal in the middle of the copy.
+    fn check_file_size_limit(&self) -> Result<()> {
+        use nix::sys::resource::{Resource, getrlimit};
+        let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE).map_err(|errno| self.refused_by_system(errno))?;
+        if limit >= self.length.0 {
+            return Ok(());
+        }
+        Err(self
+            .refused(
+                Refusal::TooLarge,
+                format!(
+                    "the source's {} bytes are beyond this process's limit on file sizes ({limit})",
+                    self.length.0
+                ),
+            )
+            .advise("raise the limit with ulimit -f"))
+    }
+
+    fn warn_of_space(&mut self, source: &OpenedSource, place: &File, taken: u64) {
+        // An estimate for a warning: where the file system does not tell, there is none.
+        let Ok(vfs) = nix::sys::statvfs::fstatvfs(place) else { return };
+        let free = vfs.blocks_available().saturating_mul(vfs.fragment_size()).saturating_add(taken);
+        let needed = source.expected_allocation();
+        if needed > free {
+            self.warnings.push(format!(
+                "{}: the copy takes about {} and there is room for {}",
+                self.locator,
+                in_units(needed),
+                in_units(free)
+            ));
+        }
+    }
+}
+
+impl OpenedTarget {
+    /// To write it.
+    #[must_use]
+    pub fn storage(&self) -> Arc<dyn Storage> {
+        Arc::clone(&self.storage)
+    }
+
+    /// Which disk it is.
+    #[must_use]
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Whether all that is not copied yet reads as zeros.
+    #[must_use]
+    pub fn known_zero(&self) -> bool {
+        self.known_zero
+    }
+
+    /// Whether the file was created by this copy.
+    #[must_use]
+    pub fn is_new_file(&self) -> bool {
+        self.new_file.is_some()
+    }
+
+    /// What the user should know, a line each, those of the plan included.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// Remove the file if this copy created it and it still is the same: for a copy that failed and leaves no map.
+    /// Returns whether it was removed. A target that existed before is never removed.
+    ///
+    /// # Errors
+    /// When the file cannot be removed.
+    pub fn discard_new_file(&self) -> Result<bool> {
+        match &self.new_file {
+            Some(file) => {
+                file.discard().map_err(|errno| Error::io(Operation::Remove, self.storage.name(), None, errno))
+            }
+            None => Ok(false),
+        }
+    }
+}
+
+fn plan_null(
+    locator: &Locator,
+    length: Length,
+    capacity: Option<Length>,
+    options: &TargetOptions<'_>,
+) -> Result<TargetPlan> {
+    let capacity = capacity.unwrap_or(length);
+    let warnings = Vec::new();
+    let state = Planned::Null { capacity };
+    let plan = TargetPlan { locator: locator.clone(), length, known_zero: true, state, warnings };
+    if capacity < length {
+        return Err(plan.too_small(capacity.0));
+    }
+    let unsupported = match options {
+        TargetOptions { verify: true, .. } => "a null target keeps nothing that could be verified",
+        TargetOptions { resume: Some(_), .. } => "a null target keeps nothing that a copy could go on with",
+        _ => return Ok(plan),
+    };
+    Err(plan.refused(Refusal::Unsupported, unsupported).advise("leave out that option or name a real target"))
+}
+
+fn refuse_overlap(locator: &Locator, source: &OpenedSource, target: &Metadata) -> Result<()> {
+    let (Some(from), to) = (source.node(), Node::of(target)) else { return Ok(()) };
+    let reason = if from == to {
+        format!("it is the same disk as the source {}", source.storage().name())
+    } else if topology::overlap(from, to) {
+        format!("it shares its bytes with the source {}", source.storage().name())
+    } else {
+        return Ok(());
+    };
+    Err(Error::refused(Refusal::SameDisk, Operation::OpenTarget, locator.as_str(), reason)
+        .advise("name two different disks"))
+}
+
+fn check_same_pair(resume: &Resume<'_>, source: &Identity, target: &Identity) -> Result<()> {
+    let sides = [
+        ("source", resume.header.source.difference_as_source(source), source),
+        ("target", resume.header.target.difference_as_target(target), target),
+    ];
+    for (side, difference, disk) in sides {
+        if let Some(difference) = difference {
+            return Err(map_refused(
+                resume,
+                format!("the {side} {} is not the one of the interrupted copy: {difference}", disk.path),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn map_refused(resume: &Resume<'_>, reason: String) -> Error {
+    Error::new(ErrorKind::MapRefused, Operation::UseMap, resume.map_path, reason)
+        .advise("name the same source and target as before, or remove the map file to copy everything again")
+}
