@@ -1,2 +1,46 @@
 //! `engine-cli`: copies disks and images.
-fn main() {}
+//!
+//! A clean cut: `args` says what users may write, `copy`, `compare` and `info` do the work through the engine,
+//! `progress` shows how far it is, `report` how it ended, `signals` brings in the outside. Here the parts meet, and each
+//! way to end becomes an exit code.
+
+mod args;
+mod compare;
+mod copy;
+mod generate;
+mod info;
+mod logging;
+mod out;
+mod progress;
+mod report;
+mod signals;
+mod usage;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let command_line: Vec<String> =
+        std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
+    ExitCode::from(match Cli::try_parse() {
+        Ok(cli) => run(&cli, &command_line),
+        Err(error) => usage::report(&error, &command_line),
+    })
+}
+
+fn run(cli: &Cli, command_line: &[String]) -> u8 {
+    let logging = match logging::start(&cli.log) {
+        Ok(logging) => logging,
+        Err(message) => return usage::refuse(&message, command_line),
+    };
+    match &cli.command {
+        Command::Copy(args) => copy::run(args, command_line, logging),
+        Command::Compare(args) => compare::run(args, logging),
+        Command::Info(args) => info::run(args),
+        Command::Completions(args) => generate::completions(args),
+        Command::Man(args) => generate::man(args),
+    }
+}

@@ -4,6 +4,7 @@
 //! a set of plain state machines that take typed events and return typed requests; it never does I/O. The *ring*
 //! carries those requests out: `io_uring`, a thread pool, or a deterministic simulation. See `ARCHITECTURE.md`.
 
+pub mod compare;
 pub mod copier;
 pub mod copy;
 pub mod error;

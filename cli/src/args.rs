@@ -1,0 +1,420 @@
+//! The command line as users write it: one definition, from which help, completions and man pages are generated too.
+//!
+//! Values are understood here, by the engine's own parsers, so that a mistake is refused (exit code 2) before anything
+//! is opened. What an option *means* is the engine's business: this file only translates.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use engine::copy::{CopyOptions, ErrorPolicy, Format, IoEngine, SyncMode};
+use engine::error::Error;
+use engine::storage::locator;
+use engine::units::{ClusterSize, Speed};
+
+/// Exit codes, as `--help` of every command that does work shows them.
+const COPY_EXIT_CODES: &str = "\
+Exit codes:
+  0    the copy is complete and on stable storage
+  1    it failed
+  2    wrong usage, or refused before anything of the target was touched
+  3    complete, but for ranges that were skipped (policy ignore)
+  129, 130, 143
+       interrupted by SIGHUP, SIGINT (Ctrl-C), SIGTERM; with --map a later run goes on";
+
+const COPY_EXAMPLES: &str = "\
+Examples:
+  engine-cli copy disk.img backup.img
+  engine-cli copy --verify --map backup.map /dev/vg0/data /mnt/backup/data.img
+  engine-cli copy --speed 200M --on-source-error ignore --json failing.img rescued.img";
+
+const COMPARE_HELP: &str = "\
+Holes count as zeros. Disks of different lengths differ.
+
+Examples:
+  engine-cli compare disk.img backup.img
+  engine-cli compare --json /dev/vg0/data data.img
+
+Exit codes:
+  0    equal
+  1    something could not be read
+  2    wrong usage, or refused
+  3    they differ
+  129, 130, 143
+       interrupted by SIGHUP, SIGINT (Ctrl-C), SIGTERM";
+
+const INFO_HELP: &str = "\
+Examples:
+  engine-cli info disk.img
+  engine-cli info --json /dev/vg0/data
+
+Exit codes:
+  0    told
+  1    something could not be read
+  2    wrong usage, or refused";
+
+const COMPLETIONS_HELP: &str = "\
+Examples:
+  engine-cli completions bash > /etc/bash_completion.d/engine-cli
+  engine-cli completions zsh > ~/.zfunc/_engine-cli
+
+Exit codes:
+  0    printed
+  1    could not be printed
+  2    wrong usage";
+
+const MAN_HELP: &str = "\
+Examples:
+  engine-cli man | man -l -
+  engine-cli man /usr/local/share/man/man1
+
+Exit codes:
+  0    printed or written
+  1    could not be written
+  2    wrong usage";
+
+const MAIN_HELP: &str = "\
+Sizes are written like 4096, 64K, 1.5G (powers of 1024), speeds the same, a second.
+
+Examples:
+  engine-cli copy disk.img backup.img
+  engine-cli compare disk.img backup.img
+  engine-cli copy --help
+
+Exit codes:
+  0 done; 1 failed; 2 wrong usage or refused; 3 complete with skipped ranges, or a difference;
+  129, 130, 143 interrupted";
+
+/// Copies disks and images at the device's limit: verified, resumable, explained.
+#[derive(Debug, Parser)]
+#[command(name = "engine-cli", version, about, after_help = MAIN_HELP)]
+#[command(subcommand_required = true, disable_help_subcommand = true)]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// How much to log.
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+/// Logging, the same for every command.
+#[derive(Args, Debug)]
+pub(crate) struct LogArgs {
+    /// Log what happens inside to standard error; twice: more, three times: everything
+    #[arg(short, action = clap::ArgAction::Count, global = true, conflicts_with = "log", display_order = 900)]
+    pub(crate) verbose: u8,
+    /// Log by a filter like debug or engine::copy=trace (default: $ENGINE_LOG, else nothing)
+    #[arg(long, value_name = "FILTER", global = true, display_order = 901)]
+    pub(crate) log: Option<String>,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Copy a disk or an image
+    #[command(after_help = format!("{COPY_EXAMPLES}\n\n{COPY_EXIT_CODES}"))]
+    Copy(CopyArgs),
+    /// Find the first byte in which two disks differ
+    #[command(after_help = COMPARE_HELP)]
+    Compare(CompareArgs),
+    /// Tell what is known about a disk, and what this host offers for copying it
+    #[command(after_help = INFO_HELP)]
+    Info(InfoArgs),
+    /// Print a completion script for a shell
+    #[command(after_help = COMPLETIONS_HELP)]
+    Completions(CompletionsArgs),
+    /// Print the man page, or write one for each command into a directory
+    #[command(after_help = MAN_HELP)]
+    Man(ManArgs),
+}
+
+/// `copy`.
+#[derive(Args, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is an independent switch of the command line")]
+pub(crate) struct CopyArgs {
+    /// What to copy: a file, a block device, or null:SIZE
+    pub(crate) source: String,
+    /// Where to: a file (new, or with --force an existing one), a block device, or null:
+    pub(crate) target: String,
+
+    /// What is covered: the whole disk, or what the top layer of the source holds
+    #[arg(long, value_name = "MODE", value_enum, default_value_t = Sync::Full)]
+    sync: Sync,
+    /// Unit of copying: a power of two from 4K to 4M
+    #[arg(long, value_name = "SIZE", default_value = "64K", value_parser = cluster_size)]
+    cluster_size: ClusterSize,
+    /// Most clusters in flight (default: chosen from the cluster size)
+    #[arg(long, value_name = "N", value_parser = queue_depth)]
+    queue_depth: Option<u32>,
+    /// Speed limit in bytes a second, like 200M (default: none)
+    #[arg(long, value_name = "RATE", value_parser = speed)]
+    speed: Option<Speed>,
+    /// What to do when the source cannot be read
+    #[arg(long, value_name = "POLICY", value_enum, default_value_t = Policy::Report)]
+    on_source_error: Policy,
+    /// What to do when the target cannot be written
+    #[arg(long, value_name = "POLICY", value_enum, default_value_t = Policy::Report)]
+    on_target_error: Policy,
+    /// Keep in FILE how far the copy is, so that it can go on after an interruption
+    #[arg(long, value_name = "FILE")]
+    pub(crate) map: Option<PathBuf>,
+    /// Read back what was written and compare it by checksum
+    #[arg(long)]
+    verify: bool,
+    /// Write clusters of zeros as they are instead of making holes of them
+    #[arg(long)]
+    no_zero_detect: bool,
+    /// The target device reads as zeros already: do not write any
+    #[arg(long)]
+    target_is_zero: bool,
+    /// Overwrite a target file that exists
+    #[arg(long)]
+    force: bool,
+    /// What carries the I/O; auto: io_uring where the system allows it, else threads
+    #[arg(long, value_name = "ENGINE", value_enum, default_value_t = Carrier::Auto)]
+    io_engine: Carrier,
+    /// Image format of the source; never guessed from its contents
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = ImageFormat::Raw)]
+    source_format: ImageFormat,
+    /// Image format of the target
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = ImageFormat::Raw)]
+    target_format: ImageFormat,
+    /// What is shown.
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+/// `compare`.
+#[derive(Args, Debug)]
+pub(crate) struct CompareArgs {
+    /// One disk: a file or a block device
+    #[arg(value_name = "A")]
+    pub(crate) a: String,
+    /// The other
+    #[arg(value_name = "B")]
+    pub(crate) b: String,
+    /// What is shown.
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+/// `info`.
+#[derive(Args, Debug)]
+pub(crate) struct InfoArgs {
+    /// A file or a block device
+    pub(crate) path: String,
+    /// Its image format; never guessed from its contents
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = ImageFormat::Raw)]
+    pub(crate) format: ImageFormat,
+    /// Print one JSON object on standard output
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `completions`.
+#[derive(Args, Debug)]
+pub(crate) struct CompletionsArgs {
+    /// For which shell
+    #[arg(value_enum)]
+    pub(crate) shell: Shell,
+}
+
+/// `man`.
+#[derive(Args, Debug)]
+pub(crate) struct ManArgs {
+    /// Write engine-cli.1, engine-cli-copy.1, … here instead of printing the main page
+    pub(crate) dir: Option<PathBuf>,
+}
+
+/// What `copy` and `compare` show while they work and at the end.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct OutputArgs {
+    /// Progress on standard error; auto: a bar on a terminal, else nothing; json: a line at most twice a second
+    #[arg(long, value_name = "KIND", value_enum, default_value_t = ProgressKind::Auto)]
+    pub(crate) progress: ProgressKind,
+    /// Print one JSON object on standard output at the end, also after a failure
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `--progress`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ProgressKind {
+    /// A bar on a terminal, else nothing
+    Auto,
+    /// A bar; where there is no terminal, a line every few seconds
+    Bar,
+    /// JSON lines, at most two a second
+    Json,
+    /// Nothing
+    None,
+}
+
+/// `--sync`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Sync {
+    /// The whole disk
+    Full,
+    /// What is allocated in the top layer; a raw source is allocated as a whole
+    Top,
+}
+
+/// `--on-source-error`, `--on-target-error`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Policy {
+    /// The copy fails
+    Report,
+    /// The copy pauses; SIGCONT or Enter tries again
+    Stop,
+    /// Stop when out of space, else report
+    Enospc,
+    /// As enospc
+    Auto,
+    /// Try a few times, then leave the cluster out, list it, and go on
+    Ignore,
+}
+
+/// `--io-engine`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Carrier {
+    /// io_uring where the system allows it, else threads
+    Auto,
+    /// io_uring, or refused
+    #[value(name = "io_uring")]
+    IoUring,
+    /// A pool of threads
+    Threads,
+}
+
+/// `--source-format`, `--target-format`, `--format`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ImageFormat {
+    /// The bytes as they are
+    Raw,
+    /// QEMU's qcow2
+    Qcow2,
+}
+
+impl ImageFormat {
+    /// As users write it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+
+    /// As the engine names it.
+    pub(crate) fn format(self) -> Format {
+        match self {
+            Self::Raw => Format::Raw,
+            Self::Qcow2 => Format::Qcow2,
+        }
+    }
+}
+
+impl Policy {
+    fn policy(self) -> ErrorPolicy {
+        match self {
+            Self::Report => ErrorPolicy::Report,
+            Self::Stop => ErrorPolicy::Stop,
+            Self::Enospc => ErrorPolicy::Enospc,
+            Self::Auto => ErrorPolicy::Auto,
+            Self::Ignore => ErrorPolicy::Ignore,
+        }
+    }
+}
+
+impl CopyArgs {
+    /// As the engine takes them.
+    pub(crate) fn options(&self) -> CopyOptions {
+        CopyOptions {
+            source_format: self.source_format.format(),
+            target_format: self.target_format.format(),
+            sync: match self.sync {
+                Sync::Full => SyncMode::Full,
+                Sync::Top => SyncMode::Top,
+            },
+            cluster_size: self.cluster_size,
+            queue_depth: self.queue_depth,
+            speed: self.speed,
+            on_source_error: self.on_source_error.policy(),
+            on_target_error: self.on_target_error.policy(),
+            map: self.map.clone(),
+            verify: self.verify,
+            zero_detect: !self.no_zero_detect,
+            target_is_zero: self.target_is_zero,
+            force: self.force,
+            io_engine: match self.io_engine {
+                Carrier::Auto => IoEngine::Auto,
+                Carrier::IoUring => IoEngine::IoUring,
+                Carrier::Threads => IoEngine::Threads,
+            },
+            ..CopyOptions::new(self.source.as_str(), self.target.as_str())
+        }
+    }
+}
+
+fn cluster_size(text: &str) -> Result<ClusterSize, String> {
+    locator::parse_cluster_size(text).map_err(|error| why(&error))
+}
+
+fn speed(text: &str) -> Result<Speed, String> {
+    locator::parse_speed(text).map_err(|error| why(&error))
+}
+
+fn queue_depth(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(0) => Err("nothing would ever be copied; use 1 or more, or leave the option out".to_owned()),
+        Ok(depth) => Ok(depth),
+        Err(_) => Err("it is no whole number; use 1 or more, or leave the option out".to_owned()),
+    }
+}
+
+/// The part of an error that does not repeat the value: the usage message names option and value already.
+fn why(error: &Error) -> String {
+    match error.advice() {
+        Some(advice) => format!("{}; {advice}", error.reason()),
+        None => error.reason().to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults_are_the_engines() {
+        let cli = Cli::try_parse_from(["engine-cli", "copy", "a", "b"]).expect("parses");
+        let Command::Copy(copy) = cli.command else { panic!("not copy") };
+        assert_eq!(format!("{:?}", copy.options()), format!("{:?}", CopyOptions::new("a", "b")));
+    }
+
+    #[test]
+    fn every_option_reaches_the_engine() {
+        let line = "engine-cli copy a b --sync top --cluster-size 1m --queue-depth 8 --speed 1.5g \
+                    --on-source-error ignore --on-target-error stop --map m --verify --no-zero-detect --target-is-zero \
+                    --force --io-engine io_uring --source-format qcow2 --target-format qcow2";
+        let cli = Cli::try_parse_from(line.split_whitespace()).expect("parses");
+        let Command::Copy(copy) = cli.command else { panic!("not copy") };
+        let options = copy.options();
+        assert_eq!(options.sync, SyncMode::Top);
+        assert_eq!(options.cluster_size.bytes(), 1 << 20);
+        assert_eq!(options.queue_depth, Some(8));
+        assert_eq!(options.speed.map(|speed| speed.0.get()), Some(3 << 29));
+        assert_eq!(options.on_source_error, ErrorPolicy::Ignore);
+        assert_eq!(options.on_target_error, ErrorPolicy::Stop);
+        assert_eq!(options.map, Some(PathBuf::from("m")));
+        assert!(options.verify && !options.zero_detect && options.target_is_zero && options.force);
+        assert_eq!(options.io_engine, IoEngine::IoUring);
+        assert_eq!((options.source_format, options.target_format), (Format::Qcow2, Format::Qcow2));
+    }
+}

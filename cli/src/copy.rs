@@ -1,0 +1,130 @@
+//! `copy`: start the engine's job, watch it, steer it, tell how it ended.
+//!
+//! The main thread looks at the job ten times a second; that is all the work there is here while the engine copies. A
+//! job that pauses on an error (policy `stop`) is announced once a pause, with what makes it go on: SIGCONT, or Enter where
+//! somebody sits at the terminal.
+
+mod keys;
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use engine::copy::Copy;
+use engine::error::{Error, ErrorKind, Operation, Refusal};
+use engine::job::{IoStatus, JobResult, Progress, Status};
+
+use crate::args::CopyArgs;
+use crate::out;
+use crate::progress::{Meter, Snapshot};
+use crate::report::copy::{Ended, not_started_json, swapped_hint};
+use crate::report::{deliver, exit_code};
+use crate::signals::Signalled;
+use keys::Keys;
+
+/// How often the job is looked at.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Carry out `copy`; gives the exit code. `command_line` is how the program was called, `logging` whether it logs.
+pub(crate) fn run(args: &CopyArgs, command_line: &[String], logging: bool) -> u8 {
+    let signalled = match Signalled::install() {
+        Ok(signalled) => signalled,
+        Err(error) => {
+            let refused = Error::refused(
+                Refusal::Unavailable,
+                Operation::Copy,
+                args.source.as_str(),
+                error.to_string(),
+            );
+            return not_started(args, &refused);
+        }
+    };
+    let started = check_target(args).and_then(|()| engine::copy::start(&args.options()));
+    let copy = match started {
+        Ok(copy) => copy,
+        Err(error) => return not_started(args, &error),
+    };
+    signalled.steer(&copy.job);
+    let mut meter = Meter::new(args.output.progress, logging);
+    for notice in &copy.notices {
+        meter.say(notice);
+    }
+    let result = follow(&copy, &signalled, &mut meter);
+    meter.finish(Some(&Snapshot::of_copy(&result.progress)));
+    let ended =
+        Ended { args, result: &result, notices: &copy.notices, ending: signalled.ending(), command_line };
+    for message in ended.messages() {
+        out::say(message);
+    }
+    let code = ended.exit_code();
+    if args.output.json { deliver(&ended.json(), code) } else { code }
+}
+
+fn not_started(args: &CopyArgs, error: &Error) -> u8 {
+    out::say(error);
+    if error.kind() == ErrorKind::Refused(Refusal::NotFound)
+        && let Some(hint) = swapped_hint(args)
+    {
+        out::say(hint);
+    }
+    let code = exit_code(error);
+    if args.output.json { deliver(&not_started_json(args, error), code) } else { code }
+}
+
+/// A directory as the target, as `cp` takes it, gets its answer here, where the source's name is at hand.
+fn check_target(args: &CopyArgs) -> Result<(), Error> {
+    let path = Path::new(&args.target);
+    if args.target.is_empty() || !path.is_dir() {
+        return Ok(());
+    }
+    let name = Path::new(&args.source).file_name().map_or_else(|| "disk.img".into(), OsStr::to_string_lossy);
+    Err(Error::refused(Refusal::NotADisk, Operation::OpenTarget, args.target.as_str(), "it is a directory")
+        .advise(format!("name a file in it, e.g. {}", path.join(&*name).display())))
+}
+
+/// Watch the job to its end.
+fn follow(copy: &Copy, signalled: &Signalled, meter: &mut Meter) -> Arc<JobResult> {
+    let mut pauses = Pauses::default();
+    let mut told_ending = false;
+    loop {
+        if let Some(result) = copy.job.wait_timeout(TICK) {
+            return result;
+        }
+        let progress = copy.job.progress();
+        meter.update(&Snapshot::of_copy(&progress));
+        if let (false, Some(ending)) = (told_ending, signalled.ending()) {
+            told_ending = true;
+            meter.say(format_args!("{}: ending cleanly; a second one ends at once", ending.name()));
+        }
+        if !told_ending {
+            pauses.look(&progress, signalled, meter);
+        }
+    }
+}
+
+/// Announces pauses on an error and takes the key that ends them.
+#[derive(Default)]
+struct Pauses {
+    /// How many pauses had been lifted when the last one was announced.
+    announced: Option<u64>,
+    keys: Keys,
+}
+
+impl Pauses {
+    fn look(&mut self, progress: &Progress, signalled: &Signalled, meter: &Meter) {
+        let lifted = signalled.resumes();
+        if progress.status != Status::Paused || progress.io_status == IoStatus::Ok {
+            return;
+        }
+        if self.announced != Some(lifted) {
+            self.announced = Some(lifted);
+            let enter = if self.keys.begin() { "press Enter, or run: " } else { "run: " };
+            let reason = progress.paused_on.as_deref().unwrap_or("an error");
+            meter.say(format_args!("paused: {}", out::one_line(reason)));
+            meter.say(format_args!("to try again {enter}kill -CONT {}", std::process::id()));
+        } else if self.keys.pressed() {
+            signalled.go_on();
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! Completion scripts and man pages, from the definition of the command line.
+
+use std::path::Path;
+
+use clap::CommandFactory;
+
+use crate::args::{Cli, CompletionsArgs, ManArgs};
+use crate::out;
+use crate::report::{DONE, FAILED};
+
+/// Print a completion script; gives the exit code.
+pub(crate) fn completions(args: &CompletionsArgs) -> u8 {
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "engine-cli", &mut script);
+    print(&script)
+}
+
+/// Print the main man page, or write all of them into a directory; gives the exit code.
+pub(crate) fn man(args: &ManArgs) -> u8 {
+    if let Some(directory) = &args.dir {
+        return write_all(directory);
+    }
+    let mut page = Vec::new();
+    match clap_mangen::Man::new(Cli::command()).render(&mut page) {
+        Ok(()) => print(&page),
+        Err(error) => failed(&format!("cannot make the man page: {error}")),
+    }
+}
+
+fn write_all(directory: &Path) -> u8 {
+    let name = out::one_line(&directory.to_string_lossy());
+    let written =
+        std::fs::create_dir_all(directory).and_then(|()| clap_mangen::generate_to(Cli::command(), directory));
+    match written {
+        Ok(()) => {
+            out::say(format_args!("wrote the man pages into {name}"));
+            DONE
+        }
+        Err(error) => failed(&format!("cannot write man pages into {name}: {error}")),
+    }
+}
+
+fn print(text: &[u8]) -> u8 {
+    match out::print(text) {
+        Ok(()) => DONE,
+        Err(undelivered) => failed(&undelivered.to_string()),
+    }
+}
+
+fn failed(message: &str) -> u8 {
+    out::say(message);
+    FAILED
+}

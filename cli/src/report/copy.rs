@@ -1,0 +1,294 @@
+//! The end of a copy: the summary line, the list of what was skipped, how to go on, and the JSON object.
+
+use std::io;
+use std::path::Path;
+
+use engine::error::Error;
+use engine::job::{JobResult, Outcome, Progress, SkippedRange};
+use serde_json::{Map, Value, json};
+
+use super::units::{average, bytes, rate, span};
+use super::{DONE, FAILED, INCOMPLETE, error_value, exit_code, range_value, result_of};
+use crate::args::CopyArgs;
+use crate::out;
+use crate::signals::Ending;
+
+/// Most skipped ranges that are listed for people; all stand in the JSON object.
+const SKIPPED_LISTED: usize = 20;
+
+/// A copy that has ended.
+pub(crate) struct Ended<'a> {
+    pub(crate) args: &'a CopyArgs,
+    pub(crate) result: &'a JobResult,
+    /// Told at the start.
+    pub(crate) notices: &'a [String],
+    /// The signal that ended it.
+    pub(crate) ending: Option<Ending>,
+    /// The command line, to repeat it.
+    pub(crate) command_line: &'a [String],
+}
+
+impl Ended<'_> {
+    /// Exit code of the program.
+    pub(crate) fn exit_code(&self) -> u8 {
+        match &self.result.outcome {
+            Outcome::Complete => DONE,
+            Outcome::CompleteWithSkipped => INCOMPLETE,
+            // The target was touched by now, whatever kind of error it is.
+            Outcome::Failed(_) => FAILED,
+            Outcome::Cancelled => self.ending.map_or(FAILED, Ending::exit_code),
+        }
+    }
+
+    /// All messages for people.
+    pub(crate) fn messages(&self) -> Vec<String> {
+        let mut messages = self.later_notices();
+        let progress = &self.result.progress;
+        match &self.result.outcome {
+            Outcome::Complete => messages.push(format!("copied {}", self.summary())),
+            Outcome::CompleteWithSkipped => {
+                messages.extend(skipped_lines(&self.result.skipped));
+                messages.push(format!("copied all but {} of {}", bytes(progress.skipped), self.summary()));
+                if self.result.resumable {
+                    messages.push(format!("to try the skipped ranges again, repeat: {}", self.repeat()));
+                }
+            }
+            Outcome::Failed(error) => {
+                messages.push(error.to_string());
+                messages.push(format!("failed after {}", how_far(progress)));
+                messages.extend(skipped_lines(&self.result.skipped));
+                messages.extend(self.how_to_go_on());
+            }
+            Outcome::Cancelled => {
+                let signal = self.ending.map_or("a request", Ending::name);
+                messages.push(format!("ended by {signal} after {}", how_far(progress)));
+                messages.extend(self.how_to_go_on());
+            }
+        }
+        messages
+    }
+
+    /// What the job noted beyond what was told at its start.
+    fn later_notices(&self) -> Vec<String> {
+        self.result.notices.iter().filter(|notice| !self.notices.contains(notice)).cloned().collect()
+    }
+
+    /// `4.0 GiB in 4.4 s (931 MiB/s): 3.1 GiB data, 512 MiB zeros, 400 MiB holes; verified; flushed`.
+    fn summary(&self) -> String {
+        let progress = &self.result.progress;
+        let parts: Vec<_> = [
+            (progress.copied, "data"),
+            (progress.zeros, "zeros"),
+            (progress.holes, "holes"),
+            (progress.uncovered, "not covered"),
+            (progress.resumed, "by earlier runs"),
+        ]
+        .into_iter()
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, what)| format!("{} {what}", bytes(count)))
+        .collect();
+        let parts = if parts.is_empty() { String::new() } else { format!(": {}", parts.join(", ")) };
+        format!(
+            "{} in {} ({}){parts}{}; flushed",
+            bytes(progress.total),
+            span(self.result.elapsed),
+            rate(self.rate()),
+            if self.result.verified { "; verified" } else { "" },
+        )
+    }
+
+    /// Bytes a second settled by this run.
+    fn rate(&self) -> u64 {
+        let progress = &self.result.progress;
+        average(progress.done.saturating_sub(progress.resumed), self.result.elapsed)
+    }
+
+    fn how_to_go_on(&self) -> Vec<String> {
+        if self.result.resumable {
+            return vec![format!("to go on where it stopped, repeat: {}", self.repeat())];
+        }
+        let target = out::one_line(&self.args.target);
+        let mut messages = vec![];
+        if !target.starts_with("null:") {
+            messages.push(if is_missing(&self.args.target) {
+                format!("the partial file {target} was removed")
+            } else {
+                format!("{target} is not a complete copy")
+            });
+        }
+        messages.push(if self.args.map.is_some() {
+            "the map file holds nothing to go on from; the next run starts anew".to_owned()
+        } else {
+            "with --map FILE a copy can go on after an interruption".to_owned()
+        });
+        messages
+    }
+
+    fn repeat(&self) -> String {
+        self.command_line.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ")
+    }
+
+    /// The object for `--json`.
+    pub(crate) fn json(&self) -> Value {
+        let result = self.result;
+        let progress = &result.progress;
+        let (name, error) = match &result.outcome {
+            Outcome::Complete => ("complete", Value::Null),
+            Outcome::CompleteWithSkipped => ("complete_with_skipped", Value::Null),
+            Outcome::Failed(error) => ("failed", error_value(error)),
+            Outcome::Cancelled => ("cancelled", Value::Null),
+        };
+        let mut notices = self.notices.to_vec();
+        notices.extend(self.later_notices());
+        let mut object = head(self.args, name);
+        let fields = json!({
+            "bytes": progress.total,
+            "done": progress.done,
+            "copied": progress.copied,
+            "zeros": progress.zeros,
+            "holes": progress.holes,
+            "uncovered": progress.uncovered,
+            "resumed": progress.resumed,
+            "skipped_bytes": progress.skipped,
+            "skipped": result.skipped.iter().map(skipped_value).collect::<Vec<_>>(),
+            "verified": result.verified,
+            "verified_bytes": progress.verified,
+            "retries": progress.retries,
+            "seconds": result.elapsed.as_secs_f64(),
+            "rate": self.rate(),
+            "engine": result.engine,
+            "resumable": result.resumable,
+            "signal": self.ending.map(Ending::name),
+            "notices": notices,
+            "error": error,
+            "exit_code": self.exit_code(),
+        });
+        if let Value::Object(fields) = fields {
+            object.extend(fields);
+        }
+        Value::Object(object)
+    }
+}
+
+/// The object for `--json` of a copy that did not start: the same fields, with nothing done.
+pub(crate) fn not_started_json(args: &CopyArgs, error: &Error) -> Value {
+    let mut object = head(args, result_of(error));
+    let fields = json!({
+        "bytes": 0, "done": 0, "copied": 0, "zeros": 0, "holes": 0, "uncovered": 0, "resumed": 0,
+        "skipped_bytes": 0, "skipped": [], "verified": false, "verified_bytes": 0, "retries": 0,
+        "seconds": 0.0, "rate": 0, "engine": null, "resumable": false, "signal": null, "notices": [],
+        "error": error_value(error),
+        "exit_code": exit_code(error),
+    });
+    if let Value::Object(fields) = fields {
+        object.extend(fields);
+    }
+    Value::Object(object)
+}
+
+/// A hint for a copy that did not start because its source is missing, where the target is there: are they swapped?
+pub(crate) fn swapped_hint(args: &CopyArgs) -> Option<String> {
+    let (source, target) = (&args.source, &args.target);
+    let target_is_disk = std::fs::metadata(target).is_ok_and(|found| !found.is_dir());
+    (is_missing(source) && target_is_disk).then(|| {
+        format!(
+            "{} exists and {} does not: the source comes first, as in: engine-cli copy {} {}",
+            out::one_line(target),
+            out::one_line(source),
+            quoted(target),
+            quoted(source)
+        )
+    })
+}
+
+fn head(args: &CopyArgs, result: &str) -> Map<String, Value> {
+    let fields = json!({
+        "command": "copy",
+        "result": result,
+        "source": args.source,
+        "target": args.target,
+        "map": args.map.as_ref().map(|map| map.to_string_lossy().into_owned()),
+    });
+    match fields {
+        Value::Object(fields) => fields,
+        _ => Map::new(),
+    }
+}
+
+fn is_missing(path: &str) -> bool {
+    Path::new(path).symlink_metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+}
+
+fn how_far(progress: &Progress) -> String {
+    format!("{} of {} in {}", bytes(progress.done), bytes(progress.total), span(progress.elapsed))
+}
+
+fn skipped_lines(skipped: &[SkippedRange]) -> Vec<String> {
+    let line =
+        |skipped: &SkippedRange| format!("skipped {}: {}", skipped.range, out::one_line(&skipped.error));
+    let mut lines: Vec<_> = skipped.iter().take(SKIPPED_LISTED).map(line).collect();
+    if let Some(more) = skipped.len().checked_sub(SKIPPED_LISTED).filter(|&more| more > 0) {
+        lines.push(format!("and {more} more skipped ranges; --json lists all"));
+    }
+    lines
+}
+
+fn skipped_value(skipped: &SkippedRange) -> Value {
+    let mut value = range_value(skipped.range);
+    if let Value::Object(fields) = &mut value {
+        fields.insert("error".into(), skipped.error.clone().into());
+    }
+    value
+}
+
+/// `word` as a shell reads it back.
+fn quoted(word: &str) -> String {
+    let plain = |letter: char| letter.is_ascii_alphanumeric() || "_-./:=,@%+".contains(letter);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    if word.chars().any(char::is_control) {
+        // Only the $'…' form takes escapes, and keeps the message on its line.
+        let mut text = String::new();
+        for letter in word.chars() {
+            match letter {
+                '\\' | '\'' => text.extend(['\\', letter]),
+                _ if letter.is_control() => text.push_str(&format!("\\u{:04x}", u32::from(letter))),
+                _ => text.push(letter),
+            }
+        }
+        return format!("$'{text}'");
+    }
+    format!("'{}'", word.replace('\'', "'\\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engine::units::ByteRange;
+
+    #[test]
+    fn words_come_back_from_a_shell() {
+        for (word, text) in [
+            ("a.img", "a.img"),
+            ("a b", "'a b'"),
+            ("it's", r"'it'\''s'"),
+            ("", "''"),
+            ("a\n'", r"$'a\u000a\''"),
+        ] {
+            assert_eq!(quoted(word), text);
+        }
+    }
+
+    #[test]
+    fn list_of_skipped_ranges_is_bounded() {
+        let skipped: Vec<_> = (0..25)
+            .map(|place| SkippedRange { range: ByteRange::new(place << 20, 65536), error: "bad".into() })
+            .collect();
+        let lines = skipped_lines(&skipped);
+        assert_eq!(lines.len(), SKIPPED_LISTED + 1);
+        assert_eq!(lines[0], "skipped bytes 0..65536: bad");
+        assert!(lines[SKIPPED_LISTED].contains("5 more"));
+        assert_eq!(skipped_lines(&skipped[..SKIPPED_LISTED]).len(), SKIPPED_LISTED);
+    }
+}

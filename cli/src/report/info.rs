@@ -1,0 +1,133 @@
+//! What `info` found, in lines for people and as the JSON object.
+
+use engine::error::Error;
+use engine::ring::uring::UringTraits;
+use engine::storage::{DiskInfo, DiskKind};
+use serde_json::{Value, json};
+
+use super::units::bytes;
+use super::{DONE, error_value, exit_code, result_of};
+use crate::args::InfoArgs;
+use crate::out;
+
+/// What this host offers for I/O: the traits of a ring that was opened, or why none could be.
+pub(crate) type Offer = Result<UringTraits, String>;
+
+/// The lines for people.
+pub(crate) fn lines(args: &InfoArgs, disk: &DiskInfo, offer: &Offer) -> String {
+    let yes_no = |flag| if flag { "yes" } else { "no" };
+    let block = |size: u32| bytes(u64::from(size));
+    let mut rows = vec![
+        ("path", out::one_line(&disk.path)),
+        ("kind", kind(disk.kind).to_owned()),
+        ("format", format!("{} (as given, not guessed)", args.format.name())),
+        ("size", exact(disk.length)),
+    ];
+    if let Some(allocated) = disk.allocated_bytes {
+        rows.push(("allocated", exact(allocated)));
+        rows.push(("holes can be found", yes_no(disk.finds_holes).to_owned()));
+    }
+    if let Some(size) = disk.logical_block_bytes {
+        rows.push(("logical block", block(size)));
+    }
+    if let Some(size) = disk.physical_block_bytes {
+        rows.push(("physical block", block(size)));
+    }
+    let alignment = disk.direct_io_alignment;
+    rows.push((
+        "direct I/O",
+        alignment.map_or("no: copies go through the page cache".into(), |size| {
+            format!("yes, aligned to {}", block(size))
+        }),
+    ));
+    let flags = [("discards", disk.discards), ("read-only", disk.read_only), ("mounted", disk.mounted)];
+    rows.extend(flags.into_iter().filter_map(|(name, flag)| Some((name, yes_no(flag?).to_owned()))));
+    if let Some(serial) = &disk.serial {
+        rows.push(("serial", out::one_line(serial)));
+    }
+    rows.push((
+        "io_uring",
+        match offer {
+            Ok(traits) => format!("yes: {}", granted(traits).join(", ")),
+            Err(reason) => format!("no: {}; copies use threads", out::one_line(reason)),
+        },
+    ));
+    rows.iter().map(|(name, value)| format!("{:<20}{value}\n", format!("{name}:"))).collect()
+}
+
+/// The object for `--json`.
+pub(crate) fn json(args: &InfoArgs, disk: &DiskInfo, offer: &Offer) -> Value {
+    json!({
+        "command": "info",
+        "result": "told",
+        "path": disk.path,
+        "kind": kind(disk.kind),
+        "format": args.format.name(),
+        "length": disk.length,
+        "allocated_bytes": disk.allocated_bytes,
+        "logical_block_bytes": disk.logical_block_bytes,
+        "physical_block_bytes": disk.physical_block_bytes,
+        "direct_io_alignment": disk.direct_io_alignment,
+        "finds_holes": disk.finds_holes,
+        "discards": disk.discards,
+        "read_only": disk.read_only,
+        "mounted": disk.mounted,
+        "serial": disk.serial,
+        "io_uring": {
+            "available": offer.is_ok(),
+            "reason": offer.as_ref().err(),
+            "registered_buffers": offer.as_ref().is_ok_and(|traits| traits.registered_buffers),
+            "registered_files": offer.as_ref().is_ok_and(|traits| traits.registered_files),
+            "setup_flags": offer.as_ref().map(setup_flags).unwrap_or_default(),
+        },
+        "error": null,
+        "exit_code": DONE,
+    })
+}
+
+/// The object for `--json` when nothing could be told.
+pub(crate) fn failed_json(args: &InfoArgs, error: &Error) -> Value {
+    json!({
+        "command": "info",
+        "result": result_of(error),
+        "path": args.path,
+        "error": error_value(error),
+        "exit_code": exit_code(error),
+    })
+}
+
+fn kind(kind: DiskKind) -> &'static str {
+    match kind {
+        DiskKind::File => "file",
+        DiskKind::BlockDevice => "block_device",
+    }
+}
+
+/// `4.0 GiB (4294967296 bytes)`.
+fn exact(count: u64) -> String {
+    format!("{} ({count} bytes)", bytes(count))
+}
+
+fn setup_flags(traits: &UringTraits) -> Vec<&'static str> {
+    let flags = traits.flags;
+    [
+        (flags.submit_all, "SUBMIT_ALL"),
+        (flags.coop_taskrun, "COOP_TASKRUN"),
+        (flags.single_issuer, "SINGLE_ISSUER"),
+        (flags.defer_taskrun, "DEFER_TASKRUN"),
+    ]
+    .into_iter()
+    .filter_map(|(granted, name)| granted.then_some(name))
+    .collect()
+}
+
+fn granted(traits: &UringTraits) -> Vec<&'static str> {
+    let mut names = setup_flags(traits);
+    if traits.registered_buffers {
+        names.push("registered buffers");
+    }
+    if traits.registered_files {
+        names.push("registered files");
+    }
+    names
+}
