@@ -84,7 +84,7 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
     let geometry = Geometry::new(source.length(), options.cluster_size);
     let slots = slots_of(options)?;
     let map = match &options.map {
-        Some(path) => Some(Arc::new(MapFile::open(&path.to_string_lossy(), &source, &target_locator)?)),
+        Some(path) => Some(Arc::new(MapFile::open(path, &source, &target_locator)?)),
         None => None,
     };
     let found = map.as_ref().and_then(|map| map.map().map(|found| (found.header(), map.path())));
