@@ -451,7 +451,7 @@ mod tests {
     #[test]
     fn first_of_many_differences() {
         let length = 9 * PIECE_BYTES as usize + 777;
-        let a = Memory::new((0..length).map(|at| (at % 251) as u8).collect());
+        let a = Memory::new((0..=250).cycle().take(length).collect());
         for at in [0, 1, 4095, 4096, 1 << 20, (3 << 20) + 12_345, length - 1] {
             let mut b = Memory::new(a.bytes.clone());
             for place in (at..length).step_by(70_001) {
