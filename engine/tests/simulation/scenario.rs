@@ -85,7 +85,7 @@ impl Scenario {
         ];
         let slots = rng.u32(1..12);
         let length = clusters * cluster + odd;
-        let mut bad = |rng: &mut Rng| {
+        let bad = |rng: &mut Rng| {
             if rng.u8(0..4) > 0 || length == 0 {
                 return Vec::new();
             }
@@ -203,6 +203,7 @@ impl Scenario {
             allocation_window_min: 4 * self.cluster,
             allocation_window_max: 16 * self.cluster,
             extents: 3,
+            drop_step: 5 * self.cluster,
             ..Limits::default()
         };
         Plan {
