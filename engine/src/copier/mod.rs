@@ -227,7 +227,7 @@ impl Copier {
         }
         let resumed = Captured { done: plan.resumed.clone(), tally, complete: false };
         let length = geometry.length().0;
-        let layers = (plan.sync == crate::copy::SyncMode::Top)
+        let layers = (plan.sync == crate::modes::SyncMode::Top)
             .then(|| ExtentWindow::new(crate::ring::ExtentQuery::TopLayer, length, plan.limits.extents));
         Self {
             slots: Slots::new(plan.slots),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::copy::{ErrorPolicy, SyncMode};
+use crate::modes::{ErrorPolicy, SyncMode};
 use crate::ring::{DocumentId, FileId};
 use crate::units::{ClusterRange, Geometry, Speed};
 

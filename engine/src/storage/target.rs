@@ -34,9 +34,9 @@ use super::open::{
 use super::prepare::{NewFile, NewPlace, create, empty, identify, in_units, open_directory};
 use super::topology::{self, Node};
 use super::{NullStorage, Storage, sys};
-use crate::copy::Format;
 use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
 use crate::map::MapHeader;
+use crate::modes::Format;
 use crate::units::Length;
 
 /// How to open a target.
