@@ -11,6 +11,7 @@ pub mod error;
 pub mod interval_set;
 pub mod job;
 pub mod map;
+pub mod modes;
 pub mod ring;
 pub mod storage;
 mod sync;

@@ -4,11 +4,11 @@
 //! imports from here and nowhere else. Built with `--cfg loom`, such a type works only inside `loom::model`.
 
 #[cfg(loom)]
-pub(crate) use self::modelled::{Mutex, MutexGuard, Parking};
+pub(crate) use self::modelled::{AtomicU64, Mutex, MutexGuard, Parking};
 #[cfg(not(loom))]
 pub(crate) use self::real::{Mutex, MutexGuard, Parking};
 #[cfg(loom)]
-pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+pub(crate) use loom::sync::atomic::{AtomicBool, Ordering, fence};
 #[cfg(not(loom))]
 pub(crate) use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
@@ -47,7 +47,59 @@ mod modelled {
 
     use loom::thread::Thread;
 
+    use super::Ordering;
     pub(crate) use loom::sync::MutexGuard;
+
+    /// loom's atomic, so wrapped that loom tries every order of its accesses.
+    ///
+    /// For each object loom 0.7 remembers the last access alone when it decides which orders are worth a try. A thread
+    /// that loads and then swaps, as every compare-and-swap loop does, thereby hides a load that another thread made
+    /// before: loom never tries that other load after the swap (tokio-rs/loom#166 and #392; one load against one such
+    /// loop is run in a single order). So every access first touches a companion by a read-modify-write, which is
+    /// in conflict with every other: all orders are tried, and the load that follows may still return any old value
+    /// that its ordering allows. Relaxed, the companion orders nothing by itself.
+    pub(crate) struct AtomicU64 {
+        turn: loom::sync::atomic::AtomicU64,
+        value: loom::sync::atomic::AtomicU64,
+    }
+
+    impl AtomicU64 {
+        pub(crate) fn new(value: u64) -> Self {
+            use loom::sync::atomic::AtomicU64 as Model;
+            Self { turn: Model::new(0), value: Model::new(value) }
+        }
+
+        fn take_turn(&self) -> &loom::sync::atomic::AtomicU64 {
+            self.turn.fetch_or(0, Ordering::Relaxed);
+            &self.value
+        }
+
+        pub(crate) fn load(&self, order: Ordering) -> u64 {
+            self.take_turn().load(order)
+        }
+
+        pub(crate) fn compare_exchange_weak(
+            &self,
+            current: u64,
+            new: u64,
+            success: Ordering,
+            failure: Ordering,
+        ) -> Result<u64, u64> {
+            self.take_turn().compare_exchange(current, new, success, failure)
+        }
+
+        pub(crate) fn fetch_or(&self, bits: u64, order: Ordering) -> u64 {
+            self.take_turn().fetch_or(bits, order)
+        }
+
+        pub(crate) fn fetch_and(&self, bits: u64, order: Ordering) -> u64 {
+            self.take_turn().fetch_and(bits, order)
+        }
+
+        pub(crate) fn fetch_xor(&self, bits: u64, order: Ordering) -> u64 {
+            self.take_turn().fetch_xor(bits, order)
+        }
+    }
 
     /// loom's lock with the interface of parking_lot's, which knows no poison.
     pub(crate) struct Mutex<T>(loom::sync::Mutex<T>);

@@ -73,6 +73,25 @@ impl Copies {
     }
 }
 
+/// That the models try both orders of a look and a release at all: it takes the wrapped atomics of the crate's `sync`,
+/// since loom alone runs this one in a single order and finds every claim about the other one true.
+#[test]
+fn the_models_see_a_look_both_before_and_after_a_release() {
+    static FOUND: [AtomicU32; 2] = [const { AtomicU32::new(0) }; 2];
+    model(None, || {
+        let set = set();
+        let claim = claim_one(&set, 0).unwrap();
+        let holder = {
+            let set = set.clone();
+            thread::spawn(move || set.complete(claim))
+        };
+        FOUND[usize::from(set.is_done(one(0)))].fetch_add(1, Ordering::Relaxed);
+        holder.join().unwrap();
+    });
+    let [before, after] = [0, 1].map(|done| FOUND[done].load(Ordering::Relaxed));
+    assert!(before > 0 && after > 0, "{before} executions looked before the release, {after} after it");
+}
+
 #[test]
 fn a_sweep_and_two_guests_over_two_words_copy_each_cluster_once() {
     model(Some(2), || {
@@ -202,7 +221,7 @@ impl Data {
 /// The neighbours in the word change between `complete` and the look, by operations of weaker ordering.
 #[test]
 fn done_means_that_the_copy_is_visible() {
-    model(None, || {
+    model(Some(3), || {
         let (set, data) = (set(), Data::new());
         let holder = {
             let (set, data) = (set.clone(), data.clone());
@@ -309,7 +328,7 @@ fn a_waiter_is_either_cancelled_or_woken() {
 /// One waiter leaves while another comes: the state follows the table, so the one who stays is woken.
 #[test]
 fn cancelling_does_not_cost_another_waiter_its_wake_up() {
-    model(None, || {
+    model(Some(3), || {
         let set = set();
         let claim = claim_one(&set, 0).unwrap();
         let Registration::Registered { ticket, .. } = set.wait_for(ClusterIndex(0), Waiter::callback(|| ()))

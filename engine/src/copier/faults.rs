@@ -8,9 +8,9 @@ use super::retry::{Verdict, verdict};
 use super::tally::Was;
 use super::transfer::Failure;
 use super::{Copier, Ending, Event, one};
-use crate::copy::ErrorPolicy;
 use crate::error::{Error, ErrorKind, Operation};
 use crate::job::IoStatus;
+use crate::modes::ErrorPolicy;
 use crate::units::{ClusterIndex, ClusterRange, Timestamp};
 
 /// The two sides of a copy.

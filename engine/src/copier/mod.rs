@@ -138,8 +138,12 @@ enum Task {
     Flush,
     /// A checkpoint's map.
     Publish,
-    /// Page cache dropped behind a buffered side.
-    DropCache,
+    /// Page cache dropped behind a buffered source.
+    DropSourceCache,
+    /// Page cache written back and dropped behind a buffered target.
+    DropTargetCache,
+    /// Page cache of a buffered target dropped before it is read back.
+    DropBeforeVerify,
 }
 
 /// How the target is made to read as zeros.
@@ -193,6 +197,8 @@ pub struct Copier {
     written: u64,
     /// Up to where the page cache was dropped, for each buffered side.
     dropped_to: u64,
+    /// The target's page cache is being written back outside a checkpoint.
+    writing_back: bool,
     user_paused: bool,
     stopped: Option<Arc<Error>>,
     drained_said: bool,
@@ -221,7 +227,7 @@ impl Copier {
         }
         let resumed = Captured { done: plan.resumed.clone(), tally, complete: false };
         let length = geometry.length().0;
-        let layers = (plan.sync == crate::copy::SyncMode::Top)
+        let layers = (plan.sync == crate::modes::SyncMode::Top)
             .then(|| ExtentWindow::new(crate::ring::ExtentQuery::TopLayer, length, plan.limits.extents));
         Self {
             slots: Slots::new(plan.slots),
@@ -252,6 +258,7 @@ impl Copier {
             hold_until: None,
             written: 0,
             dropped_to: 0,
+            writing_back: false,
             user_paused: false,
             stopped: None,
             drained_said: false,
@@ -287,7 +294,9 @@ impl Copier {
     pub fn next_deadline(&self, now: Timestamp) -> Option<Timestamp> {
         let keeps = self.plan.map.is_some() || self.plan.verify;
         let checkpoint = (keeps && self.checkpoints.awaits_time() && self.ending.is_none())
-            .then(|| self.checkpoints.due_at(&self.plan.limits));
+            .then(|| self.checkpoints.due_at(&self.plan.limits))
+            // One that is due already waits for something in flight, whose completion comes first.
+            .filter(|&due| due > now);
         let sweep = match self.hold_until {
             _ if self.ending.is_some() || self.paused() => None,
             Some(until) => Some(until),

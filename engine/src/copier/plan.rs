@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::copy::{ErrorPolicy, SyncMode};
+use crate::modes::{ErrorPolicy, SyncMode};
 use crate::ring::{DocumentId, FileId};
 use crate::units::{ClusterRange, Geometry, Speed};
 
@@ -98,6 +98,8 @@ pub struct Limits {
     pub allocation_window_max: u64,
     /// Extents asked for at a time.
     pub extents: usize,
+    /// Bytes of sweep after which the page cache behind a buffered side is dropped.
+    pub drop_step: u64,
 }
 
 impl Default for Limits {
@@ -112,6 +114,7 @@ impl Default for Limits {
             allocation_window_min: 16 << 20,
             allocation_window_max: 1 << 30,
             extents: 1024,
+            drop_step: 32 << 20,
         }
     }
 }

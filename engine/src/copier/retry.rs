@@ -11,8 +11,8 @@ use nix::errno::Errno;
 
 use super::piece::Fault;
 use super::plan::Limits;
-use crate::copy::ErrorPolicy;
 use crate::job::IoStatus;
+use crate::modes::ErrorPolicy;
 use crate::units::{ClusterIndex, ClusterRange, Timestamp};
 
 /// What a policy says about an error.

@@ -11,11 +11,8 @@ use super::retry::{Verdict, verdict};
 use super::verify::{Verification, Window};
 use super::{Copier, Ending, Event, Task, one};
 use crate::error::{Error, Operation};
-use crate::ring::{FileId, Op, Output};
+use crate::ring::{Op, Output};
 use crate::units::{ByteRange, ClusterRange, Timestamp};
-
-/// Bytes of sweep after which the page cache behind a buffered side is dropped.
-const DROP_STEP: u64 = 32 << 20;
 
 impl Copier {
     /// Do whatever checkpoints and the end call for.
@@ -33,18 +30,21 @@ impl Copier {
             self.events.push(Event::Drained);
         }
         let all_settled = self.tally.settled_clusters == self.plan.geometry.clusters().0;
+        if self.writing_back {
+            return;
+        }
         if all_settled && idle && self.checkpoints.is_idle() && !self.paused() {
             return self.begin_checkpoint(true, now);
         }
         self.drop_cache();
         let keeps = self.plan.map.is_some() || self.plan.verify;
-        if keeps && self.checkpoints.is_due(now, &self.plan.limits) {
+        if keeps && !self.writing_back && self.checkpoints.is_due(now, &self.plan.limits) {
             self.begin_checkpoint(false, now);
         }
     }
 
     fn settle_ending(&mut self, now: Timestamp) {
-        if !self.is_idle() || !self.checkpoints.is_idle() {
+        if !self.is_idle() || !self.checkpoints.is_idle() || self.writing_back {
             return;
         }
         let decided = matches!(self.ending, Some(Ending::Complete));
@@ -128,13 +128,34 @@ impl Copier {
                     self.checkpoints.captured = self.capture();
                 }
                 self.checkpoints.failed_flushes = 0;
-                let window = std::mem::take(&mut self.closed_window);
-                self.checkpoints.stage = Stage::Verifying(Verification::new(window, self.plan.geometry));
+                self.begin_verification();
             }
             Err(_) if planted!(self.plan, FlushRetriedAndBelieved) => {
                 self.push(Task::Flush, Op::Flush { file: self.plan.target.file });
             }
             Err(errno) => self.flush_failed(*errno, now),
+        }
+    }
+
+    /// The window that the last capture closed is on the medium: read it back. Without `verify` it is empty.
+    fn begin_verification(&mut self) {
+        let window = std::mem::take(&mut self.closed_window);
+        let cached = self.plan.verify && self.plan.target.direct_alignment.is_none();
+        if cached {
+            let range = ByteRange::new(0, self.plan.geometry.length().0);
+            self.push(Task::DropBeforeVerify, Op::DropCache { file: self.plan.target.file, range });
+        }
+        self.checkpoints.stage = Stage::Verifying(Verification::new(window, self.plan.geometry, cached));
+    }
+
+    /// The target's page cache was written back and dropped. An error here is the kernel's only word about lost data, so it counts as
+    /// a failed flush; and none is under way at the same time, which might have swallowed or missed it.
+    pub(super) fn on_written_back(&mut self, result: &Result<Output, Errno>, now: Timestamp) {
+        self.writing_back = false;
+        match (result, &mut self.checkpoints.stage) {
+            (Err(errno), _) => self.flush_failed(*errno, now),
+            (Ok(_), Stage::Verifying(verification)) => verification.cached = false,
+            (Ok(_), _) => {}
         }
     }
 
@@ -269,23 +290,23 @@ impl Copier {
         }
     }
 
-    /// Drop the page cache behind a buffered side, a step of the sweep at a time and no closer than the slots in flight.
+    /// Drop the page cache behind a buffered side, a step of the sweep at a time and no closer than the slots in flight. Between
+    /// checkpoints only, see [`Self::on_written_back`].
     fn drop_cache(&mut self) {
         let behind = u64::from(self.plan.slots) * self.plan.geometry.cluster_size().bytes();
         let to = self.plan.geometry.offset_of(self.position).saturating_sub(behind);
-        if to < self.dropped_to + DROP_STEP {
+        if to < self.dropped_to + self.plan.limits.drop_step || !self.checkpoints.is_idle() {
             return;
         }
         let range = ByteRange::between(self.dropped_to, to);
         self.dropped_to = to;
-        for file in self.buffered_files() {
-            self.push(Task::DropCache, Op::DropCache { file, range });
+        if self.plan.source.direct_alignment.is_none() {
+            self.push(Task::DropSourceCache, Op::DropCache { file: self.plan.source.file, range });
         }
-    }
-
-    fn buffered_files(&self) -> Vec<FileId> {
-        let sides = [&self.plan.source, &self.plan.target];
-        sides.iter().filter(|side| side.direct_alignment.is_none()).map(|side| side.file).collect()
+        if self.plan.target.direct_alignment.is_none() {
+            self.writing_back = true;
+            self.push(Task::DropTargetCache, Op::DropCache { file: self.plan.target.file, range });
+        }
     }
 }
 

@@ -285,6 +285,9 @@ impl Copier {
     /// Read back the next run of the window under verification.
     fn start_verification(&mut self) -> bool {
         let Stage::Verifying(verification) = &mut self.checkpoints.stage else { return false };
+        if verification.cached {
+            return false;
+        }
         if let Some(op) = verification.question(self.plan.target.file, self.plan.limits.extents) {
             self.push(Task::TargetExtents, op);
             return true;

@@ -36,7 +36,8 @@ impl Copier {
             Task::Allocate => self.on_reserved(&result, arena, now),
             Task::Flush => self.on_flushed(&result, now),
             Task::Publish => self.on_published(&result),
-            Task::DropCache => {
+            Task::DropBeforeVerify | Task::DropTargetCache => self.on_written_back(&result, now),
+            Task::DropSourceCache => {
                 if let Err(errno) = result {
                     tracing::debug!(%errno, "page cache not dropped");
                 }

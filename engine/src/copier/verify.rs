@@ -5,7 +5,8 @@
 //! were written before the flush was submitted, so after the flush they are what the medium holds. They are then read back with direct I/O
 //! and compared, and only what compared equal is claimed. Windows are bounded (the sweep waits when one is full while the last one is
 //! still being compared), so memory does not grow with the disk. Clusters of zeros are noted as ranges; where the target says that
-//! such a range is a hole, that is the proof, and only the rest is read.
+//! such a range is a hole, that is the proof, and only the rest is read. A target without direct I/O has its page cache dropped
+//! first, so that the medium answers.
 
 use std::collections::VecDeque;
 
@@ -72,6 +73,8 @@ pub(super) struct Verification {
     to_read: VecDeque<ClusterRange>,
     /// All zero ranges, to find the category of a cluster that failed.
     zeros: Vec<(ClusterRange, Was)>,
+    /// The page cache still holds what was written: nothing is read back before it was dropped.
+    pub(super) cached: bool,
     /// Runs being read back.
     pub(super) running: u32,
     /// Clusters that did not compare equal.
@@ -79,7 +82,7 @@ pub(super) struct Verification {
 }
 
 impl Verification {
-    pub(super) fn new(mut window: Window, geometry: Geometry) -> Self {
+    pub(super) fn new(mut window: Window, geometry: Geometry, cached: bool) -> Self {
         window.data.sort_unstable_by_key(|noted| noted.cluster);
         Self {
             geometry,
@@ -89,6 +92,7 @@ impl Verification {
             asked: None,
             to_read: VecDeque::new(),
             zeros: window.zeros,
+            cached,
             running: 0,
             failed: Vec::new(),
         }
@@ -97,6 +101,7 @@ impl Verification {
     /// Whether everything was compared.
     pub(super) fn is_done(&self) -> bool {
         self.next_data == self.data.len()
+            && !self.cached
             && self.to_ask.is_empty()
             && self.asked.is_none()
             && self.to_read.is_empty()
@@ -222,7 +227,7 @@ mod tests {
         for cluster in [5, 3, 4, 9] {
             window.note_data(ClusterIndex(cluster), u128::from(cluster), 65536, 65536);
         }
-        let mut verification = Verification::new(window, geometry());
+        let mut verification = Verification::new(window, geometry(), false);
         let first = verification.next(2).unwrap();
         assert_eq!(first.clusters, ClusterRange::new(3, 5));
         assert_eq!(first.expected, [Expected::Digest(3), Expected::Digest(4)]);
@@ -236,7 +241,7 @@ mod tests {
         let mut window = Window::default();
         window.note_zeros(ClusterRange::new(0, 10), Was::Hole);
         window.note_zeros(ClusterRange::new(10, 64), Was::Hole);
-        let mut verification = Verification::new(window, geometry());
+        let mut verification = Verification::new(window, geometry(), false);
         assert!(verification.question(FileId(0), 8).is_some());
         let extent = |start: u64, end, present| Extent { range: ByteRange::between(start, end), present };
         // Data in the middle of clusters 2 and 3; the answer ends within cluster 20.

@@ -101,6 +101,7 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
         force: options.force,
         target_is_zero: options.target_is_zero,
         verify: options.verify,
+        take_over_blank: map.is_some(),
         resume,
     };
     let target = plan_target(&target_locator, &source, &target_options)?;
@@ -172,6 +173,7 @@ where
         Err(error) => return tell(started, Err(error)),
     };
     tell(started, Ok(Copy { job: JobHandle::new(Arc::clone(&shared)), notices }));
+    let _span = tracing::info_span!("copy", source = source_name, engine).entered();
     let ran = std::panic::catch_unwind(AssertUnwindSafe(|| driver.run()));
     let reason = match ran {
         Ok(Ok(())) => return,

@@ -80,7 +80,7 @@ pub use self::claim::{Claim, ClaimClusters};
 use self::waiters::Table;
 pub use self::waiters::{Ticket, Waiter};
 pub use self::waiting::{Cancellation, Registration, Waited};
-use self::word::{CLUSTERS, Mask, Outcome, Span, Word, spans, word_of};
+use self::word::{CLUSTERS, Mask, Outcome, Span, Word, first_span, spans, word_of};
 use self::words::Words;
 
 /// Where a cluster stands.
@@ -151,28 +151,42 @@ impl IntervalSet {
     ///
     /// # Panics
     /// If `within` reaches beyond the set or `max` is 0.
+    #[inline]
     pub fn claim_first(&self, within: ClusterRange, max: ClusterCount) -> Option<Claim> {
         self.check(within);
         assert!(max.0 > 0, "a claim holds a cluster");
+        let range = self.take_first(within, max.0)?;
+        let ends_in_word = !range.end.0.is_multiple_of(CLUSTERS);
+        let range = if ends_in_word { range } else { self.take_on(range, within.end, max.0) };
+        debug_assert!(range.count() <= max.0 && within.start <= range.start && range.end <= within.end);
+        Some(Claim::new(self.words.id(), range))
+    }
+
+    /// Claims the first free run in `within` as far as it lies in one word, at most `max` clusters.
+    #[inline]
+    fn take_first(&self, within: ClusterRange, max: u64) -> Option<ClusterRange> {
         let mut rest = within;
-        let mut range = loop {
+        loop {
             let (span, seen) = self.find_word(rest, Word::to_copy)?;
-            if let Some(run) = self.take_run(span, seen, max.0, Begin::Anywhere) {
-                break run;
+            if let Some(run) = self.take_run(span, seen, max, Begin::Anywhere) {
+                return Some(run);
             }
             // Others were faster in that word; on to the next.
             rest.start = ClusterIndex((span.base + CLUSTERS).min(rest.end.0));
-        };
-        // A run that ends at the border of its word goes on in the next, if that begins with a free cluster.
-        while range.end.0.is_multiple_of(CLUSTERS) && range.count() < max.0 {
-            let Some(span) = spans(ClusterRange { start: range.end, end: within.end }).next() else { break };
+        }
+    }
+
+    /// Extends `range`, just claimed up to the border of a word, into the next words as long as they begin with free
+    /// clusters, up to `end` and to `max` clusters in all.
+    fn take_on(&self, mut range: ClusterRange, end: ClusterIndex, max: u64) -> ClusterRange {
+        while range.end.0.is_multiple_of(CLUSTERS) && range.count() < max {
+            let Some(span) = first_span(ClusterRange { start: range.end, end }) else { break };
             let seen = Word(self.words[span.word].load(Ordering::Relaxed));
-            let left = max.0 - range.count();
+            let left = max - range.count();
             let Some(more) = self.take_run(span, seen, left, Begin::AtOnce) else { break };
             range.end = more.end;
         }
-        debug_assert!(range.count() <= max.0 && within.start <= range.start && range.end <= within.end);
-        Some(Claim::new(self.words.id(), range))
+        range
     }
 
     /// Claims a run of at most `max` clusters in one word, which was just read as `seen`.

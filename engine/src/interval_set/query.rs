@@ -4,7 +4,7 @@
 //! as good, because a cluster that is done stays done (until a failed flush reopens it, which no reader of a live set
 //! ever sees).
 
-use super::{CLUSTERS, ClusterState, IntervalSet, Mask, Ordering, Span, Word, spans, word_of};
+use super::{CLUSTERS, ClusterState, IntervalSet, Mask, Ordering, Span, Word, first_span, spans, word_of};
 use crate::units::{ClusterCount, ClusterIndex, ClusterRange};
 
 impl IntervalSet {
@@ -100,7 +100,7 @@ impl IntervalSet {
             let seen = self.read(span.word);
             (!(pick(seen) & span.mask).is_empty()).then_some((span, seen))
         };
-        let first = spans(range).next()?;
+        let first = first_span(range)?;
         let last = word_of(range.end.0 - 1);
         if let Some(found) = hit(first) {
             return Some(found);
@@ -115,6 +115,6 @@ impl IntervalSet {
             }
         }
         let base = range.end.0 - 1 - (range.end.0 - 1) % CLUSTERS;
-        spans(ClusterRange::new(base, range.end.0)).next().and_then(hit)
+        first_span(ClusterRange::new(base, range.end.0)).and_then(hit)
     }
 }

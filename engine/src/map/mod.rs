@@ -25,8 +25,8 @@ use xxhash_rust::xxh3::xxh3_128;
 
 pub use file::MapFile;
 
-use crate::copy::SyncMode;
 use crate::error::{Error, ErrorKind, Operation, Result};
+use crate::modes::SyncMode;
 use crate::storage::Identity;
 use crate::units::{ClusterRange, ClusterSize, Geometry, Length, MAX_LENGTH};
 

@@ -18,6 +18,7 @@
 pub mod arena;
 mod base;
 mod blocking;
+mod config;
 mod lent;
 pub mod select;
 mod signal;

@@ -3,15 +3,10 @@
 //! Whether io_uring works is found out by using it. Hosts refuse it in several places (`kernel.io_uring_disabled`, a seccomp
 //! filter on one of its three system calls, a memory limit), so opening the ring goes through all three before it counts.
 
-use std::io;
-
-use nix::errno::Errno;
-
-use super::base::MAX_CAPACITY;
-use super::blocking::MAX_THREADS;
+use super::Ring;
+pub use super::config::{RingConfig, SetupError};
 use super::threads::ThreadsRing;
 use super::uring::UringRing;
-use super::{Arena, Ring};
 
 /// What the user asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -23,74 +18,6 @@ pub enum IoEngine {
     IoUring,
     /// The thread pool.
     Threads,
-}
-
-/// How large a ring is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RingConfig {
-    /// Bytes of buffers, 1 to [`Arena::MAX_BYTES`].
-    pub arena_bytes: usize,
-    /// Most operations in flight, 1 to [`RingConfig::MAX_CAPACITY`].
-    pub capacity: usize,
-    /// Threads that carry out operations where io_uring is refused, 1 to [`RingConfig::MAX_THREADS`].
-    pub threads: usize,
-}
-
-impl RingConfig {
-    /// Largest `capacity`.
-    pub const MAX_CAPACITY: usize = MAX_CAPACITY;
-    /// Largest `threads`.
-    pub const MAX_THREADS: usize = MAX_THREADS;
-    /// Largest `arena_bytes`.
-    pub const MAX_ARENA_BYTES: usize = Arena::MAX_BYTES;
-    /// A good number of threads: what it takes to keep a fast disk busy.
-    pub const DEFAULT_THREADS: usize = 16;
-}
-
-/// Why a ring could not be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum SetupError {
-    /// The kernel, or what guards it, does not let us use io_uring.
-    #[error("io_uring is not available here: {step}: {errno}")]
-    Refused {
-        /// What was tried.
-        step: &'static str,
-        /// The answer.
-        errno: Errno,
-    },
-    /// No memory for the buffers.
-    #[error("no memory for {bytes} bytes of buffers: {source}")]
-    Memory {
-        /// How much was asked for.
-        bytes: usize,
-        /// The system call's error.
-        source: io::Error,
-    },
-    /// No threads for the pool.
-    #[error("cannot start the I/O threads: {source}")]
-    Threads {
-        /// The system call's error.
-        source: io::Error,
-    },
-}
-
-impl SetupError {
-    /// Whether threads may succeed where this failed.
-    #[must_use]
-    pub fn is_refusal(&self) -> bool {
-        match self {
-            Self::Refused { errno, .. } => matches!(
-                errno,
-                Errno::EPERM
-                    | Errno::EACCES
-                    | Errno::ENOSYS
-                    | Errno::ENOMEM
-                    | Errno::EINVAL
-                    | Errno::EOPNOTSUPP
-            ),
-            Self::Memory { .. } | Self::Threads { .. } => false,
-        }
-    }
 }
 
 /// A ring of either kind; the logic is generic over [`Ring`], so callers branch once, at the start.

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 
 use super::arena::Arena;
 use super::base::{Base, file_of};
-use super::select::{RingConfig, SetupError};
+use super::config::{RingConfig, SetupError};
 use super::signal::{Kick, Signal};
 use super::{Completion, DocumentId, FileId, Op, Output, Ring, RingFailure, Timestamp, Token, Wait, Wake};
 use crate::storage::{Document, Storage};

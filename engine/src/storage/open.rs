@@ -17,8 +17,8 @@ use super::locator::{Locator, Place};
 use super::lock::{self, Lock};
 use super::topology::{self, Node};
 use super::{BlockStorage, FileStorage, NullStorage, Storage, sys};
-use crate::copy::Format;
 use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
+use crate::modes::Format;
 use crate::units::{Length, MAX_LENGTH};
 
 /// How to open a source.

@@ -8,7 +8,8 @@
 //! length which the file system cannot hold is refused with the old contents intact.
 //!
 //! # Rules
-//! - An existing regular file is overwritten only with `force`, or to resume.
+//! - An existing regular file is overwritten only with `force`, or to resume; one in which nothing is stored also to begin a copy
+//!   with a map.
 //! - A block device always exists and needs no `force`; it must be free: not mounted and not claimed (`O_EXCL`, which it
 //!   then stays for everyone else), not under a loop device, not locked, writable, and large enough.
 //! - A target that shares bytes with the source by whatever name is refused, `force` or not.
@@ -33,9 +34,9 @@ use super::open::{
 use super::prepare::{NewFile, NewPlace, create, empty, identify, in_units, open_directory};
 use super::topology::{self, Node};
 use super::{NullStorage, Storage, sys};
-use crate::copy::Format;
 use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
 use crate::map::MapHeader;
+use crate::modes::Format;
 use crate::units::Length;
 
 /// How to open a target.
@@ -49,13 +50,23 @@ pub struct TargetOptions<'a> {
     pub target_is_zero: bool,
     /// It will be read back.
     pub verify: bool,
+    /// Take over an existing file in which nothing is stored (of no length, or of the source's, and without a block): what a copy leaves that
+    /// was killed after it had created its target and before its first map. There is nothing in it to lose.
+    pub take_over_blank: bool,
     /// Go on with the copy that a map file tells of.
     pub resume: Option<Resume<'a>>,
 }
 
 impl Default for TargetOptions<'_> {
     fn default() -> Self {
-        Self { format: Format::Raw, force: false, target_is_zero: false, verify: false, resume: None }
+        Self {
+            format: Format::Raw,
+            force: false,
+            target_is_zero: false,
+            verify: false,
+            take_over_blank: false,
+            resume: None,
+        }
     }
 }
 
@@ -203,7 +214,9 @@ impl TargetPlan {
         options: &TargetOptions<'_>,
     ) -> Result<()> {
         let is_device = seen.file_type().is_block_device();
-        if !is_device && options.resume.is_none() && !options.force {
+        let blank = seen.blocks() == 0 && (seen.len() == 0 || seen.len() == self.length.0);
+        let may_take = options.force || options.resume.is_some() || options.take_over_blank && blank;
+        if !is_device && !may_take {
             return Err(self
                 .refused(Refusal::Exists, "it exists already")
                 .advise("overwrite it with --force, or choose another name"));

@@ -22,6 +22,9 @@ fn scenarios() -> Vec<Scenario> {
             all.push(scenario);
         }
     }
+    for verify in [true, false] {
+        all.push(Scenario { buffered: true, map: true, verify, ..Scenario::plain(12) });
+    }
     all
 }
 

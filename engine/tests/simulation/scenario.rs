@@ -211,6 +211,7 @@ impl Scenario {
             allocation_window_min: 4 * self.cluster,
             allocation_window_max: 16 * self.cluster,
             extents: 3,
+            drop_step: 5 * self.cluster,
             ..Limits::default()
         };
         Plan {

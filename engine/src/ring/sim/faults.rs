@@ -85,7 +85,7 @@ impl FaultPlan {
                 }
                 hit(rates.eio).then_some(Fault::Errno(Errno::EIO))
             }
-            Op::Flush { .. } => hit(rates.flush).then_some(Fault::Errno(Errno::EIO)),
+            Op::Flush { .. } | Op::DropCache { .. } => hit(rates.flush).then_some(Fault::Errno(Errno::EIO)),
             Op::WriteZeroes { .. } | Op::Allocate { .. } => {
                 if hit(rates.unsupported) {
                     return Some(Fault::Errno(Errno::EOPNOTSUPP));
@@ -93,7 +93,7 @@ impl FaultPlan {
                 hit(rates.eio).then_some(Fault::Errno(Errno::EIO))
             }
             Op::Extents { .. } | Op::Publish { .. } => hit(rates.eio).then_some(Fault::Errno(Errno::EIO)),
-            Op::Discard { .. } | Op::DropCache { .. } | Op::Digest { .. } | Op::Cancel { .. } => None,
+            Op::Discard { .. } | Op::Digest { .. } | Op::Cancel { .. } => None,
         }
     }
 }

@@ -162,7 +162,7 @@ impl SimRing {
         let shared = Rc::clone(&self.world);
         let mut world = shared.borrow_mut();
         match (&slot.op, slot.fault) {
-            (Op::Flush { file }, Some(fault)) => {
+            (Op::Flush { file } | Op::DropCache { file, .. }, Some(fault)) => {
                 world.disk(self.files[file.0 as usize]).fail_flush(slot.covers, &mut self.rng);
                 return Err(fault.errno());
             }
@@ -357,7 +357,7 @@ impl Ring for SimRing {
             let _ = self.arena.lend(buffer, access);
         }
         let mut covers = 0;
-        if let Op::Flush { file } = &op {
+        if let Op::Flush { file } | Op::DropCache { file, .. } = &op {
             covers = self.world.borrow_mut().disk(self.files[file.0 as usize]).writes_so_far();
         }
         let mut fault = self.faults.decide(self.pushed, &op, &mut self.rng);

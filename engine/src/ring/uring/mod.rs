@@ -29,7 +29,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::arena::Arena;
 use super::base::{Base, Task, file_of};
-use super::select::{RingConfig, SetupError};
+use super::config::{RingConfig, SetupError};
 use super::signal::{Kick, Signal};
 use super::{
     Completion, DocumentId, FileId, IoPath, Op, Output, Ring, RingFailure, Timestamp, Token, Wait, Wake,

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 
 use super::super::arena::Arena;
 use super::super::base::MAX_FILES;
-use super::super::select::SetupError;
+use super::super::config::SetupError;
 use super::sys::{Enter, Kernel};
 
 /// How long `ENOMEM` is taken for a charge that the kernel has not given back yet (it does so late, after a ring is closed).

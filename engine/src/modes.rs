@@ -1,0 +1,34 @@
+//! The choices that a copy is made by: what it covers, what it does about errors, how its disks lie in their files.
+
+/// What the copy covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SyncMode {
+    /// The whole disk.
+    Full,
+    /// What is allocated in the top layer of the source. A raw source has one layer, allocated as a whole.
+    Top,
+}
+
+/// What the sweep does about an I/O error. See the table in the README.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorPolicy {
+    /// The job fails with that error.
+    Report,
+    /// The job pauses; resume tries the same cluster again.
+    Stop,
+    /// `Stop` when out of space, else `Report`.
+    Enospc,
+    /// As `Enospc`.
+    Auto,
+    /// A bounded number of retries with growing pauses, then the cluster is left out and listed.
+    Ignore,
+}
+
+/// Image format of one side. Never guessed from the contents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// The bytes as they are.
+    Raw,
+    /// QEMU's qcow2.
+    Qcow2,
+}
