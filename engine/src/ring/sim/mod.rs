@@ -158,31 +158,38 @@ impl SimRing {
         Completion { token: slot.token, result }
     }
 
-    fn carry_out(&mut self, slot: &InFlight) -> Result<Output, Errno> {
-        let shared = Rc::clone(&self.world);
-        let mut world = shared.borrow_mut();
+    /// What becomes of an operation with a fault that decides it; `None`: it is carried out, if perhaps in part.
+    fn carry_out_fault(&mut self, slot: &InFlight, world: &mut World) -> Option<Result<Output, Errno>> {
         match (&slot.op, slot.fault) {
             (Op::Flush { file } | Op::DropCache { file, .. }, Some(fault)) => {
                 world.disk(self.files[file.0 as usize]).fail_flush(slot.covers, &mut self.rng);
-                return Err(fault.errno());
+                Some(Err(fault.errno()))
             }
             (Op::Write { file, offset, buffer, .. }, Some(Fault::Corrupt)) => {
                 let mut bytes = self.arena.slice(*buffer).to_vec();
                 let at = self.rng.usize(..bytes.len());
                 bytes[at] ^= 1 << self.rng.u8(..8);
                 world.disk(self.files[file.0 as usize]).write(*offset, &bytes);
-                return Ok(Output::Bytes(buffer.length));
+                Some(Ok(Output::Bytes(buffer.length)))
             }
-            (Op::Read { .. } | Op::Write { .. }, Some(Fault::Short)) | (_, None) => {}
+            (Op::Read { .. } | Op::Write { .. }, Some(Fault::Short)) | (_, None) => None,
             // A write that fails may have changed any of its sectors.
             (Op::Write { file, offset, buffer, .. }, Some(fault)) => {
                 let bytes = self.arena.slice(*buffer).to_vec();
                 let keep = self.rng.usize(..=bytes.len() / SECTOR) * SECTOR;
                 world.disk(self.files[file.0 as usize]).write(*offset, &bytes[..keep.min(bytes.len())]);
-                return Err(fault.errno());
+                Some(Err(fault.errno()))
             }
-            (_, Some(Fault::Short | Fault::Corrupt)) => {}
-            (_, Some(fault)) => return Err(fault.errno()),
+            (_, Some(Fault::Short | Fault::Corrupt)) => None,
+            (_, Some(fault)) => Some(Err(fault.errno())),
+        }
+    }
+
+    fn carry_out(&mut self, slot: &InFlight) -> Result<Output, Errno> {
+        let shared = Rc::clone(&self.world);
+        let mut world = shared.borrow_mut();
+        if let Some(result) = self.carry_out_fault(slot, &mut world) {
+            return result;
         }
         match &slot.op {
             Op::Read { file, offset, buffer, path } => {
