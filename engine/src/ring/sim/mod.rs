@@ -271,6 +271,12 @@ impl Ring for SimRing {
         Ok(DocumentId(u16::try_from(self.documents.len() - 1).expect("a few")))
     }
 
+    fn release_files(&mut self) {
+        assert_eq!(self.in_flight(), 0, "disks are in use");
+        self.files.clear();
+        self.documents.clear();
+    }
+
     fn capacity(&self) -> usize {
         self.capacity
     }
