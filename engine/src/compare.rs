@@ -1,10 +1,10 @@
 //! `compare`: whether two disks hold the same bytes, and if not, where they first differ.
 //!
 //! # How
-//! A [`Plan`] walks both disks' holes and data side by side and hands out pieces in ascending order: where both
+//! A `Plan` walks both disks' holes and data side by side and hands out pieces in ascending order: where both
 //! have holes nothing is read, where one has a hole the other's bytes must be zero. A few threads take pieces, read
 //! them past the page cache where the storage allows it, and compare. While one thread compares, others read, so both
-//! devices stay busy; the memory is fixed ([`WORKERS`] × 2 × [`PIECE_BYTES`]).
+//! devices stay busy; the memory is fixed (`WORKERS` × 2 × `PIECE_BYTES`).
 //!
 //! # The first difference
 //! Pieces are settled out of order. What is found, a difference or an error, is kept if it lies before everything found
@@ -451,7 +451,7 @@ mod tests {
     #[test]
     fn first_of_many_differences() {
         let length = 9 * PIECE_BYTES as usize + 777;
-        let a = Memory::new((0..length).map(|at| (at % 251) as u8).collect());
+        let a = Memory::new((0..=250).cycle().take(length).collect());
         for at in [0, 1, 4095, 4096, 1 << 20, (3 << 20) + 12_345, length - 1] {
             let mut b = Memory::new(a.bytes.clone());
             for place in (at..length).step_by(70_001) {

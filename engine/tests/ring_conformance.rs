@@ -5,6 +5,7 @@ mod support;
 use engine::ring::threads::ThreadsRing;
 use engine::ring::uring::UringRing;
 use support::real::Real;
+use support::simulated::Simulated;
 
 macro_rules! suite {
     ($ring:ident, $fixture:ty: $($module:ident::$check:ident),* $(,)?) => {
@@ -58,3 +59,29 @@ macro_rules! conformance {
 
 conformance!(uring, Real<UringRing>);
 conformance!(threads, Real<ThreadsRing>);
+
+// In virtual time: without the checks that need other threads, signals, or an operation that panics.
+suite! { sim, Simulated:
+    transfer::reads_and_writes,
+    transfer::unaligned_tails,
+    transfer::end_of_file,
+    transfer::errors_are_raw,
+    transfer::direct_where_refused,
+    transfer::many_in_any_order,
+    transfer::null_storage,
+    whole::write_zeroes,
+    whole::zeroing_keeps_the_length,
+    whole::discard,
+    whole::allocate,
+    whole::flush_and_drop_cache,
+    whole::extents,
+    whole::digests,
+    whole::documents,
+    control::cancel,
+    control::dropped_in_flight,
+    control::deadlines,
+    control::woken_before,
+    control::mixed_kinds,
+    control::misuse_panics,
+    control::tables_are_bounded,
+}

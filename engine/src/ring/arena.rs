@@ -148,16 +148,17 @@ impl Arena {
     /// If it lies outside, or its pages are lent in a way that excludes `access`.
     pub(crate) fn lend(&mut self, range: BufferRange, access: Access) -> NonNull<u8> {
         self.check_bounds(range);
-        for page in &mut self.lent[range.pages()] {
-            match access {
-                Access::Fill => {
-                    assert!(*page == 0, "{range:?} is lent already");
-                    *page = FILLING;
-                }
-                Access::Look => {
-                    assert!(*page < MAX_LOOKERS, "{range:?} is being filled, or by too many looked at");
-                    *page += 1;
-                }
+        let pages = &mut self.lent[range.pages()];
+        // All of it is checked before any of it is marked, so that a refusal leaves the record as it was.
+        match access {
+            Access::Fill => {
+                assert!(pages.iter().all(|&page| page == 0), "{range:?} is lent already");
+                pages.fill(FILLING);
+            }
+            Access::Look => {
+                let free = pages.iter().all(|&page| page < MAX_LOOKERS);
+                assert!(free, "{range:?} is being filled, or by too many looked at");
+                pages.iter_mut().for_each(|page| *page += 1);
             }
         }
         // SAFETY: in bounds of the mapping (checked above).
@@ -234,6 +235,21 @@ mod tests {
         let mut arena = Arena::new(8192).unwrap();
         let _ = arena.lend(BufferRange { start: 0, length: 8192 }, Access::Fill);
         let _ = arena.lend(BufferRange { start: 4096, length: 1 }, Access::Fill);
+    }
+
+    #[test]
+    fn a_refusal_to_lend_marks_nothing() {
+        for taken in [Access::Fill, Access::Look] {
+            let mut arena = Arena::new(8192).unwrap();
+            let second = BufferRange { start: 4096, length: 4096 };
+            let _ = arena.lend(second, taken);
+            let both = BufferRange { start: 0, length: 8192 };
+            let wanted = if taken == Access::Fill { Access::Look } else { Access::Fill };
+            let lend = std::panic::AssertUnwindSafe(|| arena.lend(both, wanted));
+            assert!(std::panic::catch_unwind(lend).is_err());
+            assert!(!arena.is_lent(FIRST), "{wanted:?}");
+            arena.give_back(second, taken);
+        }
     }
 
     #[test]

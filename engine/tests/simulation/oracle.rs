@@ -62,6 +62,9 @@ fn compare(
     let geometry = scenario.geometry();
     let uncovered = uncovered(scenario, world);
     let mut world = world.borrow_mut();
+    if scenario.target_is_zero && world.disk(1).space_end() > scenario.length.next_multiple_of(4096) {
+        return Err("space is reserved beyond the target file's end".into());
+    }
     let medium = world.disk(1).medium();
     for cluster in geometry.all().iter() {
         let range = geometry.bytes_of(engine::units::ClusterRange::new(cluster.0, cluster.0 + 1));

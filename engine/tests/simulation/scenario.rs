@@ -111,7 +111,7 @@ impl Scenario {
             capacity: rng.usize(4..40),
             sync: if rng.u8(0..3) == 0 { SyncMode::Top } else { SyncMode::Full },
             target: DiskTraits {
-                alignment: if rng.bool() { 512 } else { 4096 },
+                direct_alignment: Some(if rng.bool() { 512 } else { 4096 }),
                 unmaps: rng.bool(),
                 zeroes: rng.bool(),
                 fixed_length: !target_is_zero,
@@ -146,13 +146,21 @@ impl Scenario {
         Geometry::new(Length(self.length), ClusterSize::new(self.cluster).unwrap())
     }
 
+    /// What kind of disk the target is: a copy that is to go through the page cache gets one that refuses direct I/O.
+    fn target_traits(&self) -> DiskTraits {
+        let direct_alignment = self.target.direct_alignment.filter(|_| !self.buffered);
+        DiskTraits { direct_alignment, ..self.target }
+    }
+
     /// The disks at the start: source is disk 0, target disk 1, the map document 0.
     pub(crate) fn world(&self) -> SharedWorld {
         let mut rng = Rng::with_seed(self.seed ^ 0xD15C);
         let world = World::shared();
         let length = usize::try_from(self.length).unwrap();
-        let mut source =
-            Disk::new(self.contents(&mut rng), DiskTraits { alignment: 512, ..DiskTraits::default() });
+        let mut source = Disk::new(
+            self.contents(&mut rng),
+            DiskTraits { direct_alignment: Some(512), ..DiskTraits::default() },
+        );
         let blocks = self.length.div_ceil(BLOCK);
         source.punch(runs(&mut rng, blocks));
         if self.sync == SyncMode::Top {
@@ -162,12 +170,12 @@ impl Scenario {
             source.set_bad(range);
         }
         let mut target = if self.target_is_zero {
-            Disk::sparse(length, self.target)
+            Disk::sparse(length, self.target_traits())
         } else {
             let sectors = length.next_multiple_of(4096) + 8192;
             let mut old = vec![0; sectors];
             rng.fill(&mut old);
-            Disk::new(old, self.target)
+            Disk::new(old, self.target_traits())
         };
         for &range in &self.bad_target {
             target.set_bad(range);
@@ -212,7 +220,7 @@ impl Scenario {
             target: Side {
                 file: FileId(1),
                 name: Arc::from("target"),
-                direct_alignment: (!self.buffered).then_some(self.target.alignment),
+                direct_alignment: self.target_traits().direct_alignment,
             },
             sync: self.sync,
             zero_detect: self.zero_detect,

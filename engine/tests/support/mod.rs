@@ -3,6 +3,7 @@
 pub(crate) mod checks;
 pub(crate) mod plain;
 pub(crate) mod real;
+pub(crate) mod simulated;
 pub(crate) mod storage;
 
 use std::time::Duration;

@@ -4,7 +4,7 @@
 //! Each operation gets a random duration when it is pushed and takes effect at one instant, when it completes; [`Ring::wait`] moves the
 //! virtual clock to the next completion or to the deadline. So operations complete in any order that a real device
 //! could choose, and the same seed gives the same run. Reads and writes may be short at any sector, and fail, as the
-//! [`FaultPlan`] says.
+//! [`FaultPlan`] says. A wake-up makes the current or the next `wait` return without moving the clock.
 //!
 //! # Stable storage
 //! A disk of the [`World`] has a *view* (what a read gives) and a *medium* (what a power loss leaves). A write changes the view when it
@@ -22,23 +22,33 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fastrand::Rng;
 use nix::errno::Errno;
 
 use super::arena::{Access, Arena, BufferRange};
-use super::{Completion, DocumentId, FileId, IoPath, Op, Output, Ring, RingFailure, Token, Wait, Wake};
-use crate::units::Timestamp;
+use super::base::MAX_FILES;
+use super::{
+    Completion, DocumentId, FileId, IoPath, Op, Output, Ring, RingFailure, Token, Wait, Wake, ZeroMethod,
+};
+use crate::units::{ByteRange, Timestamp};
 
 /// Smallest unit that a torn write keeps or loses whole, in bytes.
 pub const SECTOR: usize = 512;
+
+/// What a short direct read or write is a multiple of.
+const SECTOR_BYTES: u32 = 512;
+const _: () = assert!(SECTOR_BYTES as usize == SECTOR);
 
 struct InFlight {
     token: Token,
     op: Op,
     fault: Option<Fault>,
     cancelled: bool,
+    /// Never completes unless it is cancelled.
+    stuck: bool,
     /// For a flush: how many writes had completed when it was pushed.
     covers: u64,
 }
@@ -54,15 +64,22 @@ pub struct SimRing {
     files: Vec<usize>,
     documents: Vec<usize>,
     in_flight: Vec<Option<InFlight>>,
+    count: usize,
+    /// When which slot completes. What is stuck is not in it.
     due: BinaryHeap<Reverse<(Timestamp, u64, usize)>>,
     sequence: u64,
     pushed: u64,
+    woken: Arc<WakeFlag>,
 }
 
-struct NoWake;
+/// Set: the next `wait` returns at once.
+#[derive(Default)]
+struct WakeFlag(AtomicBool);
 
-impl Wake for NoWake {
-    fn wake(&self) {}
+impl Wake for WakeFlag {
+    fn wake(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 impl SimRing {
@@ -92,9 +109,11 @@ impl SimRing {
             files: Vec::new(),
             documents: Vec::new(),
             in_flight: Vec::new(),
+            count: 0,
             due: BinaryHeap::new(),
             sequence: 0,
             pushed: 0,
+            woken: Arc::default(),
         }
     }
 
@@ -113,8 +132,8 @@ impl SimRing {
                     let bytes = self.arena.slice(*buffer).to_vec();
                     world.disk(self.files[file.0 as usize]).write(*offset, &bytes);
                 }
-                Op::WriteZeroes { file, range, .. } => {
-                    world.disk(self.files[file.0 as usize]).write_zeroes(*range);
+                Op::WriteZeroes { file, range, method } => {
+                    world.disk(self.files[file.0 as usize]).write_zeroes(*range, *method);
                 }
                 // Replaced atomically: all or nothing.
                 Op::Publish { document, contents } if self.rng.bool() => {
@@ -131,6 +150,7 @@ impl SimRing {
 
     fn complete(&mut self, index: usize) -> Completion {
         let slot = self.in_flight[index].take().expect("in flight");
+        self.count -= 1;
         if let Some((buffer, access)) = lent(&slot.op) {
             self.arena.give_back(buffer, access);
         }
@@ -138,31 +158,38 @@ impl SimRing {
         Completion { token: slot.token, result }
     }
 
-    fn carry_out(&mut self, slot: &InFlight) -> Result<Output, Errno> {
-        let shared = Rc::clone(&self.world);
-        let mut world = shared.borrow_mut();
+    /// What becomes of an operation with a fault that decides it; `None`: it is carried out, if perhaps in part.
+    fn carry_out_fault(&mut self, slot: &InFlight, world: &mut World) -> Option<Result<Output, Errno>> {
         match (&slot.op, slot.fault) {
             (Op::Flush { file } | Op::DropCache { file, .. }, Some(fault)) => {
                 world.disk(self.files[file.0 as usize]).fail_flush(slot.covers, &mut self.rng);
-                return Err(fault.errno());
+                Some(Err(fault.errno()))
             }
             (Op::Write { file, offset, buffer, .. }, Some(Fault::Corrupt)) => {
                 let mut bytes = self.arena.slice(*buffer).to_vec();
                 let at = self.rng.usize(..bytes.len());
                 bytes[at] ^= 1 << self.rng.u8(..8);
                 world.disk(self.files[file.0 as usize]).write(*offset, &bytes);
-                return Ok(Output::Bytes(buffer.length));
+                Some(Ok(Output::Bytes(buffer.length)))
             }
-            (Op::Read { .. } | Op::Write { .. }, Some(Fault::Short)) | (_, None) => {}
+            (Op::Read { .. } | Op::Write { .. }, Some(Fault::Short)) | (_, None) => None,
             // A write that fails may have changed any of its sectors.
             (Op::Write { file, offset, buffer, .. }, Some(fault)) => {
                 let bytes = self.arena.slice(*buffer).to_vec();
                 let keep = self.rng.usize(..=bytes.len() / SECTOR) * SECTOR;
                 world.disk(self.files[file.0 as usize]).write(*offset, &bytes[..keep.min(bytes.len())]);
-                return Err(fault.errno());
+                Some(Err(fault.errno()))
             }
-            (_, Some(Fault::Short | Fault::Corrupt)) => {}
-            (_, Some(fault)) => return Err(fault.errno()),
+            (_, Some(Fault::Short | Fault::Corrupt)) => None,
+            (_, Some(fault)) => Some(Err(fault.errno())),
+        }
+    }
+
+    fn carry_out(&mut self, slot: &InFlight) -> Result<Output, Errno> {
+        let shared = Rc::clone(&self.world);
+        let mut world = shared.borrow_mut();
+        if let Some(result) = self.carry_out_fault(slot, &mut world) {
+            return result;
         }
         match &slot.op {
             Op::Read { file, offset, buffer, path } => {
@@ -186,17 +213,23 @@ impl SimRing {
             }
             Op::WriteZeroes { file, range, method } => {
                 let disk = world.disk(self.files[file.0 as usize]);
+                check_not_empty(*range)?;
                 disk.may_zero(*method)?;
-                disk.write_zeroes(*range);
+                disk.write_zeroes(*range, *method);
                 Ok(Output::Done)
             }
             Op::Discard { file, range } => {
-                world.disk(self.files[file.0 as usize]).write_zeroes(*range);
+                check_not_empty(*range)?;
+                world.disk(self.files[file.0 as usize]).write_zeroes(*range, ZeroMethod::Unmap);
                 Ok(Output::Done)
             }
             Op::Allocate { file, ranges } => {
                 let disk = world.disk(self.files[file.0 as usize]);
-                ranges.iter().try_for_each(|range| disk.allocate(*range)).map(|()| Output::Done)
+                for range in ranges {
+                    check_not_empty(*range)?;
+                    disk.allocate(*range)?;
+                }
+                Ok(Output::Done)
             }
             Op::Flush { file } => {
                 world.disk(self.files[file.0 as usize]).flush(slot.covers);
@@ -218,10 +251,45 @@ impl SimRing {
         }
     }
 
+    /// The operation in `index` completes after a random time.
+    fn schedule(&mut self, index: usize) {
+        self.sequence += 1;
+        let slow = if self.rng.u8(..20) == 0 { 50 } else { 1 };
+        let duration = Duration::from_micros(self.rng.u64(20..400) * slow);
+        self.due.push(Reverse((self.clock.after(duration), self.sequence, index)));
+    }
+
+    /// Cancel what is in flight under `target`: for sure if it is stuck, else it may be too late. `false`: there is nothing.
+    fn cancel(&mut self, target: Token) -> bool {
+        let found = self.in_flight.iter_mut().enumerate().find_map(|(index, slot)| {
+            slot.as_mut().filter(|slot| slot.token == target).map(|slot| (index, slot))
+        });
+        let Some((index, slot)) = found else { return false };
+        slot.cancelled |= slot.stuck || self.rng.bool();
+        if std::mem::take(&mut slot.stuck) {
+            self.schedule(index);
+        }
+        true
+    }
+
+    fn is_stuck(&self, op: &Op) -> bool {
+        let (Op::Read { file, path, .. } | Op::Write { file, path, .. }) = op else { return false };
+        let mut world = self.world.borrow_mut();
+        let disk = world.disk(self.files[file.0 as usize]);
+        // What is refused is refused at once.
+        disk.is_stuck() && (*path == IoPath::Buffered || disk.direct_alignment().is_some())
+    }
+
+    /// The number of the next entry of a table of `entries`.
+    fn free_entry(&self, entries: usize) -> Result<u16, RingFailure> {
+        let full = RingFailure { ring: self.name(), errno: Errno::ENFILE };
+        if entries < MAX_FILES { u16::try_from(entries).map_err(|_| full) } else { Err(full) }
+    }
+
     /// How much of `available` bytes a read or write does.
     fn shorten(&mut self, slot: &InFlight, available: u64, path: IoPath) -> u32 {
         let available = u32::try_from(available).expect("no more than the buffer");
-        let grain = if path == IoPath::Direct { SECTOR as u32 } else { 1 };
+        let grain = if path == IoPath::Direct { SECTOR_BYTES } else { 1 };
         if slot.fault != Some(Fault::Short) || available <= grain {
             return available;
         }
@@ -230,9 +298,16 @@ impl SimRing {
 }
 
 fn check_alignment(disk: &Disk, offset: u64, buffer: BufferRange, path: IoPath) -> Result<(), Errno> {
-    let alignment = u64::from(disk.alignment());
+    if path == IoPath::Buffered {
+        return Ok(());
+    }
+    let alignment = u64::from(disk.direct_alignment().ok_or(Errno::EINVAL)?);
     let aligned = offset.is_multiple_of(alignment) && u64::from(buffer.length).is_multiple_of(alignment);
-    if path == IoPath::Direct && !aligned { Err(Errno::EINVAL) } else { Ok(()) }
+    if aligned { Ok(()) } else { Err(Errno::EINVAL) }
+}
+
+fn check_not_empty(range: ByteRange) -> Result<(), Errno> {
+    if range.is_empty() { Err(Errno::EINVAL) } else { Ok(()) }
 }
 
 fn lent(op: &Op) -> Option<(BufferRange, Access)> {
@@ -262,13 +337,15 @@ impl Ring for SimRing {
     }
 
     fn add_file(&mut self, file: usize) -> Result<FileId, RingFailure> {
+        let id = self.free_entry(self.files.len())?;
         self.files.push(file);
-        Ok(FileId(u16::try_from(self.files.len() - 1).expect("a few")))
+        Ok(FileId(id))
     }
 
     fn add_document(&mut self, document: usize) -> Result<DocumentId, RingFailure> {
+        let id = self.free_entry(self.documents.len())?;
         self.documents.push(document);
-        Ok(DocumentId(u16::try_from(self.documents.len() - 1).expect("a few")))
+        Ok(DocumentId(id))
     }
 
     fn release_files(&mut self) {
@@ -282,7 +359,7 @@ impl Ring for SimRing {
     }
 
     fn in_flight(&self) -> usize {
-        self.due.len()
+        self.count
     }
 
     fn push(&mut self, token: Token, op: Op) {
@@ -292,32 +369,35 @@ impl Ring for SimRing {
         if let Some((buffer, access)) = lent(&op) {
             let _ = self.arena.lend(buffer, access);
         }
-        if let Op::Cancel { target } = op {
-            for slot in self.in_flight.iter_mut().flatten().filter(|slot| slot.token == target) {
-                slot.cancelled = true;
-            }
-        }
         let mut covers = 0;
         if let Op::Flush { file } | Op::DropCache { file, .. } = &op {
             covers = self.world.borrow_mut().disk(self.files[file.0 as usize]).writes_so_far();
         }
-        let fault = self.faults.decide(self.pushed, &op, &mut self.rng);
+        let mut fault = self.faults.decide(self.pushed, &op, &mut self.rng);
+        if let Op::Cancel { target } = op
+            && !self.cancel(target)
+        {
+            fault = Some(Fault::Errno(Errno::ENOENT));
+        }
         self.pushed += 1;
-        self.sequence += 1;
-        let slow = if self.rng.u8(..20) == 0 { 50 } else { 1 };
-        let duration = Duration::from_micros(self.rng.u64(20..400) * slow);
+        let stuck = self.is_stuck(&op);
         let index = self.in_flight.iter().position(Option::is_none).unwrap_or_else(|| {
             self.in_flight.push(None);
             self.in_flight.len() - 1
         });
-        self.in_flight[index] = Some(InFlight { token, op, fault, cancelled: false, covers });
-        self.due.push(Reverse((self.clock.after(duration), self.sequence, index)));
+        self.in_flight[index] = Some(InFlight { token, op, fault, cancelled: false, stuck, covers });
+        self.count += 1;
+        if !stuck {
+            self.schedule(index);
+        }
     }
 
     fn wait(&mut self, until: Wait, completions: &mut Vec<Completion>) -> Result<(), RingFailure> {
         let next = self.due.peek().map(|Reverse((at, ..))| *at);
+        let woken = self.woken.0.swap(false, Ordering::Relaxed);
         let target = match (until, next) {
             (Wait::Poll, _) => self.clock,
+            _ if woken => self.clock,
             (Wait::Until(deadline), Some(next)) => deadline.min(next),
             (Wait::Until(deadline), None) => deadline,
             (Wait::Forever, Some(next)) => next,
@@ -326,7 +406,7 @@ impl Ring for SimRing {
         };
         self.clock = self.clock.max(target);
         // Sometimes the reaper comes late and finds several.
-        let reach = if until != Wait::Poll && self.rng.u8(..4) == 0 {
+        let reach = if until != Wait::Poll && !woken && self.rng.u8(..4) == 0 {
             Duration::from_micros(300)
         } else {
             Duration::ZERO
@@ -348,6 +428,6 @@ impl Ring for SimRing {
     }
 
     fn waker(&self) -> Arc<dyn Wake> {
-        Arc::new(NoWake)
+        Arc::clone(&self.woken) as Arc<dyn Wake>
     }
 }

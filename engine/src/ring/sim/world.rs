@@ -20,8 +20,8 @@ pub type SharedWorld = Rc<RefCell<World>>;
 /// What kind of disk it is.
 #[derive(Clone, Copy, Debug)]
 pub struct DiskTraits {
-    /// Of direct I/O, in bytes.
-    pub alignment: u32,
+    /// Alignment of direct I/O, in bytes; `None`: it is refused.
+    pub direct_alignment: Option<u32>,
     /// Whether it can unmap ranges.
     pub unmaps: bool,
     /// Whether it can zero ranges in place.
@@ -32,7 +32,7 @@ pub struct DiskTraits {
 
 impl Default for DiskTraits {
     fn default() -> Self {
-        Self { alignment: 512, unmaps: true, zeroes: true, fixed_length: false }
+        Self { direct_alignment: Some(512), unmaps: true, zeroes: true, fixed_length: false }
     }
 }
 
@@ -47,10 +47,13 @@ pub struct Disk {
     writes: u64,
     /// Blocks that hold data, as extent queries see it.
     allocated: BTreeSet<u64>,
+    /// Blocks that take space: those that hold data, and those that are reserved or zeroed in place.
+    space: BTreeSet<u64>,
     /// Blocks allocated in the top layer; `None`: there is one layer.
     top_layer: Option<BTreeSet<u64>>,
     /// Sectors that cannot be read, or written.
     bad: Vec<ByteRange>,
+    stuck: bool,
 }
 
 impl Disk {
@@ -65,8 +68,10 @@ impl Disk {
             unflushed: Vec::new(),
             writes: 0,
             allocated: (0..blocks).collect(),
+            space: (0..blocks).collect(),
             top_layer: None,
             bad: Vec::new(),
+            stuck: false,
         }
     }
 
@@ -75,6 +80,7 @@ impl Disk {
     pub fn sparse(length: usize, traits: DiskTraits) -> Self {
         let mut disk = Self::new(vec![0; length], traits);
         disk.allocated.clear();
+        disk.space.clear();
         disk
     }
 
@@ -82,11 +88,18 @@ impl Disk {
     pub fn punch(&mut self, blocks: impl IntoIterator<Item = u64>) {
         for block in blocks {
             self.allocated.remove(&block);
+            self.space.remove(&block);
             let start = usize::try_from(block * BLOCK).expect("a small disk");
             let end = (start + 4096).min(self.view.len());
             self.view[start..end].fill(0);
             self.medium[start..end].fill(0);
         }
+    }
+
+    /// Put `bytes` there, as if they had been there from the start.
+    pub fn fill(&mut self, offset: u64, bytes: &[u8]) {
+        self.write(offset, bytes);
+        self.flush(self.writes);
     }
 
     /// Declare which blocks (of 4 KiB) are allocated in the top layer.
@@ -102,6 +115,11 @@ impl Disk {
     /// Nothing fails any more.
     pub fn repair(&mut self) {
         self.bad.clear();
+    }
+
+    /// Reads and writes that are pushed from now on never end, unless they are cancelled.
+    pub fn set_stuck(&mut self) {
+        self.stuck = true;
     }
 
     /// Cut it short, as if another program truncated it.
@@ -128,8 +146,24 @@ impl Disk {
         self.allocated.len() as u64 * BLOCK
     }
 
-    pub(super) fn alignment(&self) -> u32 {
-        self.traits.alignment
+    /// Bytes in blocks that take space: data, and what is reserved or zeroed in place.
+    #[must_use]
+    pub fn space_bytes(&self) -> u64 {
+        self.space.len() as u64 * BLOCK
+    }
+
+    /// Where the last block that takes space ends.
+    #[must_use]
+    pub fn space_end(&self) -> u64 {
+        self.space.last().map_or(0, |block| (block + 1) * BLOCK)
+    }
+
+    pub(super) fn direct_alignment(&self) -> Option<u32> {
+        self.traits.direct_alignment
+    }
+
+    pub(super) fn is_stuck(&self) -> bool {
+        self.stuck
     }
 
     pub(super) fn writes_so_far(&self) -> u64 {
@@ -174,7 +208,9 @@ impl Disk {
         self.view[start..end].copy_from_slice(bytes);
         self.writes += 1;
         self.unflushed.push((self.writes, start, bytes.to_vec()));
-        self.allocated.extend(offset / BLOCK..(end as u64).div_ceil(BLOCK));
+        let blocks = offset / BLOCK..(end as u64).div_ceil(BLOCK);
+        self.allocated.extend(blocks.clone());
+        self.space.extend(blocks);
     }
 
     pub(super) fn may_zero(&self, method: ZeroMethod) -> Result<(), Errno> {
@@ -185,13 +221,17 @@ impl Disk {
         if can { Ok(()) } else { Err(Errno::EOPNOTSUPP) }
     }
 
-    pub(super) fn write_zeroes(&mut self, range: ByteRange) {
+    /// Zero what of `range` lies on the disk. What is zeroed in place is no data any more, but keeps its space.
+    pub(super) fn write_zeroes(&mut self, range: ByteRange, method: ZeroMethod) {
         let end = range.end().min(self.view.len() as u64);
         if range.offset < end {
             let length = usize::try_from(end - range.offset).expect("a small disk");
             self.write(range.offset, &vec![0; length]);
             for block in range.offset.div_ceil(BLOCK)..end / BLOCK {
                 self.allocated.remove(&block);
+                if method == ZeroMethod::Unmap {
+                    self.space.remove(&block);
+                }
             }
         }
     }
@@ -200,7 +240,7 @@ impl Disk {
         if !self.traits.unmaps {
             return Err(Errno::EOPNOTSUPP);
         }
-        assert!(range.end() <= self.view.len() as u64, "reserved beyond the disk's end");
+        self.space.extend(range.offset / BLOCK..range.end().div_ceil(BLOCK));
         Ok(())
     }
 
