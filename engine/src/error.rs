@@ -291,6 +291,14 @@ impl Error {
         Self::new(ErrorKind::EngineDied, Operation::Copy, path, reason).advise("start again")
     }
 
+    /// Whether `other` says the same, of whatever range.
+    #[must_use]
+    pub(crate) fn tells_the_same_as(&self, other: &Self) -> bool {
+        let (mine, others) = (&*self.story, &*other.story);
+        (self.kind, mine.operation, &mine.path, &mine.reason)
+            == (other.kind, others.operation, &others.path, &others.reason)
+    }
+
     /// Adds the byte range concerned.
     #[must_use]
     pub fn at(mut self, range: ByteRange) -> Self {

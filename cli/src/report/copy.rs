@@ -3,7 +3,7 @@
 use std::io;
 use std::path::Path;
 
-use engine::error::Error;
+use engine::error::{Error, ErrorKind};
 use engine::job::{JobResult, Outcome, Progress, SkippedRange};
 use serde_json::{Map, Value, json};
 
@@ -42,11 +42,15 @@ impl Ended<'_> {
 
     /// All messages for people.
     pub(crate) fn messages(&self) -> Vec<String> {
-        let mut messages = self.later_notices();
+        let mut messages = Vec::new();
         let progress = &self.result.progress;
         match &self.result.outcome {
-            Outcome::Complete => messages.push(format!("copied {}", self.summary())),
+            Outcome::Complete => {
+                messages.extend(self.later_notices());
+                messages.push(format!("copied {}", self.summary()));
+            }
             Outcome::CompleteWithSkipped => {
+                messages.extend(self.later_notices());
                 messages.extend(skipped_lines(&self.result.skipped));
                 messages.push(format!("copied all but {} of {}", bytes(progress.skipped), self.summary()));
                 if self.result.resumable {
@@ -57,11 +61,16 @@ impl Ended<'_> {
                 messages.push(error.to_string());
                 messages.push(format!("failed after {}", how_far(progress)));
                 messages.extend(skipped_lines(&self.result.skipped));
-                messages.extend(self.how_to_go_on());
+                messages.extend(self.later_notices());
+                // A source that changed was copied to its end: there is nothing to go on with.
+                if error.kind() != ErrorKind::SourceChanged {
+                    messages.extend(self.how_to_go_on());
+                }
             }
             Outcome::Cancelled => {
                 let signal = self.ending.map_or("a request", Ending::name);
                 messages.push(format!("ended by {signal} after {}", how_far(progress)));
+                messages.extend(self.later_notices());
                 messages.extend(self.how_to_go_on());
             }
         }
@@ -109,18 +118,19 @@ impl Ended<'_> {
         }
         let target = out::one_line(&self.args.target);
         let mut messages = vec![];
-        if !target.starts_with("null:") {
-            messages.push(if is_missing(&self.args.target) {
-                format!("the partial file {target} was removed")
+        // That a new file was removed stands among the notices.
+        if !target.starts_with("null:") && !is_missing(&self.args.target) {
+            messages.push(format!("{target} is not a complete copy"));
+        }
+        let shrank =
+            matches!(&self.result.outcome, Outcome::Failed(error) if error.kind() == ErrorKind::SourceShrank);
+        if !shrank {
+            messages.push(if self.args.map.is_some() {
+                "the map file holds nothing to go on from; the next run starts anew".to_owned()
             } else {
-                format!("{target} is not a complete copy")
+                "with --map FILE a copy can go on after an interruption".to_owned()
             });
         }
-        messages.push(if self.args.map.is_some() {
-            "the map file holds nothing to go on from; the next run starts anew".to_owned()
-        } else {
-            "with --map FILE a copy can go on after an interruption".to_owned()
-        });
         messages
     }
 

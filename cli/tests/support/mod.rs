@@ -180,6 +180,25 @@ impl Running {
         }
     }
 
+    /// Wait for a line of `--progress json` that `fits`.
+    pub(crate) fn progress(&mut self, fits: impl Fn(&Value) -> bool) -> Value {
+        loop {
+            let line = self.expect("\"event\":\"progress\"");
+            let value: Value = serde_json::from_str(&line).expect("JSON");
+            if fits(&value) {
+                return value;
+            }
+        }
+    }
+
+    /// End it by SIGKILL, if it still runs; all messages, and whether the signal ended it.
+    pub(crate) fn kill(mut self) -> (bool, Vec<String>) {
+        self.child.kill().expect("killed");
+        let status = self.child.wait().expect("waited");
+        self.seen.extend(self.lines.iter());
+        (status.signal() == Some(9), self.seen)
+    }
+
     /// Whether it has not ended.
     pub(crate) fn is_running(&mut self) -> bool {
         self.child.try_wait().expect("waited").is_none()

@@ -88,7 +88,7 @@ impl Copier {
                 self.stop(io_status, error);
             }
             Verdict::Retry(pause) => self.retries.add(cluster, attempts + 1, now.after(pause)),
-            Verdict::Skip => self.skip(cluster, &error),
+            Verdict::Skip => self.skip(cluster, error),
         }
     }
 
@@ -102,13 +102,13 @@ impl Copier {
     }
 
     /// Leave `cluster` out.
-    fn skip(&mut self, cluster: ClusterIndex, error: &Error) {
+    fn skip(&mut self, cluster: ClusterIndex, error: Arc<Error>) {
         let marked = self.set.mark_done(one(cluster));
         assert_eq!(marked.0, 1, "a cluster to leave out is free");
         self.tally.settled_clusters += 1;
         self.skipped_bytes += self.plan.geometry.bytes_of(one(cluster)).length;
         self.checkpoints.on_settled(1);
-        self.skipped.insert(cluster, error.to_string().into());
+        self.skipped.insert(cluster, Arc::clone(&error));
         if self.skipped.len() > self.plan.limits.skipped_ranges {
             let reason = format!("more than {} clusters cannot be copied", self.plan.limits.skipped_ranges);
             let error =

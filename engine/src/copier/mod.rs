@@ -178,7 +178,7 @@ pub struct Copier {
     retries: RetryList,
     /// Failed verifications of a cluster so far.
     mismatches: BTreeMap<ClusterIndex, u32>,
-    skipped: BTreeMap<ClusterIndex, Arc<str>>,
+    skipped: BTreeMap<ClusterIndex, Arc<Error>>,
     /// What was copied since the last capture.
     window: Window,
     /// What was copied between the last two captures, while its flush is under way.
@@ -362,17 +362,21 @@ impl Copier {
     /// Ranges left out so far, ascending; neighbours with the same error merged.
     #[must_use]
     pub fn skipped_ranges(&self) -> Vec<SkippedRange> {
-        let mut ranges: Vec<SkippedRange> = Vec::new();
+        let mut ranges: Vec<(ByteRange, &Error)> = Vec::new();
         for (&cluster, error) in &self.skipped {
             let range = self.plan.geometry.bytes_of(one(cluster));
             match ranges.last_mut() {
-                Some(last) if last.range.end() == range.offset && *last.error == **error => {
-                    last.range.length += range.length;
+                Some((last, first)) if last.end() == range.offset && first.tells_the_same_as(error) => {
+                    last.length += range.length;
                 }
-                _ => ranges.push(SkippedRange { range, error: error.to_string() }),
+                _ => ranges.push((range, error)),
             }
         }
-        ranges
+        let told = |(range, error): (ByteRange, &Error)| SkippedRange {
+            range,
+            error: error.clone().at(range).to_string(),
+        };
+        ranges.into_iter().map(told).collect()
     }
 
     /// Whether a later run can go on from the map as it stands.

@@ -24,6 +24,7 @@ use crate::job::{JobHandle, JobResult, Lifecycle, Outcome};
 use crate::map::{Map, MapFile, MapHeader};
 use crate::ring::select::{self, OpenedRing, RingConfig, SetupError};
 use crate::ring::{Arena, DocumentId, FileId, Ring};
+use crate::storage::locator::Place;
 use crate::storage::{
     Document, Locator, OpenedSource, OpenedTarget, Resume, SourceOptions, Storage, TargetOptions, TargetPlan,
     open_source, plan_target, source_unchanged,
@@ -84,6 +85,15 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
     let geometry = Geometry::new(source.length(), options.cluster_size);
     let slots = slots_of(options)?;
     let map = match &options.map {
+        Some(_) if matches!(target_locator.place(), Place::Null { .. }) => {
+            return Err(Error::refused(
+                Refusal::Unsupported,
+                Operation::OpenTarget,
+                target_locator.as_str(),
+                "a null target keeps nothing that a copy could go on with",
+            )
+            .advise("leave out --map, or name a real target"));
+        }
         Some(path) => Some(Arc::new(MapFile::open(path, &source, &target_locator)?)),
         None => None,
     };
@@ -311,11 +321,10 @@ fn map_plan(document: DocumentId, header: MapHeader) -> MapPlan {
 fn going_on(map: &MapFile, geometry: Geometry, resumed: &[ClusterRange]) -> Option<String> {
     let found = map.map()?;
     let bytes: u64 = resumed.iter().map(|&range| geometry.bytes_of(range).length).sum();
-    let again = found.skipped().len();
-    let again = if again == 0 {
-        String::new()
-    } else {
-        format!("; {again} ranges that were left out are tried again")
+    let again = match found.skipped().len() {
+        0 => String::new(),
+        1 => "; 1 range that was left out is tried again".to_owned(),
+        again => format!("; {again} ranges that were left out are tried again"),
     };
     Some(format!(
         "going on from map file {}: {bytes} of {} bytes are done{again}",
@@ -342,18 +351,26 @@ fn publish_first(map: &MapFile, header: &MapHeader, target: &OpenedTarget) -> Re
 fn at_end(source: OpenedSource, target: OpenedTarget, map: Option<Arc<MapFile>>) -> AtEnd {
     Box::new(move |result: &mut JobResult| {
         let complete = matches!(result.outcome, Outcome::Complete | Outcome::CompleteWithSkipped);
-        if complete {
-            if let Err(error) = source_unchanged(&source) {
+        let unchanged = if complete || result.resumable { source_unchanged(&source) } else { Ok(()) };
+        match unchanged {
+            Err(error) if complete => {
                 result
                     .notices
                     .push(format!("{} is kept, but it is no point in time", target.storage().name()));
                 result.outcome = Outcome::Failed(Arc::new(error));
                 result.resumable = false;
             }
-        } else if !result.resumable {
+            Err(error) => {
+                tracing::info!(%error, "no later run can go on");
+                result.resumable = false;
+                result.notices.extend(map.as_deref().map(forget_map));
+            }
+            Ok(()) => {}
+        }
+        if !complete && !result.resumable {
             match target.discard_new_file() {
                 Ok(true) => {
-                    result.notices.push(format!("the incomplete {} was removed", target.storage().name()))
+                    result.notices.push(format!("the partial file {} was removed", target.storage().name()));
                 }
                 Ok(false) => {}
                 Err(error) => result.notices.push(error.to_string()),
@@ -361,4 +378,15 @@ fn at_end(source: OpenedSource, target: OpenedTarget, map: Option<Arc<MapFile>>)
         }
         drop(map);
     })
+}
+
+/// Remove a map that every later run would refuse; says so.
+fn forget_map(map: &MapFile) -> String {
+    match map.publish(None) {
+        Ok(()) => format!(
+            "the source has changed, so no run can go on from map file {}: it was removed",
+            map.path()
+        ),
+        Err(errno) => Error::io(Operation::Remove, map.path(), None, errno).to_string(),
+    }
 }

@@ -196,6 +196,12 @@ impl Base {
         Ok(DocumentId(id))
     }
 
+    pub(crate) fn release_files(&mut self) {
+        assert_eq!(self.in_flight(), 0, "storages are in use");
+        self.files.clear();
+        self.documents.clear();
+    }
+
     pub(crate) fn capacity(&self) -> usize {
         self.capacity
     }

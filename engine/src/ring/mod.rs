@@ -247,6 +247,12 @@ pub trait Ring {
     /// # Errors
     /// When the table is full.
     fn add_document(&mut self, document: Self::Document) -> Result<DocumentId, RingFailure>;
+    /// Forget all storages and documents. What nobody else holds is closed when this returns, its locks and claims given up (the
+    /// kernel takes its time over a ring that just goes away).
+    ///
+    /// # Panics
+    /// If operations are in flight.
+    fn release_files(&mut self);
     /// Most operations in flight.
     fn capacity(&self) -> usize;
     /// Operations pushed whose completion was not returned yet.

@@ -85,6 +85,10 @@ impl Ring for ThreadsRing {
         self.base.add_document(document)
     }
 
+    fn release_files(&mut self) {
+        self.base.release_files();
+    }
+
     fn capacity(&self) -> usize {
         self.base.capacity()
     }

@@ -19,9 +19,10 @@ use super::sys;
 const SOURCE_BYTE: i64 = 1 << 62;
 /// The byte on which QEMU holds a lock while it has an image open for writing.
 const QEMU_WRITER_BYTE: i64 = 101;
-/// How long udev may take over probing a device.
-const UDEV_PATIENCE: Duration = Duration::from_secs(1);
-const UDEV_POLL: Duration = Duration::from_millis(20);
+/// How long a disk may stay locked or claimed before it counts as in use: udev probes devices for a moment, and the kernel
+/// lets go of the descriptors in a killed program's ring some time after the program has ended.
+const PATIENCE: Duration = Duration::from_secs(1);
+const POLL: Duration = Duration::from_millis(20);
 
 /// How an attempt to lock ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,21 +40,31 @@ pub(crate) fn exclusive(file: &File) -> Result<Lock, Errno> {
     set(file, libc::F_WRLCK, 0, 0)
 }
 
+/// As [`exclusive`], for a disk that a program which has just ended may have had.
+pub(super) fn exclusive_patiently(file: &File) -> Result<Lock, Errno> {
+    patiently(|| exclusive(file), |outcome| *outcome == Ok(Lock::Busy))
+}
+
 /// Lock a disk that is read from.
 pub(super) fn shared(file: &File) -> Result<Lock, Errno> {
-    set(file, libc::F_RDLCK, SOURCE_BYTE, 1)
+    patiently(|| set(file, libc::F_RDLCK, SOURCE_BYTE, 1), |outcome| *outcome == Ok(Lock::Busy))
 }
 
 /// Tell udev to keep off a block device.
 pub(super) fn keep_udev_off(file: &File) -> Result<Lock, Errno> {
-    let attempts = UDEV_PATIENCE.as_millis() / UDEV_POLL.as_millis();
-    for _ in 0..attempts {
-        match outcome(sys::flock_exclusive(file.as_fd()))? {
-            Lock::Busy => sleep(UDEV_POLL),
-            done => return Ok(done),
+    patiently(|| outcome(sys::flock_exclusive(file.as_fd())), |outcome| *outcome == Ok(Lock::Busy))
+}
+
+/// Attempt until the outcome is not `busy`, or patience ends.
+pub(super) fn patiently<T>(mut attempt: impl FnMut() -> T, busy: impl Fn(&T) -> bool) -> T {
+    for _ in 0..PATIENCE.as_millis() / POLL.as_millis() {
+        let outcome = attempt();
+        if !busy(&outcome) {
+            return outcome;
         }
+        sleep(POLL);
     }
-    Ok(Lock::Busy)
+    attempt()
 }
 
 /// Whether a program that locks as QEMU does has the file open for writing.

@@ -246,7 +246,9 @@ pub(super) fn open_both(
             .map_err(|error| errno_of(&error))
     };
     let claim = if access == Access::Claim { libc::O_EXCL } else { 0 };
-    let buffered = open(claim).map_err(refused)?;
+    let claimed =
+        |outcome: &std::result::Result<File, Errno>| claim != 0 && matches!(outcome, Err(Errno::EBUSY));
+    let buffered = lock::patiently(|| open(claim), claimed).map_err(refused)?;
     let direct = match open(libc::O_DIRECT) {
         Ok(file) => Some(file),
         Err(Errno::EINVAL | Errno::EOPNOTSUPP) => None,

@@ -289,7 +289,7 @@ impl TargetPlan {
                 .refused(Refusal::InUse, format!("the loop device {device} is attached to it"))
                 .advise(format!("detach it with `losetup -d {device}`, or name {device} as the target")));
         }
-        let mut locks = vec![lock::exclusive(&pair.buffered)];
+        let mut locks = vec![lock::exclusive_patiently(&pair.buffered)];
         if is_device {
             locks.push(lock::keep_udev_off(&pair.buffered));
         }

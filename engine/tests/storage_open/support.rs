@@ -51,8 +51,8 @@ impl Place {
     }
 }
 
-/// Try for a moment while something is in use: a command that another test starts holds, between its fork and its exec, a
-/// copy of every descriptor of this process, and with it locks that are dropped already.
+/// Try for a moment while a map is in use: a command that another test starts holds, between its fork and its exec, a copy
+/// of every descriptor of this process, and with it locks that are dropped already. (Disks are waited for anyway.)
 pub(crate) fn patiently<T>(attempt: impl Fn() -> Result<T>) -> Result<T> {
     for _ in 0..20 {
         match attempt() {
@@ -66,7 +66,7 @@ pub(crate) fn patiently<T>(attempt: impl Fn() -> Result<T>) -> Result<T> {
 }
 
 pub(crate) fn source(path: impl AsRef<Path>) -> Result<OpenedSource> {
-    patiently(|| open_source(&Locator::path(&path), &SourceOptions::default()))
+    open_source(&Locator::path(&path), &SourceOptions::default())
 }
 
 pub(crate) fn plan(
@@ -74,7 +74,7 @@ pub(crate) fn plan(
     source: &OpenedSource,
     options: &TargetOptions<'_>,
 ) -> Result<TargetPlan> {
-    patiently(|| plan_target(&Locator::path(&path), source, options))
+    plan_target(&Locator::path(&path), source, options)
 }
 
 pub(crate) fn target(

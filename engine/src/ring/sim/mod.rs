@@ -348,6 +348,12 @@ impl Ring for SimRing {
         Ok(DocumentId(id))
     }
 
+    fn release_files(&mut self) {
+        assert_eq!(self.in_flight(), 0, "disks are in use");
+        self.files.clear();
+        self.documents.clear();
+    }
+
     fn capacity(&self) -> usize {
         self.capacity
     }

@@ -374,6 +374,16 @@ impl Ring for UringRing {
         self.base.add_document(document)
     }
 
+    fn release_files(&mut self) {
+        self.base.release_files();
+        for target in self.reach.drain(..).flatten().flat_map(|reach| [reach.direct, Some(reach.buffered)]) {
+            let Some(Target::Registered(place)) = target else { continue };
+            if let Err(errno) = self.kernel.unregister_file(place) {
+                tracing::debug!(%errno, place, "descriptor stays registered until the ring is gone");
+            }
+        }
+    }
+
     fn capacity(&self) -> usize {
         self.base.capacity()
     }

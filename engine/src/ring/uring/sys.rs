@@ -150,6 +150,15 @@ impl Kernel {
         }
     }
 
+    /// Take a descriptor out of the table.
+    pub(super) fn unregister_file(&self, place: u32) -> Result<(), Errno> {
+        const NONE: i32 = -1;
+        match self.ring.submitter().register_files_update(place, &[NONE]) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(errno_of(&error)),
+        }
+    }
+
     /// Queue a request under `key`.
     ///
     /// # Safety

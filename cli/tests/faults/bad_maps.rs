@@ -1,0 +1,97 @@
+//! Map files that are refused: of another pair, changed, damaged, or not to be understood.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use crate::support::{Running, dense, directory, same};
+use crate::{MIB, copied, refused};
+
+/// A map of a copy of `a` to `b` that was killed.
+fn interrupted(place: &Path, options: &[&str]) {
+    dense(&place.join("a"), 16 * MIB, 0);
+    let slow = ["copy", "--speed", "2M", "--progress", "json", "--map", "m", "a", "b"];
+    let mut running = Running::program(place, &[&slow, options].concat());
+    running.progress(|progress| progress["done"].as_u64() > Some(0));
+    running.kill();
+    assert!(place.join("m").exists());
+}
+
+#[test]
+fn of_another_copy() {
+    let there = directory();
+    let place = there.path();
+    interrupted(place, &[]);
+    dense(&place.join("a2"), 16 * MIB, 0);
+    dense(&place.join("b2"), 16 * MIB, 0);
+    refused(place, &["--map", "m", "a2", "b"], &["map file m", "source", "remove"]);
+    refused(place, &["--map", "m", "a", "b2"], &["map file m", "target", "remove the map file"]);
+    refused(place, &["--map", "m", "a", "b2", "--force"], &["map file m", "target"]);
+    refused(place, &["--map", "m", "a", "new"], &["map file m", "new does not exist"]);
+    refused(place, &["--map", "m", "--cluster-size", "4K", "a", "b"], &["map file m", "--cluster-size 64K"]);
+    refused(place, &["--map", "m", "--sync", "top", "a", "b"], &["map file m", "--sync full"]);
+    refused(place, &["--map", "m", "--verify", "a", "b"], &["map file m", "without --verify"]);
+    // None of that has hurt it.
+    copied(place, &["--map", "m", "a", "b"]);
+    assert!(same(&place.join("a"), &place.join("b")) && !place.join("m").exists());
+}
+
+#[test]
+fn of_a_source_that_changed() {
+    let there = directory();
+    let place = there.path();
+    interrupted(place, &[]);
+    dense(&place.join("a"), 16 * MIB, 7);
+    refused(place, &["--map", "m", "a", "b"], &["map file m", "modification time", "remove"]);
+    fs::write(place.join("a"), "short").expect("written");
+    refused(place, &["--map", "m", "a", "b"], &["map file m", "16777216", "remove"]);
+    fs::remove_file(place.join("m")).expect("removed");
+    refused(place, &["--map", "m", "a", "b"], &["b", "exists", "--force"]);
+    copied(place, &["--map", "m", "--force", "a", "b"]);
+    assert!(same(&place.join("a"), &place.join("b")));
+}
+
+#[test]
+fn damaged() {
+    let there = directory();
+    let place = there.path();
+    interrupted(place, &[]);
+    let map = place.join("m");
+    let good = fs::read(&map).expect("read");
+    let text = String::from_utf8(good.clone()).expect("text");
+    for at in [0, 12, 30, good.len() / 2, good.len() - 2] {
+        let mut bad = good.clone();
+        bad[at] ^= 1;
+        fs::write(&map, bad).expect("written");
+        refused(place, &["--map", "m", "a", "b"], &["cannot use map file m", ";"]);
+    }
+    fs::write(&map, &good[..good.len() / 2]).expect("written");
+    refused(place, &["--map", "m", "a", "b"], &["map file m", "remove it to copy everything again"]);
+    fs::write(&map, text.replacen("map 1 ", "map 2 ", 1)).expect("written");
+    refused(
+        place,
+        &["--map", "m", "a", "b"],
+        &["map file m", "newer version (map format 2;", "the version that wrote it"],
+    );
+    fs::write(&map, "this is no map").expect("written");
+    refused(place, &["--map", "m", "a", "b"], &["map file m", "name a map file"]);
+    fs::write(&map, good).expect("written");
+    copied(place, &["--map", "m", "a", "b"]);
+    assert!(same(&place.join("a"), &place.join("b")));
+}
+
+#[test]
+fn in_a_place_where_no_map_can_be() {
+    let there = directory();
+    let place = there.path();
+    dense(&place.join("a"), 100_000, 0);
+    fs::create_dir(place.join("dir")).expect("made");
+    symlink("nothing", place.join("dangling")).expect("linked");
+    refused(place, &["--map", "a", "a", "b"], &["map file a", "source"]);
+    refused(place, &["--map", "b", "a", "b"], &["map file b", "target"]);
+    refused(place, &["--map", "dir", "a", "b"], &["map file dir", "regular file"]);
+    refused(place, &["--map", "/dev/null", "a", "b"], &["/dev/null", "regular file"]);
+    refused(place, &["--map", "dangling", "a", "b"], &["map file dangling", "symbolic link"]);
+    refused(place, &["--map", "nowhere/m", "a", "b"], &["nowhere/m", "does not exist", "create it"]);
+    refused(place, &["--map", "m", "a", "null:"], &["null:"]);
+}
