@@ -204,11 +204,11 @@ impl<R: Ring> Driver<R> {
             resumable: self.copier.is_resumable(),
             notices: std::mem::take(&mut self.notices),
         };
-        // Whoever is told that the job has ended may use its disks at once.
-        self.ring.release_files();
         if let Some(at_end) = self.at_end.take() {
             at_end(&mut result);
         }
+        // Whoever is told that the job has ended may use its disks at once. What the end needed of them is dropped by now.
+        self.ring.release_files();
         self.shared.end(result);
         self.over = true;
         true
