@@ -174,7 +174,9 @@ impl Scenario {
             source.set_bad(range);
         }
         let mut target = if self.target_is_zero {
-            Disk::sparse(length, self.target_traits())
+            let mut target = Disk::sparse(length, self.target_traits());
+            target.stain(&self.stained);
+            target
         } else {
             let sectors = length.next_multiple_of(4096) + 8192;
             let mut old = vec![0; sectors];
