@@ -23,7 +23,7 @@ pub(super) enum Stage {
     /// The flush is.
     Flushing,
     /// The window is read back.
-    Verifying(Verification),
+    Verifying(Box<Verification>),
     /// The map is written (or removed, at the end of a complete copy).
     Publishing,
 }

@@ -144,7 +144,8 @@ impl Copier {
             let range = ByteRange::new(0, self.plan.geometry.length().0);
             self.push(Task::DropBeforeVerify, Op::DropCache { file: self.plan.target.file, range });
         }
-        self.checkpoints.stage = Stage::Verifying(Verification::new(window, self.plan.geometry, cached));
+        let verification = Verification::new(window, self.plan.geometry, cached);
+        self.checkpoints.stage = Stage::Verifying(Box::new(verification));
     }
 
     /// The target's page cache was written back and dropped. An error here is the kernel's only word about lost data, so it counts as

@@ -149,7 +149,12 @@ fn carry_out(checked: Checked, started: &Sender<Result<Copy, Error>>) {
     };
     let opened = match select::open(checked.options.io_engine, &config) {
         Ok(opened) => opened,
-        Err(error) => return tell(started, Err(ring_refused(&checked.options, error))),
+        Err(error) => {
+            // What was opened is given up, and a map file that stood in removed, before the caller hears of it.
+            let refused = ring_refused(&checked.options, error);
+            drop(checked);
+            return tell(started, Err(refused));
+        }
     };
     match opened.ring {
         OpenedRing::Uring(ring) => run_on(ring, checked, opened.notice, started),
