@@ -170,42 +170,6 @@ fn a_file_size_limit_is_an_error_not_the_end() {
     assert!(!there.path().join("b").exists(), "the partial file is removed");
 }
 
-/// A small file system, which takes root's rights to mount.
-struct SmallFileSystem(std::path::PathBuf);
-
-impl SmallFileSystem {
-    fn mount(at: &Path, bytes: u64) -> Option<Self> {
-        fs::create_dir(at).expect("made");
-        let status = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={bytes}"), "none"])
-            .arg(at)
-            .status();
-        if status.is_ok_and(|status| status.success()) {
-            return Some(Self(at.to_owned()));
-        }
-        eprintln!("SKIPPED: no tmpfs can be mounted (needs root)");
-        None
-    }
-}
-
-impl Drop for SmallFileSystem {
-    fn drop(&mut self) {
-        Command::new("umount").arg(&self.0).status().ok();
-    }
-}
-
-#[test]
-fn no_space_removes_the_partial_file_or_keeps_it_with_a_map() {
-    let there = directory();
-    let Some(small) = SmallFileSystem::mount(&there.path().join("small"), 4 << 20) else { return };
-    dense(&there.path().join("a"), 16 << 20, 0);
-    let output = run_in(there.path(), &["copy", "a", "small/b"]);
-    assert!(matches!(code(&output), 1 | 2), "{}", stderr(&output));
-    assert!(stderr(&output).to_lowercase().contains("space"), "{}", stderr(&output));
-    assert!(!there.path().join("small/b").exists());
-    drop(small);
-}
-
 #[test]
 fn skipped_ranges_are_listed() {
     let there = directory();

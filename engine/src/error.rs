@@ -221,6 +221,13 @@ impl Error {
             Errno::EROFS => (Refusal::ReadOnly, "choose a place that can be written to"),
             Errno::EBUSY | Errno::ETXTBSY => (Refusal::InUse, "unmount it or stop the program that uses it"),
             Errno::EISDIR => (Refusal::NotADisk, "name a file or a block device"),
+            Errno::ENOSPC | Errno::EDQUOT => {
+                (Refusal::Unavailable, "free some space or raise the quota, or choose another place")
+            }
+            Errno::EMFILE | Errno::ENFILE => {
+                (Refusal::Unavailable, "raise the limit on open files (ulimit -n)")
+            }
+            Errno::ENOMEM => (Refusal::Unavailable, "free some memory"),
             Errno::EFBIG | Errno::EOVERFLOW => (Refusal::TooLarge, "choose a file system with larger files"),
             Errno::ENAMETOOLONG | Errno::EINVAL | Errno::ELOOP => (Refusal::BadArgument, "check the path"),
             _ => (Refusal::Unavailable, "see the kernel's log for the cause"),
@@ -233,7 +240,6 @@ impl Error {
     pub fn io(operation: Operation, path: impl Into<String>, range: Option<ByteRange>, errno: Errno) -> Self {
         let kind = match (operation, errno) {
             (_, Errno::ENOSPC | Errno::EDQUOT) => ErrorKind::NoSpace,
-            (_, Errno::ECANCELED) => ErrorKind::Cancelled,
             (Operation::Flush, _) => ErrorKind::FlushFailed(errno),
             _ => ErrorKind::Io(errno),
         };

@@ -36,7 +36,7 @@ struct Seen {
     copies: u32,
     /// The run had ended before it was killed.
     too_late: u32,
-    /// Killed after the target was created and before the first map: the next run wants `--force`.
+    /// Killed after the target was created and before the first map, and the next run did not take it over: must not happen.
     before_the_map: u32,
     /// Killed after the map was removed: the copy is complete.
     after_the_map: u32,
@@ -258,5 +258,6 @@ fn killed_at_random_times_every_copy_comes_to_its_end() {
     });
     let seen = seen.into_inner().expect("sound");
     println!("{seen:#?}");
+    assert_eq!(seen.before_the_map, 0, "{seen:?}");
     assert!(seen.kills >= rounds, "{seen:?}");
 }

@@ -22,8 +22,8 @@ const BAD: usize = 3 * MIB;
 
 /// A device whose last megabyte cannot be read.
 struct BadDevice {
-    there: TempDir,
     device: LoopDevice,
+    there: TempDir,
 }
 
 impl BadDevice {
@@ -41,7 +41,7 @@ impl BadDevice {
             .expect("open")
             .set_len(CUT as u64)
             .expect("cut");
-        Some(Self { there, device })
+        Some(Self { device, there })
     }
 
     fn place(&self) -> &Path {

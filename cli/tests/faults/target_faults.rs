@@ -14,9 +14,10 @@ const LENGTH: usize = 12 * MIB;
 
 /// A file system with room for about half of the source.
 struct Small {
-    there: TempDir,
+    // In the order in which they go away.
     mount: Mount,
     _device: Option<LoopDevice>,
+    there: TempDir,
 }
 
 impl Small {
@@ -52,7 +53,7 @@ impl Small {
         let there = directory();
         dense(&there.path().join("a"), LENGTH, 0);
         let (mount, device) = make(there.path());
-        Some(Self { there, mount, _device: device })
+        Some(Self { mount, _device: device, there })
     }
 
     fn place(&self) -> &Path {
@@ -66,7 +67,8 @@ impl Small {
     /// Make room for the rest.
     fn make_room(&self) {
         if self.path("fs/ballast").exists() {
-            fs::remove_file(self.path("fs/ballast")).expect("removed");
+            // Removed, it would give its blocks back in its own time.
+            fs::File::create(self.path("fs/ballast")).expect("emptied").sync_all().expect("synced");
         } else {
             self.mount.remount("size=20M");
         }

@@ -83,6 +83,11 @@ impl Checkpoints {
         self.bytes_since += bytes;
     }
 
+    /// Bytes settled since the last capture.
+    pub(super) fn bytes_since(&self) -> u64 {
+        self.bytes_since
+    }
+
     /// Whether the next one is due.
     pub(super) fn is_due(&self, now: Timestamp, limits: &Limits) -> bool {
         self.is_idle()
@@ -110,6 +115,32 @@ impl Checkpoints {
         self.bytes_since = 0;
         self.last_start = now;
     }
+}
+
+/// `ranges` without what lies in `others`; both ascending and disjoint.
+pub(super) fn subtract(ranges: &[ClusterRange], others: &[ClusterRange]) -> Vec<ClusterRange> {
+    let mut rest = Vec::new();
+    let mut others = others.iter().peekable();
+    for range in ranges {
+        let mut start = range.start;
+        while let Some(other) = others.peek() {
+            if other.start >= range.end {
+                break;
+            }
+            if start < other.start {
+                rest.push(ClusterRange { start, end: other.start });
+            }
+            start = start.max(other.end);
+            if other.end > range.end {
+                break;
+            }
+            others.next();
+        }
+        if start < range.end {
+            rest.push(ClusterRange { start, end: range.end });
+        }
+    }
+    rest
 }
 
 /// `ranges` without `clusters`; both ascending (`clusters` in any order).
@@ -142,6 +173,35 @@ pub(super) fn without(ranges: &[ClusterRange], mut clusters: Vec<ClusterIndex>) 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ranges_are_subtracted_as_sets_are() {
+        let mut rng = fastrand::Rng::with_seed(3);
+        let random = |rng: &mut fastrand::Rng| {
+            let mut ranges = Vec::new();
+            let mut at = rng.u64(0..3);
+            while at < 40 {
+                let end = at + rng.u64(1..6);
+                ranges.push(ClusterRange::new(at, end));
+                at = end + rng.u64(1..5);
+            }
+            ranges
+        };
+        for _ in 0..500 {
+            let (some, others) = (random(&mut rng), random(&mut rng));
+            let rest = subtract(&some, &others);
+            let holds =
+                |ranges: &[ClusterRange], at| ranges.iter().any(|range| range.contains(ClusterIndex(at)));
+            for at in 0..50 {
+                assert_eq!(
+                    holds(&rest, at),
+                    holds(&some, at) && !holds(&others, at),
+                    "{at} of {some:?} - {others:?}"
+                );
+            }
+            assert!(rest.iter().all(|range| !range.is_empty()));
+        }
+    }
 
     #[test]
     fn clusters_are_cut_out_of_ranges() {

@@ -6,7 +6,7 @@ use super::checkpoint::Stage;
 use super::piece::Fault;
 use super::retry::{Verdict, verdict};
 use super::tally::Was;
-use super::transfer::Failure;
+use super::transfer::{Expected, Failure};
 use super::{Copier, Ending, Event, one};
 use crate::error::{Error, ErrorKind, Operation};
 use crate::job::IoStatus;
@@ -118,26 +118,37 @@ impl Copier {
     }
 
     /// A run was read back; `unsettled` of it did not compare equal, or could not be read.
-    pub(super) fn verification_ended(&mut self, unsettled: &[ClusterIndex], failure: Option<Failure>) {
+    pub(super) fn verification_ended(
+        &mut self,
+        unsettled: Vec<(ClusterIndex, Expected)>,
+        failure: Option<Failure>,
+    ) {
         let Stage::Verifying(verification) = &mut self.checkpoints.stage else {
             unreachable!("read back in a verification only")
         };
         verification.running -= 1;
-        verification.failed.extend_from_slice(unsettled);
-        if let Some(failure) = failure {
-            self.verify_failure.get_or_insert(failure);
+        let Some(failure) = failure else { return };
+        if unsettled.len() > 1 && failure.fault != Fault::Mismatch {
+            return verification.take_apart(unsettled.into_iter());
         }
+        verification.failed.extend(unsettled.into_iter().map(|(cluster, _)| (cluster, Some(failure))));
     }
 
-    /// Clusters that failed their verification: they are not done after all.
-    pub(super) fn reopen_mismatched(&mut self, failed: &[(ClusterIndex, Was)], now: Timestamp) {
-        let Some(failure) = self.verify_failure.take() else { return };
-        for &(cluster, was) in failed {
+    /// Clusters that failed their verification, or were not verified any more: they are not done after all.
+    pub(super) fn reopen_unverified(
+        &mut self,
+        failed: Vec<(ClusterIndex, Was, Option<Failure>)>,
+        now: Timestamp,
+    ) {
+        for (cluster, was, failure) in failed {
             let reopened = self.set.reopen(one(cluster));
             assert_eq!(reopened.0, 1, "a cluster that was read back was done");
             let range = self.plan.geometry.bytes_of(one(cluster));
             self.tally.withdraw(was, range.length);
             self.checkpoints.dirty = true;
+            let Some(failure) = failure else { continue };
+            // Whatever the target's blanks were believed to be, this one was not what it should be.
+            self.blank_is_zero = false;
             if self.ending.is_some() {
                 continue;
             }

@@ -14,7 +14,7 @@
 //!   on a cancel is too late. Failure and cancel are decided at once, and told when nothing is in flight any more.
 //!
 //! # Bounds
-//! Operations in flight: the ring's capacity; those queued behind it: a few for each slot. Everything else is counted in slots, in
+//! Operations in flight: the ring's capacity; those queued behind it: for each slot as many as its cluster has blocks of 4 KiB. Everything else is counted in slots, in
 //! [`plan::Limits`], or in bits per cluster.
 //!
 //! The parts: [`sweep`](self) decides what to start, `tasks` carries transfers through, `settle` handles errors, checkpoints and the end.
@@ -56,7 +56,7 @@ use retry::RetryList;
 use slots::Slots;
 use tally::Tally;
 use throttle::Throttle;
-use transfer::{Failure, Transfer, TransferId};
+use transfer::{Transfer, TransferId};
 use verify::Window;
 
 /// What the copier tells the job.
@@ -121,11 +121,11 @@ enum Task {
     /// A read or write of a transfer.
     Move { transfer: TransferId, piece: Piece },
     /// Zeros of a transfer's clusters. `best_effort`: they read as zeros already, space is given back.
-    Zero { transfer: TransferId, range: ByteRange, best_effort: bool },
+    Zero { transfer: TransferId, range: ByteRange, method: ZeroMethod, best_effort: bool },
     /// Checksums of a transfer's clusters.
     Digest { transfer: TransferId },
     /// A hole made zero on the target.
-    ZeroRun { claim: Claim },
+    ZeroRun { claim: Claim, method: ZeroMethod },
     /// A question about the source.
     SourceExtents,
     /// A question about the source's layers.
@@ -168,6 +168,8 @@ pub struct Copier {
     holes: ExtentWindow,
     layers: Option<ExtentWindow>,
     zeroing: Zeroing,
+    /// What was not written yet reads as zeros on the target. Believed until something shows, or may show, otherwise.
+    blank_is_zero: bool,
     zero_runs: u32,
     /// What the zero runs in flight wrote cannot be believed: a flush failed meanwhile.
     zero_runs_tainted: bool,
@@ -183,8 +185,6 @@ pub struct Copier {
     window: Window,
     /// What was copied between the last two captures, while its flush is under way.
     closed_window: Window,
-    /// First mismatch of the verification under way.
-    verify_failure: Option<Failure>,
     checkpoints: Checkpoints,
     tally: Tally,
     verified: u64,
@@ -238,6 +238,7 @@ impl Copier {
             holes: ExtentWindow::new(crate::ring::ExtentQuery::Data, length, plan.limits.extents),
             layers,
             zeroing: Zeroing::Operation(ZeroMethod::Unmap),
+            blank_is_zero: plan.target_is_zero,
             zero_runs: 0,
             zero_runs_tainted: false,
             allocation: AllocateAhead::new(plan.allocate_ahead, plan.limits),
@@ -248,7 +249,6 @@ impl Copier {
             skipped: BTreeMap::new(),
             window: Window::default(),
             closed_window: Window::default(),
-            verify_failure: None,
             checkpoints: Checkpoints::new(resumed, plan.map.is_some()),
             tally,
             verified: 0,
@@ -292,11 +292,11 @@ impl Copier {
     /// When to call [`Self::poll`] again although nothing has happened.
     #[must_use]
     pub fn next_deadline(&self, now: Timestamp) -> Option<Timestamp> {
-        let keeps = self.plan.map.is_some() || self.plan.verify;
-        let checkpoint = (keeps && self.checkpoints.awaits_time() && self.ending.is_none())
-            .then(|| self.checkpoints.due_at(&self.plan.limits))
-            // One that is due already waits for something in flight, whose completion comes first.
-            .filter(|&due| due > now);
+        let checkpoint =
+            (self.keeps_checkpoints() && self.checkpoints.awaits_time() && self.ending.is_none())
+                .then(|| self.checkpoints.due_at(&self.plan.limits))
+                // One that is due already waits for something in flight, whose completion comes first.
+                .filter(|&due| due > now);
         let sweep = match self.hold_until {
             _ if self.ending.is_some() || self.paused() => None,
             Some(until) => Some(until),
@@ -307,9 +307,8 @@ impl Copier {
 
     /// A user pauses the sweep, or lets it go on. Letting go on also lifts a pause on an error.
     pub fn set_paused(&mut self, paused: bool) {
-        if paused != self.user_paused {
-            self.drained_said = false;
-        }
+        // Said again even if nothing changed: a resume may have come and gone unseen.
+        self.drained_said = false;
         self.user_paused = paused;
         if !paused {
             self.stopped = None;
@@ -396,6 +395,10 @@ impl Copier {
         self.backlog.push_back((token, op));
     }
 
+    fn keeps_checkpoints(&self) -> bool {
+        self.plan.map.is_some() || self.plan.verify
+    }
+
     fn paused(&self) -> bool {
         self.user_paused || self.stopped.is_some()
     }
@@ -427,7 +430,7 @@ impl Drop for Copier {
         let runs = self
             .tasks
             .drain()
-            .filter_map(|task| if let Task::ZeroRun { claim } = task { Some(claim) } else { None });
+            .filter_map(|task| if let Task::ZeroRun { claim, .. } = task { Some(claim) } else { None });
         for claim in transfers.chain(runs) {
             self.set.release(claim);
         }

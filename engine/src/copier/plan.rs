@@ -25,6 +25,8 @@ pub struct Checkpoint {
     pub done: Vec<ClusterRange>,
     /// Clusters left out, which the next run tries again.
     pub skipped: Vec<ClusterRange>,
+    /// Whether what is neither done nor skipped still reads as zeros on the target, unless it holds what the source holds.
+    pub blank_is_zero: bool,
 }
 
 /// Puts a checkpoint into the form in which it is stored.

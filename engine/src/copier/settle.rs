@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::checkpoint::{Captured, Stage, without};
+use super::checkpoint::{Captured, Stage, subtract, without};
 use super::piece::Fault;
 use super::plan::{Checkpoint, planted};
 use super::retry::{Verdict, verdict};
@@ -36,11 +36,10 @@ impl Copier {
         if all_settled && idle && self.checkpoints.is_idle() && !self.paused() {
             return self.begin_checkpoint(true, now);
         }
-        self.drop_cache();
-        let keeps = self.plan.map.is_some() || self.plan.verify;
-        if keeps && !self.writing_back && self.checkpoints.is_due(now, &self.plan.limits) {
+        if self.keeps_checkpoints() && self.checkpoints.is_due(now, &self.plan.limits) {
             self.begin_checkpoint(false, now);
         }
+        self.drop_cache();
     }
 
     fn settle_ending(&mut self, now: Timestamp) {
@@ -189,24 +188,14 @@ impl Copier {
     /// Take back every claim since the last good flush: those clusters are copied again.
     fn withdraw(&mut self) {
         let durable = &self.checkpoints.durable;
-        let mut keep = durable.done.iter().copied().peekable();
         let done: Vec<ClusterRange> = self.set.done_ranges().collect();
-        let mut lost = Vec::new();
-        for range in done {
-            for cluster in range.iter() {
-                while keep.peek().is_some_and(|kept| kept.end <= cluster) {
-                    keep.next();
-                }
-                let kept = keep.peek().is_some_and(|kept| kept.contains(cluster));
-                if !kept && !self.skipped.contains_key(&cluster) {
-                    lost.push(cluster);
-                }
-            }
+        let lost = without(&subtract(&done, &durable.done), self.skipped.keys().copied().collect());
+        for &range in &lost {
+            self.set.reopen(range);
         }
-        for &cluster in &lost {
-            self.set.reopen(one(cluster));
-        }
-        tracing::info!(clusters = lost.len(), "withdrawn");
+        tracing::info!(ranges = lost.len(), "withdrawn");
+        // What was written and lost may be there in part: nothing on the target is known to be zero any more.
+        self.blank_is_zero = false;
         self.tally = durable.tally;
         self.tally.settled_clusters += self.skipped.len() as u64;
         for (_, transfer) in &mut self.transfers {
@@ -230,20 +219,22 @@ impl Copier {
         if !verification.is_done() {
             return;
         }
-        let failed: Vec<_> =
-            verification.failed.iter().map(|&cluster| (cluster, verification.was(cluster))).collect();
+        let failed: Vec<_> = std::mem::take(&mut verification.failed)
+            .into_iter()
+            .map(|(cluster, failure)| (cluster, verification.was(cluster), failure))
+            .collect();
         self.checkpoints.stage = Stage::Idle;
         let mut captured = std::mem::take(&mut self.checkpoints.captured);
         if !failed.is_empty() {
             captured.complete = false;
-            captured.done = without(&captured.done, failed.iter().map(|&(cluster, _)| cluster).collect());
-            for &(cluster, was) in &failed {
+            captured.done = without(&captured.done, failed.iter().map(|&(cluster, ..)| cluster).collect());
+            for &(cluster, was, _) in &failed {
                 captured.tally.withdraw(was, self.plan.geometry.bytes_of(one(cluster)).length);
             }
         }
         let complete = captured.complete;
         self.checkpoints.durable = captured;
-        self.reopen_mismatched(&failed, now);
+        self.reopen_unverified(failed, now);
         if complete {
             self.end_with(Ending::Complete);
         }
@@ -258,8 +249,13 @@ impl Copier {
     fn push_map(&mut self, remove: bool) {
         let Some(map) = &self.plan.map else { return };
         let skipped = ranges_of(self.skipped.keys().copied());
-        let contents = (!remove)
-            .then(|| (map.encode)(&Checkpoint { done: self.checkpoints.durable.done.clone(), skipped }));
+        let contents = (!remove).then(|| {
+            (map.encode)(&Checkpoint {
+                done: self.checkpoints.durable.done.clone(),
+                skipped,
+                blank_is_zero: self.blank_is_zero,
+            })
+        });
         let document = map.document;
         self.map_removed = remove;
         self.push(Task::Publish, Op::Publish { document, contents });

@@ -15,6 +15,8 @@ use crate::units::{ByteRange, ClusterCount, ClusterIndex, ClusterRange, Geometry
 const MAX_ZERO_RUNS: u32 = 4;
 /// Grain at which data within a cluster is told from holes: no file system has smaller blocks that matter, and every alignment divides it.
 const GRAIN: u64 = 4096;
+/// Clusters settled without I/O in one step.
+const MAX_SETTLED_AT_ONCE: u64 = 1 << 16;
 /// Steps an iteration of the ring thread, so that completions are never kept waiting long.
 const STEPS: u32 = 128;
 
@@ -54,7 +56,8 @@ impl Copier {
         if self.throttle.allowance(now) == Some(0) {
             return false;
         }
-        if self.window.bytes() >= self.plan.limits.checkpoint_bytes && !self.checkpoints.is_idle() {
+        // The next checkpoint is due and cannot begin yet: what it will have to cover is bounded.
+        if self.keeps_checkpoints() && self.checkpoints.bytes_since() >= self.plan.limits.checkpoint_bytes {
             return false;
         }
         if self.retries.len() > 0 {
@@ -102,7 +105,7 @@ impl Copier {
                 self.settle_at_once(ClusterRange { start: next, end }, None);
                 true
             }
-            Stretch::Hole if self.plan.target_is_zero => {
+            Stretch::Hole if self.blank_is_zero => {
                 self.settle_at_once(ClusterRange { start: next, end }, Some(Was::Hole));
                 true
             }
@@ -127,8 +130,8 @@ impl Copier {
         let end = end.min(limit);
         let last_bytes = geometry.bytes_of(one(ClusterIndex(geometry.clusters().0 - 1)));
         // The last cluster of a target that needs zeros written goes as data when it ends within a sector.
-        let odd_end = !self.plan.target_is_zero && !last_bytes.end().is_multiple_of(GRAIN);
-        let holes_as_data = !self.plan.target_is_zero && self.zeroing == Zeroing::Data;
+        let odd_end = !self.blank_is_zero && !last_bytes.end().is_multiple_of(GRAIN);
+        let holes_as_data = !self.blank_is_zero && self.zeroing == Zeroing::Data;
         if data || holes_as_data {
             return Some((Stretch::Data, end));
         }
@@ -141,7 +144,8 @@ impl Copier {
 
     /// Clusters of `range` that need no I/O: not covered (`None`), or holes of a target that is zero.
     fn settle_at_once(&mut self, range: ClusterRange, was: Option<Was>) {
-        let Some(claim) = self.set.claim_first(range, ClusterCount(range.count())) else {
+        let Some(claim) = self.set.claim_first(range, ClusterCount(range.count().min(MAX_SETTLED_AT_ONCE)))
+        else {
             self.position = range.end;
             return;
         };
@@ -163,7 +167,7 @@ impl Copier {
 
     fn start_zero_run(&mut self, range: ClusterRange) -> bool {
         let Zeroing::Operation(method) = self.zeroing else { unreachable!("holes go as data then") };
-        if self.zero_runs >= MAX_ZERO_RUNS {
+        if self.zero_runs >= MAX_ZERO_RUNS || self.zero_runs_tainted {
             return false;
         }
         let max = (self.plan.limits.zero_run_bytes / self.plan.geometry.cluster_size().bytes()).max(1);
@@ -178,7 +182,7 @@ impl Copier {
         let range = self.plan.geometry.bytes_of(clusters);
         let op = Op::WriteZeroes { file: self.plan.target.file, range, method };
         tracing::trace!(?clusters, ?method, "zero");
-        self.push(Task::ZeroRun { claim }, op);
+        self.push(Task::ZeroRun { claim, method }, op);
         true
     }
 
@@ -213,7 +217,7 @@ impl Copier {
         let mut transfer =
             Transfer::new(Purpose::Copy { alone }, clusters, self.plan.geometry, run).with_claim(claim);
         let whole = transfer.bytes;
-        let exact = alone.is_none() && self.plan.target_is_zero;
+        let exact = alone.is_none() && self.blank_is_zero;
         transfer.data = if exact { self.data_in(whole) } else { vec![whole] };
         let read = if self.plan.verify {
             whole

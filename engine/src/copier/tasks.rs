@@ -25,11 +25,12 @@ impl Copier {
         let result = completion.result;
         match task {
             Task::Move { transfer, piece } => self.on_moved(transfer, piece, result, arena, now),
-            Task::Zero { transfer, range, best_effort } => {
-                self.on_zeroed(transfer, range, best_effort, &result, now)
+            Task::Zero { transfer, range, method, best_effort } => {
+                let method = (!best_effort).then_some(method);
+                self.on_zeroed(transfer, range, method, &result, now);
             }
             Task::Digest { transfer } => self.on_digests(transfer, result, now),
-            Task::ZeroRun { claim } => self.on_zero_run(claim, &result),
+            Task::ZeroRun { claim, method } => self.on_zero_run(claim, method, &result),
             Task::SourceExtents => self.holes.on_answer(result),
             Task::SourceLayers => self.layers.as_mut().expect("asked about layers").on_answer(result),
             Task::TargetExtents => self.on_target_extents(result),
@@ -170,11 +171,18 @@ impl Copier {
         self.finish_if_over(id, now);
     }
 
+    /// Whether clusters of zeros of this transfer must be made zero on the target: always where it does not read as zeros, and for a
+    /// cluster that was tried before, of which anything may be there.
+    fn needs_zeros(&self, id: TransferId) -> bool {
+        !self.blank_is_zero || matches!(self.transfers[id].purpose, Purpose::Copy { alone: Some(_) })
+    }
+
     fn is_zero_cluster(&self, id: TransferId, cluster: ClusterIndex, arena: &Arena) -> bool {
         let bytes = self.plan.geometry.bytes_of(super::one(cluster));
-        // A target that needs zeros written gets an odd end as data: operations work on whole blocks.
-        let odd_end = !self.plan.target_is_zero && !bytes.end().is_multiple_of(4096);
-        let as_data = !self.plan.target_is_zero && self.zeroing == Zeroing::Data;
+        let needs_zeros = self.needs_zeros(id);
+        // Where zeros are needed an odd end goes as data: operations work on whole blocks.
+        let odd_end = needs_zeros && !bytes.end().is_multiple_of(4096);
+        let as_data = needs_zeros && self.zeroing == Zeroing::Data;
         if !self.plan.zero_detect || odd_end || as_data {
             return false;
         }
@@ -203,7 +211,7 @@ impl Copier {
 
     fn zero_out(&mut self, id: TransferId, clusters: ClusterRange) {
         let range = self.plan.geometry.bytes_of(clusters);
-        let best_effort = self.plan.target_is_zero;
+        let best_effort = !self.needs_zeros(id);
         if best_effort && !self.allocation.covers(range) {
             return;
         }
@@ -215,27 +223,27 @@ impl Copier {
         transfer.add_task(clusters);
         transfer.outstanding += 1;
         let op = Op::WriteZeroes { file: self.plan.target.file, range, method };
-        self.push(Task::Zero { transfer: id, range, best_effort }, op);
+        self.push(Task::Zero { transfer: id, range, method, best_effort }, op);
     }
 
     fn on_zeroed(
         &mut self,
         id: TransferId,
         range: ByteRange,
-        best_effort: bool,
+        needed: Option<ZeroMethod>,
         result: &Result<Output, Errno>,
         now: Timestamp,
     ) {
-        match result {
-            Err(errno) if !best_effort => {
+        match (result, needed) {
+            (Err(errno), Some(method)) => {
                 // The buffer holds nothing but zeros: write them as data.
-                self.zeroing_failed(*errno);
+                self.zeroing_failed(method, *errno);
                 let transfer = &self.transfers[id];
                 let piece = transfer.piece(Direction::Write, range);
                 let op = piece.op(&self.plan.target);
                 self.push(Task::Move { transfer: id, piece }, op);
             }
-            result => {
+            (result, _) => {
                 if let Err(errno) = result {
                     tracing::debug!(%errno, %range, "space of zeros not given back");
                 }
@@ -244,18 +252,23 @@ impl Copier {
         }
     }
 
-    /// A zero operation failed: try the next way from now on.
-    fn zeroing_failed(&mut self, errno: Errno) {
-        self.zeroing = match (self.zeroing, errno) {
-            (Zeroing::Operation(ZeroMethod::Unmap), Errno::EOPNOTSUPP) => {
-                Zeroing::Operation(ZeroMethod::Keep)
-            }
-            _ => Zeroing::Data,
-        };
-        tracing::debug!(%errno, next = ?self.zeroing, "zero operation failed");
+    /// A zero operation failed that was done by `method`: try the next way from now on, unless another failure has led there already.
+    fn zeroing_failed(&mut self, method: ZeroMethod, errno: Errno) {
+        if self.zeroing == Zeroing::Operation(method) {
+            self.zeroing = match (method, errno) {
+                (ZeroMethod::Unmap, Errno::EOPNOTSUPP) => Zeroing::Operation(ZeroMethod::Keep),
+                _ => Zeroing::Data,
+            };
+        }
+        tracing::debug!(%errno, ?method, next = ?self.zeroing, "zero operation failed");
     }
 
-    fn on_zero_run(&mut self, claim: crate::interval_set::Claim, result: &Result<Output, Errno>) {
+    fn on_zero_run(
+        &mut self,
+        claim: crate::interval_set::Claim,
+        method: ZeroMethod,
+        result: &Result<Output, Errno>,
+    ) {
         self.zero_runs -= 1;
         let clusters = claim.range();
         match result {
@@ -266,7 +279,7 @@ impl Copier {
             }
             result => {
                 if let Err(errno) = result {
-                    self.zeroing_failed(*errno);
+                    self.zeroing_failed(method, *errno);
                 }
                 self.set.release(claim);
                 self.rewind_to(clusters.start);
@@ -282,6 +295,7 @@ impl Copier {
         if cluster < self.position {
             self.position = cluster;
             let offset = self.plan.geometry.offset_of(cluster);
+            self.dropped_to = self.dropped_to.min(offset);
             self.holes.seek(offset);
             if let Some(layers) = &mut self.layers {
                 layers.seek(offset);
@@ -398,7 +412,7 @@ impl Copier {
             if self.plan.verify {
                 let index =
                     usize::try_from(cluster.0 - transfer.clusters.start.0).expect("bounded by the slots");
-                self.window.note_data(cluster, transfer.digests[index], written, bytes.length);
+                self.window.note_data(cluster, transfer.digests[index], written);
             }
             self.tally.settle(Was::Data { written }, 1, bytes.length);
         }
@@ -424,6 +438,7 @@ impl Copier {
         let tainted = transfer.tainted;
         let clusters = transfer.clusters;
         let unsettled: Vec<ClusterIndex> = transfer.unsettled().collect();
+        let unverified = transfer.unverified();
         let alone = match &transfer.purpose {
             Purpose::Copy { alone } => Some(*alone),
             Purpose::Verify(_) => None,
@@ -436,7 +451,7 @@ impl Copier {
         }
         match alone {
             Some(alone) => self.copy_failed(&unsettled, clusters, alone, failure, tainted, now),
-            None => self.verification_ended(&unsettled, failure),
+            None => self.verification_ended(unverified, failure),
         }
     }
 

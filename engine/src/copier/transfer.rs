@@ -235,6 +235,12 @@ impl Transfer {
         self.clusters.iter().filter(|&cluster| !self.work(cluster).settled)
     }
 
+    /// Of a verification: the clusters that are not settled, with what they should hold.
+    pub(super) fn unverified(&self) -> Vec<(ClusterIndex, Expected)> {
+        let Purpose::Verify(expected) = &self.purpose else { return Vec::new() };
+        self.unsettled().map(|cluster| (cluster, expected[self.index(cluster)])).collect()
+    }
+
     /// What is still claimed, whatever is under way: the copier is going away.
     pub(super) fn abandon(mut self) -> Vec<Claim> {
         std::mem::take(&mut self.claims)

@@ -11,7 +11,7 @@
 use std::collections::VecDeque;
 
 use super::tally::Was;
-use super::transfer::Expected;
+use super::transfer::{Expected, Failure};
 use crate::ring::{Extent, ExtentQuery, FileId, Op};
 use crate::units::{ClusterIndex, ClusterRange, Geometry};
 
@@ -28,19 +28,12 @@ struct Noted {
 pub(super) struct Window {
     data: Vec<Noted>,
     zeros: Vec<(ClusterRange, Was)>,
-    bytes: u64,
 }
 
 impl Window {
-    /// Bytes that will have to be read back.
-    pub(super) fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    /// `cluster`, of `bytes` bytes, holds what has the checksum `digest`; `written` bytes of it were written.
-    pub(super) fn note_data(&mut self, cluster: ClusterIndex, digest: u128, written: u32, bytes: u64) {
+    /// `cluster` holds what has the checksum `digest`; `written` bytes of it were written.
+    pub(super) fn note_data(&mut self, cluster: ClusterIndex, digest: u128, written: u32) {
         self.data.push(Noted { cluster, digest, written });
-        self.bytes += bytes;
     }
 
     /// `clusters` read as zeros.
@@ -77,8 +70,10 @@ pub(super) struct Verification {
     pub(super) cached: bool,
     /// Runs being read back.
     pub(super) running: u32,
-    /// Clusters that did not compare equal.
-    pub(super) failed: Vec<ClusterIndex>,
+    /// Clusters that did not compare equal, or could not be read, or (no failure) were not looked at any more.
+    pub(super) failed: Vec<(ClusterIndex, Option<Failure>)>,
+    /// Clusters of a run that could not be read, to be read one by one.
+    alone: VecDeque<(ClusterIndex, Expected)>,
 }
 
 impl Verification {
@@ -95,6 +90,7 @@ impl Verification {
             cached,
             running: 0,
             failed: Vec::new(),
+            alone: VecDeque::new(),
         }
     }
 
@@ -102,6 +98,7 @@ impl Verification {
     pub(super) fn is_done(&self) -> bool {
         self.next_data == self.data.len()
             && !self.cached
+            && self.alone.is_empty()
             && self.to_ask.is_empty()
             && self.asked.is_none()
             && self.to_read.is_empty()
@@ -110,14 +107,16 @@ impl Verification {
 
     /// Stop: what was not compared yet will not be.
     pub(super) fn abandon(&mut self) {
-        self.failed.extend(self.data[self.next_data..].iter().map(|noted| noted.cluster));
+        let data = self.data[self.next_data..].iter().map(|noted| noted.cluster);
+        let zeros = self.to_ask.drain(..).chain(self.to_read.drain(..)).flat_map(ClusterRange::iter);
+        let alone = self.alone.drain(..).map(|(cluster, _)| cluster);
+        self.failed.extend(data.chain(zeros).chain(alone).map(|cluster| (cluster, None)));
         self.next_data = self.data.len();
-        let zeros = self
-            .to_ask
-            .drain(..)
-            .chain(self.to_read.drain(..))
-            .flat_map(|range| range.iter().collect::<Vec<_>>());
-        self.failed.extend(zeros);
+    }
+
+    /// A run could not be read: read its clusters one by one.
+    pub(super) fn take_apart(&mut self, clusters: impl Iterator<Item = (ClusterIndex, Expected)>) {
+        self.alone.extend(clusters);
     }
 
     /// What was noted of `cluster`.
@@ -185,6 +184,9 @@ impl Verification {
 
     /// The next run of at most `max` clusters to read back.
     pub(super) fn next(&mut self, max: u64) -> Option<ReadBack> {
+        if let Some((cluster, expected)) = self.alone.pop_front() {
+            return Some(ReadBack { clusters: super::one(cluster), expected: vec![expected] });
+        }
         if let Some(first) = self.to_read.front_mut() {
             let end = first.end.0.min(first.start.0 + max);
             let clusters = ClusterRange::new(first.start.0, end);
@@ -208,7 +210,7 @@ impl Verification {
 
     /// Whether [`Self::next`] would give a run.
     pub(super) fn has_next(&self) -> bool {
-        !self.to_read.is_empty() || self.next_data < self.data.len()
+        !self.alone.is_empty() || !self.to_read.is_empty() || self.next_data < self.data.len()
     }
 }
 
@@ -225,7 +227,7 @@ mod tests {
     fn data_is_read_back_in_runs_in_order() {
         let mut window = Window::default();
         for cluster in [5, 3, 4, 9] {
-            window.note_data(ClusterIndex(cluster), u128::from(cluster), 65536, 65536);
+            window.note_data(ClusterIndex(cluster), u128::from(cluster), 65536);
         }
         let mut verification = Verification::new(window, geometry(), false);
         let first = verification.next(2).unwrap();

@@ -190,8 +190,18 @@ where
         Ok(Err(failure)) => failure.to_string(),
         Err(panic) => format!("internal error: {}", panic_text(panic.as_ref())),
     };
-    // The ring is broken: whoever waits must learn of it, whatever else is lost.
-    shared.died(engine, Arc::new(Error::engine_died(source_name, reason)));
+    // The ring is broken: whoever waits must learn of it, whatever else is lost. The ring goes first, and with it what is in flight.
+    let resumable = driver.copier().is_resumable();
+    let at_end = driver.take_at_end();
+    if std::panic::catch_unwind(AssertUnwindSafe(|| drop(driver))).is_err() {
+        tracing::error!("the ring could not be taken down");
+    }
+    shared.died(engine, Arc::new(Error::engine_died(source_name, reason)), |result| {
+        result.resumable = resumable;
+        if let Some(at_end) = at_end {
+            at_end(result);
+        }
+    });
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
@@ -311,7 +321,9 @@ fn side<R: Ring<File = Arc<dyn Storage>>>(
 
 fn map_plan(document: DocumentId, header: MapHeader) -> MapPlan {
     let encode = move |checkpoint: &Checkpoint| {
-        Map::new(header.clone(), checkpoint.done.clone(), checkpoint.skipped.clone())
+        let target_was_zero = header.target_was_zero && checkpoint.blank_is_zero;
+        let header = MapHeader { target_was_zero, ..header.clone() };
+        Map::new(header, checkpoint.done.clone(), checkpoint.skipped.clone())
             .expect("the copier's ranges ascend, are disjoint and lie on the disk")
             .encode()
     };
@@ -354,17 +366,19 @@ fn at_end(source: OpenedSource, target: OpenedTarget, map: Option<Arc<MapFile>>)
         let unchanged = if complete || result.resumable { source_unchanged(&source) } else { Ok(()) };
         match unchanged {
             Err(error) if complete => {
-                result
-                    .notices
-                    .push(format!("{} is kept, but it is no point in time", target.storage().name()));
+                let name = target.storage().name().to_owned();
+                result.notices.push(format!("{name} is kept, but it is no point in time"));
                 result.outcome = Outcome::Failed(Arc::new(error));
                 result.resumable = false;
             }
-            Err(error) => {
+            // A file that was changed for certain: every later run would refuse the map. What is only out of reach (a device that dropped
+            // out, a server that is down) comes back, and the copy goes on.
+            Err(error) if error.kind() == ErrorKind::SourceChanged && source.identity().shows_changes() => {
                 tracing::info!(%error, "no later run can go on");
                 result.resumable = false;
                 result.notices.extend(map.as_deref().map(forget_map));
             }
+            Err(error) => tracing::info!(%error, "whether the source has changed cannot be told"),
             Ok(()) => {}
         }
         if !complete && !result.resumable {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::handle::Shared;
-use super::{JobHandle, JobResult, Lifecycle, Outcome, Progress, Status};
+use super::{IoStatus, JobHandle, JobResult, Lifecycle, Outcome, Progress, Status};
 use crate::copier::{Copier, Counters, Ending, Event};
 use crate::ring::{Completion, Op, Ring, RingFailure, Token, Wait};
 use crate::units::{Speed, Timestamp};
@@ -68,6 +68,11 @@ impl<R: Ring> Driver<R> {
     #[must_use]
     pub fn ring(&self) -> &R {
         &self.ring
+    }
+
+    /// Take out what was to run at the end: the driver is going away before that.
+    pub(crate) fn take_at_end(&mut self) -> Option<AtEnd> {
+        self.at_end.take()
     }
 
     /// Take the ring out, whatever is in flight on it: for simulated crashes.
@@ -137,14 +142,17 @@ impl<R: Ring> Driver<R> {
         let requests = self.shared.requests();
         self.copier.set_speed(requests.speed, self.ring.now());
         self.copier.set_paused(requests.pause);
-        if !requests.pause {
+        if !requests.pause || self.shared.with_lifecycle(|lifecycle| lifecycle.io_status()) == IoStatus::Ok {
             self.paused_on = None;
         }
         if requests.cancel {
-            // In `pending` the copy is complete but the job has not concluded: it can still be cancelled.
+            // In `pending` the copy is complete but the job has not concluded: it can still be cancelled. A cancel that comes while the
+            // end is being written down is too late.
             let pending = matches!(self.ending, Some(Ending::Complete));
             if self.copier.cancel() || pending {
                 self.shared.with_lifecycle(Lifecycle::abort);
+            } else {
+                self.shared.forget_cancel();
             }
             if pending {
                 self.ending = Some(Ending::Cancelled);
@@ -175,14 +183,9 @@ impl<R: Ring> Driver<R> {
     /// When the copier is through and the job may conclude: tell everybody.
     fn try_conclude(&mut self) -> bool {
         let Some(ending) = &self.ending else { return false };
-        if self.shared.with_lifecycle(|lifecycle| lifecycle.status()) == Status::Pending {
+        if !self.shared.with_lifecycle(|lifecycle| lifecycle.may_conclude()) {
             return false;
         }
-        self.shared.with_lifecycle(|lifecycle| {
-            if lifecycle.status() == Status::Aborting {
-                lifecycle.conclude();
-            }
-        });
         let skipped = self.copier.skipped_ranges();
         let outcome = match ending {
             Ending::Complete if skipped.is_empty() => Outcome::Complete,
@@ -201,11 +204,11 @@ impl<R: Ring> Driver<R> {
             resumable: self.copier.is_resumable(),
             notices: std::mem::take(&mut self.notices),
         };
-        // Whoever is told that the job has ended may use its disks at once.
-        self.ring.release_files();
         if let Some(at_end) = self.at_end.take() {
             at_end(&mut result);
         }
+        // Whoever is told that the job has ended may use its disks at once. What the end needed of them is dropped by now.
+        self.ring.release_files();
         self.shared.end(result);
         self.over = true;
         true
@@ -246,7 +249,7 @@ impl<R: Ring> Driver<R> {
 pub(crate) fn empty_progress(total: u64) -> Progress {
     Progress {
         status: Status::Created,
-        io_status: super::IoStatus::Ok,
+        io_status: IoStatus::Ok,
         total,
         done: 0,
         copied: 0,

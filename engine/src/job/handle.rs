@@ -28,8 +28,6 @@ pub(crate) struct Requests {
     pub(crate) pause: bool,
     /// It is to be cancelled.
     pub(crate) cancel: bool,
-    /// `finalize` was asked.
-    pub(crate) finalize: bool,
     /// Speed limit in force.
     pub(crate) speed: Option<Speed>,
 }
@@ -85,13 +83,7 @@ impl Shared {
     /// What is asked now.
     pub(crate) fn requests(&self) -> Requests {
         let state = self.state.lock();
-        Requests {
-            pause: state.lifecycle.wants_pause(),
-            cancel: state.cancel,
-            finalize: state.lifecycle.status() == Status::Concluded
-                || state.lifecycle.status() == Status::Null,
-            speed: state.speed,
-        }
+        Requests { pause: state.lifecycle.wants_pause(), cancel: state.cancel, speed: state.speed }
     }
 
     /// Change the lifecycle from the ring thread; gives the status after it.
@@ -120,20 +112,17 @@ impl Shared {
         state.progress = progress;
     }
 
-    /// The ring thread is dying: the job fails with `error`, if it has not ended.
-    pub(crate) fn died(&self, engine: &'static str, error: Arc<Error>) {
+    /// The ring thread is dying: the job fails with `error`, if it has not ended. `finish` cleans up and adds to the result.
+    pub(crate) fn died(&self, engine: &'static str, error: Arc<Error>, finish: impl FnOnce(&mut JobResult)) {
         let progress = {
             let mut state = self.state.lock();
             if state.result.is_some() {
                 return;
             }
             state.lifecycle.abort();
-            if state.lifecycle.status() == Status::Aborting {
-                state.lifecycle.conclude();
-            }
             state.progress.clone()
         };
-        self.end(JobResult {
+        let mut result = JobResult {
             outcome: Outcome::Failed(error),
             elapsed: progress.elapsed,
             progress,
@@ -142,24 +131,32 @@ impl Shared {
             engine,
             resumable: false,
             notices: Vec::new(),
-        });
+        };
+        finish(&mut result);
+        self.end(result);
     }
 
-    /// The job has ended: calls the callback, then lets the waiters go.
+    /// A cancel came too late: it is not to be seen again.
+    pub(crate) fn forget_cancel(&self) {
+        self.state.lock().cancel = false;
+    }
+
+    /// The job has ended and released everything: calls the callback, then concludes and lets the waiters go.
     pub(crate) fn end(&self, mut result: JobResult) {
         let callback = {
             let mut state = self.state.lock();
             assert!(state.result.is_none(), "a job ends once");
-            result.progress.status = state.lifecycle.status();
+            result.progress.status = Status::Concluded;
             result.progress.io_status = state.lifecycle.io_status();
             result.progress.speed = state.speed.map(|speed| speed.0.get());
-            state.progress = result.progress.clone();
             state.callback.take()
         };
         if let Some(callback) = callback {
             callback(&result);
         }
         let mut state = self.state.lock();
+        state.lifecycle.conclude();
+        state.progress = Progress { status: state.lifecycle.status(), ..result.progress.clone() };
         state.result = Some(Arc::new(result));
         state.waker = None;
         self.ended.notify_all();
@@ -266,7 +263,7 @@ impl JobHandle {
     /// Wait for the end, at most `timeout`.
     #[must_use]
     pub fn wait_timeout(&self, timeout: Duration) -> Option<Arc<JobResult>> {
-        let deadline = Instant::now() + timeout;
+        let Some(deadline) = Instant::now().checked_add(timeout) else { return Some(self.wait()) };
         let mut state = self.shared.state.lock();
         while state.result.is_none() {
             if self.shared.ended.wait_until(&mut state, deadline).timed_out() {

@@ -158,6 +158,7 @@ pub struct Lifecycle {
     user_paused: bool,
     auto_finalize: bool,
     auto_dismiss: bool,
+    finalize_asked: bool,
 }
 
 impl Lifecycle {
@@ -170,6 +171,7 @@ impl Lifecycle {
             user_paused: false,
             auto_finalize,
             auto_dismiss,
+            finalize_asked: false,
         }
     }
 
@@ -247,7 +249,7 @@ impl Lifecycle {
         self.become_(Status::Running);
     }
 
-    /// The work is done, and flushed. Goes to `pending`, and on to `concluded` with auto-finalize.
+    /// The work is done, and flushed. Goes to `pending`.
     pub fn finished(&mut self) {
         self.user_paused = false;
         if self.status == Status::Paused {
@@ -255,18 +257,15 @@ impl Lifecycle {
         }
         self.become_(Status::Waiting);
         self.become_(Status::Pending);
-        if self.auto_finalize {
-            self.conclude();
-        }
     }
 
-    /// `finalize`: from `pending` to `concluded`.
+    /// `finalize`: a job in `pending` may conclude; it does when [`Self::conclude`] is told.
     ///
     /// # Errors
     /// The refusal.
     pub fn finalize(&mut self) -> Result<(), Refusal> {
         self.check(Verb::Finalize)?;
-        self.conclude();
+        self.finalize_asked = true;
         Ok(())
     }
 
@@ -277,7 +276,17 @@ impl Lifecycle {
         }
     }
 
-    /// The end of an abort, or of `pending`.
+    /// Whether nothing keeps the job from concluding: it aborts, or it is pending and (automatically or on request) finalized.
+    #[must_use]
+    pub fn may_conclude(&self) -> bool {
+        match self.status {
+            Status::Aborting => true,
+            Status::Pending => self.auto_finalize || self.finalize_asked,
+            _ => false,
+        }
+    }
+
+    /// The end of an abort, or of `pending`: everything of the job is released.
     pub fn conclude(&mut self) {
         self.become_(Status::Concluded);
         if self.auto_dismiss {
@@ -360,8 +369,10 @@ mod tests {
         job.start();
         job.finished();
         assert_eq!(job.status(), Status::Pending);
-        assert!(job.dismiss().is_err());
+        assert!(job.dismiss().is_err() && !job.may_conclude());
         job.finalize().unwrap();
+        assert!(job.may_conclude());
+        job.conclude();
         assert_eq!(job.status(), Status::Concluded);
         assert!(job.finalize().is_err());
         job.dismiss().unwrap();

@@ -40,8 +40,10 @@ fn maps() -> impl Strategy<Value = Map> {
     let runs = proptest::collection::vec((1_u64..1000, 0_u8..3), 0..60);
     let disk = prop_oneof![
         Just(DiskId::Null),
-        (any::<u64>(), proptest::option::of("\\PC{0,20}"))
-            .prop_map(|(number, serial)| DiskId::Device { number, serial }),
+        (any::<u64>(), proptest::option::of("\\PC{0,20}")).prop_map(|(number, serial)| {
+            let attachment = serial.is_none().then(|| ("boot".to_owned(), number.to_string()));
+            DiskId::Device { number, serial, attachment }
+        }),
     ];
     (runs, 0_u64..65536, 12_u32..23, any::<(bool, bool, bool)>(), disk, "\\PC{0,40}").prop_map(
         |(runs, tail, shift, (verify, zero, top), disk, path)| {

@@ -90,6 +90,9 @@ impl Arena {
             mmap_anonymous(None, bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)
         }?
         .cast::<u8>();
+        // A child forked while reads are in flight must not get the pages that they fill.
+        // SAFETY: as above.
+        unsafe { madvise(base.cast(), bytes.get(), MmapAdvise::MADV_DONTFORK) }.ok();
         if bytes.get() >= 2 << 20 {
             // SAFETY: the range is the mapping just made. Huge pages are a wish: a refusal changes nothing.
             unsafe { madvise(base.cast(), bytes.get(), MmapAdvise::MADV_HUGEPAGE) }.ok();

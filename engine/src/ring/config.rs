@@ -70,6 +70,9 @@ impl SetupError {
                     | Errno::ENOMEM
                     | Errno::EINVAL
                     | Errno::EOPNOTSUPP
+                    | Errno::EMFILE
+                    | Errno::ENFILE
+                    | Errno::ETIMEDOUT
             ),
             Self::Memory { .. } | Self::Threads { .. } => false,
         }

@@ -57,6 +57,8 @@ pub enum DiskId {
         number: u64,
         /// Serial number, with the number of the partition if it is one; `None` where it has none.
         serial: Option<String>,
+        /// For a device without a serial number: the boot and the number of the attachment in it, where the kernel counts them.
+        attachment: Option<(String, String)>,
     },
     /// A disk without contents.
     Null,
@@ -96,7 +98,9 @@ impl Identity {
     pub(super) fn of(path: &Path, file: &File, metadata: &Metadata, length: Length, is_device: bool) -> Self {
         let resolved = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         let disk = if is_device {
-            DiskId::Device { number: metadata.rdev(), serial: topology::serial(metadata.rdev()) }
+            let serial = topology::serial(metadata.rdev());
+            let attachment = if serial.is_none() { topology::attachment(metadata.rdev()) } else { None };
+            DiskId::Device { number: metadata.rdev(), serial, attachment }
         } else {
             let file_system = fstatvfs(file).ok().map(|vfs| vfs.filesystem_id()).filter(|&id| id != 0);
             DiskId::File {
@@ -163,12 +167,17 @@ impl Identity {
                     .or_else(|| with_times.then(|| differs("change time", changed, changed_now))?)
             }
             (
-                DiskId::Device { number, serial },
-                DiskId::Device { number: number_now, serial: serial_now },
+                DiskId::Device { number, serial, attachment },
+                DiskId::Device { number: number_now, serial: serial_now, attachment: attachment_now },
             ) => {
                 let which = match (serial, serial_now) {
                     (Some(then), Some(now)) => differs("serial number", then, now),
-                    _ => differs("device number", number, number_now),
+                    _ => differs("device number", number, number_now).or_else(|| {
+                        // Numbers of attachments can be compared within one boot only.
+                        let ((boot, then), (boot_now, now)) =
+                            (attachment.as_ref()?, attachment_now.as_ref()?);
+                        (boot == boot_now).then(|| differs("attachment", then, now))?
+                    }),
                 };
                 which.or_else(|| differs("length", self.length, now.length))
             }
@@ -211,7 +220,7 @@ mod tests {
     }
 
     fn device(number: u64, serial: Option<&str>) -> Identity {
-        let disk = DiskId::Device { number, serial: serial.map(str::to_owned) };
+        let disk = DiskId::Device { number, serial: serial.map(str::to_owned), attachment: None };
         Identity { path: "/dev/x".into(), length: 512, disk }
     }
 
@@ -234,5 +243,18 @@ mod tests {
         assert_eq!(then.difference_as_source(&device(6, Some("abc"))), None);
         assert!(then.difference_as_source(&device(5, Some("abd"))).is_some());
         assert!(device(5, None).difference_as_source(&device(6, None)).is_some());
+    }
+
+    #[test]
+    fn a_device_without_a_serial_number_is_told_by_its_attachment_within_a_boot() {
+        let attached = |boot: &str, count: &str| {
+            let attachment = Some((boot.to_owned(), count.to_owned()));
+            let disk = DiskId::Device { number: 7, serial: None, attachment };
+            Identity { path: "/dev/x".into(), length: 512, disk }
+        };
+        let then = attached("one", "4");
+        assert_eq!(then.difference_as_source(&attached("one", "4")), None);
+        assert!(then.difference_as_source(&attached("one", "5")).is_some(), "another disk took its place");
+        assert_eq!(then.difference_as_target(&attached("two", "1")), None, "after a boot nobody can tell");
     }
 }

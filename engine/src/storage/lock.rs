@@ -6,7 +6,8 @@
 //! source is not. A block device has an exclusive `flock` in addition, which tells udev not to probe it meanwhile.
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -71,6 +72,24 @@ pub(super) fn patiently<T>(mut attempt: impl FnMut() -> T, busy: impl Fn(&T) -> 
 pub(super) fn has_writer(file: &File) -> bool {
     let mut probe = description(libc::F_WRLCK, QEMU_WRITER_BYTE, 1);
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut probe)).is_ok() && i32::from(probe.l_type) != libc::F_UNLCK
+}
+
+/// Looks from outside whether a file or device of this process is still locked as a target.
+#[derive(Debug)]
+pub(crate) struct Watch(File);
+
+impl Watch {
+    /// On the file behind `fd`; `None` where there is no `/proc` to open it a second time.
+    pub(crate) fn on(fd: BorrowedFd<'_>) -> Option<Self> {
+        let again = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        File::options().read(true).custom_flags(libc::O_NONBLOCK).open(again).ok().map(Self)
+    }
+
+    /// Whether somebody has it locked as a target.
+    pub(crate) fn is_locked(&self) -> bool {
+        let mut probe = description(libc::F_RDLCK, 0, 0);
+        fcntl(&self.0, FcntlArg::F_OFD_GETLK(&mut probe)).is_ok() && i32::from(probe.l_type) != libc::F_UNLCK
+    }
 }
 
 fn set(file: &File, kind: i32, start: i64, length: i64) -> Result<Lock, Errno> {

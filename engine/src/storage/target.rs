@@ -214,7 +214,8 @@ impl TargetPlan {
         options: &TargetOptions<'_>,
     ) -> Result<()> {
         let is_device = seen.file_type().is_block_device();
-        let blank = seen.blocks() == 0 && (seen.len() == 0 || seen.len() == self.length.0);
+        let blank =
+            seen.blocks() == 0 && (seen.len() == 0 || seen.len() == self.length.0) && holds_nothing(path);
         let may_take = options.force || options.resume.is_some() || options.take_over_blank && blank;
         if !is_device && !may_take {
             return Err(self
@@ -423,6 +424,12 @@ impl OpenedTarget {
             None => Ok(false),
         }
     }
+}
+
+/// Whether a file has no data in it, as its file system tells. (Some report no blocks for small contents.)
+fn holds_nothing(path: &Path) -> bool {
+    let seek = |file: File| nix::unistd::lseek(&file, 0, nix::unistd::Whence::SeekData);
+    File::open(path).is_ok_and(|file| seek(file) == Err(Errno::ENXIO))
 }
 
 fn plan_null(

@@ -106,9 +106,25 @@ pub(super) fn is_mounted(number: u64) -> bool {
     mounts.lines().any(|line| line.split(' ').nth(2) == Some(device.as_str()))
 }
 
-/// What tells a device from others of its kind, with the number of the partition if it is one.
+/// What tells this attachment of a device from others: the kernel's count of disks, which starts anew with each boot.
+pub(super) fn attachment(number: u64) -> Option<(String, String)> {
+    let mut directory = sysfs(number)?;
+    if attribute(&directory, "partition").is_some() {
+        directory.pop();
+    }
+    let boot = attribute(Path::new("/proc/sys/kernel/random"), "boot_id")?;
+    Some((boot, attribute(&directory, "diskseq")?))
+}
+
+/// What tells a device from others of its kind, with the number of the partition if it is one. A loop device is told by what it
+/// lies over.
 pub(super) fn serial(number: u64) -> Option<String> {
     let mut directory = sysfs(number)?;
+    if let Some(backing) = directory.join("loop").is_dir().then(|| loop_status(number, &directory)).flatten()
+    {
+        let loop_of = format!("loop over inode {} of device {}", backing.inode, backing.device);
+        return Some(format!("{loop_of} from byte {}", backing.offset));
+    }
     let partition = attribute(&directory, "partition");
     if partition.is_some() {
         directory.pop();

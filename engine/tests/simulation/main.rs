@@ -13,3 +13,4 @@ mod planted;
 mod run;
 mod scenario;
 mod seeded;
+mod verification;

@@ -52,8 +52,8 @@ impl Run {
 
 /// Run `scenario` over `world` from the beginning, or from the map in it.
 pub(crate) fn run(scenario: &Scenario, world: &SharedWorld, faults: FaultPlan, script: Script) -> Run {
-    let resumed = world.borrow().document(0).map(decode).unwrap_or_default();
-    let plan = scenario.plan(resumed);
+    let (resumed, blank_is_zero) = world.borrow().document(0).map_or((Vec::new(), true), decode);
+    let plan = scenario.plan(resumed, blank_is_zero);
     run_plan(scenario, plan, world, faults, script)
 }
 

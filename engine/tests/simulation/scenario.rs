@@ -38,6 +38,8 @@ pub(crate) struct Scenario {
     pub(crate) bad_source: Vec<ByteRange>,
     pub(crate) bad_target: Vec<ByteRange>,
     pub(crate) planted: Option<PlantedBug>,
+    /// Blocks of 4 KiB of a target that is said to be zero and is not.
+    pub(crate) stained: Vec<u64>,
 }
 
 impl Scenario {
@@ -66,6 +68,7 @@ impl Scenario {
             bad_source: Vec::new(),
             bad_target: Vec::new(),
             planted: None,
+            stained: Vec::new(),
         }
     }
 
@@ -134,6 +137,7 @@ impl Scenario {
             bad_source: if faulty { bad_source } else { Vec::new() },
             bad_target: if faulty { bad_target } else { Vec::new() },
             planted: None,
+            stained: Vec::new(),
         }
     }
 
@@ -170,7 +174,9 @@ impl Scenario {
             source.set_bad(range);
         }
         let mut target = if self.target_is_zero {
-            Disk::sparse(length, self.target_traits())
+            let mut target = Disk::sparse(length, self.target_traits());
+            target.stain(&self.stained);
+            target
         } else {
             let sectors = length.next_multiple_of(4096) + 8192;
             let mut old = vec![0; sectors];
@@ -201,7 +207,7 @@ impl Scenario {
     }
 
     /// The plan for a run that goes on after `resumed`.
-    pub(crate) fn plan(&self, resumed: Vec<ClusterRange>) -> Plan {
+    pub(crate) fn plan(&self, resumed: Vec<ClusterRange>, blank_is_zero: bool) -> Plan {
         let limits = Limits {
             checkpoint_interval: self.checkpoint_interval,
             checkpoint_bytes: self.checkpoint_bytes,
@@ -224,7 +230,7 @@ impl Scenario {
             },
             sync: self.sync,
             zero_detect: self.zero_detect,
-            target_is_zero: self.target_is_zero,
+            target_is_zero: self.target_is_zero && blank_is_zero,
             allocate_ahead: self.target_is_zero,
             slots: self.slots,
             max_run: self.max_run,
@@ -257,16 +263,19 @@ fn runs(rng: &mut Rng, end: u64) -> Vec<u64> {
     chosen
 }
 
-/// A map for the simulation: pairs of numbers.
+/// A map for the simulation: whether blanks are zero, then pairs of numbers.
 fn encode(checkpoint: &Checkpoint) -> Vec<u8> {
-    checkpoint
+    let ranges = checkpoint
         .done
         .iter()
-        .flat_map(|range| [range.start.0.to_le_bytes(), range.end.0.to_le_bytes()].concat())
-        .collect()
+        .flat_map(|range| [range.start.0.to_le_bytes(), range.end.0.to_le_bytes()].concat());
+    std::iter::once(u8::from(checkpoint.blank_is_zero)).chain(ranges).collect()
 }
 
-pub(crate) fn decode(map: &[u8]) -> Vec<ClusterRange> {
+/// What is done, and whether blanks are zero.
+pub(crate) fn decode(map: &[u8]) -> (Vec<ClusterRange>, bool) {
     let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap());
-    map.chunks(16).map(|pair| ClusterRange::new(number(&pair[..8]), number(&pair[8..]))).collect()
+    let ranges =
+        map[1..].chunks(16).map(|pair| ClusterRange::new(number(&pair[..8]), number(&pair[8..]))).collect();
+    (ranges, map[0] != 0)
 }

@@ -102,6 +102,17 @@ impl Disk {
         self.flush(self.writes);
     }
 
+    /// Fill blocks (of 4 KiB) with old data that the disk is said not to hold.
+    pub fn stain(&mut self, blocks: &[u64]) {
+        for &block in blocks {
+            let start = usize::try_from(block * BLOCK).expect("a small disk");
+            let end = (start + 4096).min(self.view.len());
+            self.view[start..end].fill(0xEE);
+            self.medium[start..end].fill(0xEE);
+            self.allocated.insert(block);
+        }
+    }
+
     /// Declare which blocks (of 4 KiB) are allocated in the top layer.
     pub fn set_top_layer(&mut self, blocks: impl IntoIterator<Item = u64>) {
         self.top_layer = Some(blocks.into_iter().collect());

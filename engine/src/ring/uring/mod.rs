@@ -35,6 +35,7 @@ use super::{
     Completion, DocumentId, FileId, IoPath, Op, Output, Ring, RingFailure, Timestamp, Token, Wait, Wake,
     ZeroMethod,
 };
+use crate::storage::lock::Watch;
 use crate::storage::{Descriptors, Document, Storage};
 pub use setup::{SetupFlags, UringTraits};
 use sys::{Enter, Event, Kernel, Request, Target};
@@ -50,6 +51,10 @@ const CONGESTION_PAUSE: Duration = Duration::from_millis(1);
 
 /// How long a ring that is dropped waits for operations in flight to be cancelled.
 const DROP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the kernel may take over letting go of files that are released, and how often that is looked at.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
+const RELEASE_POLL: Duration = Duration::from_millis(1);
 
 /// Errors below this are the kernel's own (restart codes); they mean "interrupted".
 const FIRST_INTERNAL_ERRNO: i32 = 512;
@@ -375,11 +380,22 @@ impl Ring for UringRing {
     }
 
     fn release_files(&mut self) {
+        let storages = self.base.files.iter().filter_map(|entry| entry.storage.descriptors());
+        let watches: Vec<_> = storages.filter_map(|files| Watch::on(files.buffered)).collect();
         self.base.release_files();
         for target in self.reach.drain(..).flatten().flat_map(|reach| [reach.direct, Some(reach.buffered)]) {
             let Some(Target::Registered(place)) = target else { continue };
             if let Err(errno) = self.kernel.unregister_file(place) {
                 tracing::debug!(%errno, place, "descriptor stays registered until the ring is gone");
+            }
+        }
+        // A request that a worker of the kernel has carried out lets go of its file a moment after its completion came, and
+        // has this thread do it the next time it enters.
+        let deadline = Instant::now() + RELEASE_TIMEOUT;
+        while watches.iter().any(Watch::is_locked) && Instant::now() < deadline {
+            if let Err(errno) = self.kernel.enter(Some(Some(RELEASE_POLL))) {
+                tracing::debug!(%errno, "the ring cannot be entered any more");
+                break;
             }
         }
     }
