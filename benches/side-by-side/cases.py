@@ -80,6 +80,18 @@ class Case:
     source: Source
     target: FileTarget | DeviceTarget
     scratch: str
+    in_memory: bool = False
+
+    def touch_memory(self) -> None:
+        """Has as much memory used and given back as the target takes, if that lies in memory.
+
+        A virtual machine gets memory from its host at the first touch, which costs several times as much as filling it,
+        and whether a run meets such memory is chance.
+        """
+        if self.in_memory:
+            path = os.path.join(self.scratch, "touched.raw")
+            write_extents(path, self.source.size, self.source.extents, Zeros())
+            os.unlink(path)
 
 
 def allocated_bytes(path: str) -> int:
@@ -87,12 +99,14 @@ def allocated_bytes(path: str) -> int:
     return os.stat(path).st_blocks * _ST_BLOCK
 
 
-def file_case(label: str, directory: str, size: int, extents: list[Extent], zeros: bool) -> Case:
+def file_case(
+    label: str, directory: str, size: int, extents: list[Extent], zeros: bool, in_memory: bool = False
+) -> Case:
     """A source file written with the extents, and a target beside it."""
     path = os.path.join(directory, f"{label}.raw")
     write_extents(path, size, extents, Zeros() if zeros else Incompressible())
     target = FileTarget(os.path.join(directory, "target.raw"))
-    return Case(label, Source(path, size, extents), target, directory)
+    return Case(label, Source(path, size, extents), target, directory, in_memory)
 
 
 def device_case(label: str, directory: str, size: int, workspace: Workspace) -> Case:

@@ -75,6 +75,7 @@ def _rotated(entries: list[tuple[Tool, Case]], number: int) -> list[tuple[Tool, 
 
 def _timed(workload: str, case: Case, tool: Tool, number: int, verify: bool) -> Run:
     tool.prepare(case)
+    case.touch_memory()
     _start_cold(case)
     usage = measure.run(tool.command(case), case.scratch)
     seconds = tool.seconds(case, usage.seconds)

@@ -47,7 +47,7 @@ class Workload:
 
 
 def _dense(workload: Workload, directory: str, size: int, _: Workspace) -> list[Case]:
-    return [file_case(workload.name, directory, size, contiguous(size), zeros=False)]
+    return [file_case(workload.name, directory, size, contiguous(size), zeros=False, in_memory=workload.in_memory)]
 
 
 def _zeros(workload: Workload, directory: str, size: int, _: Workspace) -> list[Case]:
