@@ -10,6 +10,7 @@ use crate::job::JobHandle;
 pub use crate::modes::{ErrorPolicy, Format, SyncMode};
 pub use crate::ring::select::IoEngine;
 use crate::units::{ClusterSize, Speed};
+pub(crate) use start::panic_text;
 pub use start::{start, start_with};
 
 /// What to copy and how.

@@ -121,6 +121,8 @@ pub enum Operation {
     Remove,
     /// The copy as a whole.
     Copy,
+    /// Copying the old contents of what a guest is about to change.
+    CopyBeforeWrite,
 }
 
 impl Operation {
@@ -147,6 +149,7 @@ impl Operation {
             Self::WriteMap => "write map file",
             Self::Remove => "remove",
             Self::Copy => "copy",
+            Self::CopyBeforeWrite => "copy the old contents before a guest's write to",
         }
     }
 }

@@ -24,6 +24,16 @@ pub enum ErrorPolicy {
     Ignore,
 }
 
+/// What becomes of a guest's write whose old contents cannot be copied first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CbwErrorPolicy {
+    /// The guest's write fails with the error; the job lives on, and the guest may try again.
+    BreakGuestWrite,
+    /// The guest's write goes on; the job fails, since its point in time is lost.
+    #[default]
+    BreakSnapshot,
+}
+
 /// Image format of one side. Never guessed from the contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {

@@ -102,7 +102,7 @@ impl Copier {
     }
 
     /// Leave `cluster` out.
-    fn skip(&mut self, cluster: ClusterIndex, error: Arc<Error>) {
+    pub(super) fn skip(&mut self, cluster: ClusterIndex, error: Arc<Error>) {
         let marked = self.set.mark_done(one(cluster));
         assert_eq!(marked.0, 1, "a cluster to leave out is free");
         self.tally.settled_clusters += 1;

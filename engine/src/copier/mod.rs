@@ -23,8 +23,8 @@ mod allocation;
 mod checkpoint;
 mod extents;
 mod faults;
+pub mod guests;
 pub mod inspect;
-mod piece;
 pub mod plan;
 mod retry;
 mod settle;
@@ -44,13 +44,14 @@ use slab::Slab;
 use crate::error::Error;
 use crate::interval_set::{Claim, IntervalSet};
 use crate::job::{IoStatus, SkippedRange};
+use crate::piece::{self, Piece};
 use crate::ring::{Op, Token, ZeroMethod};
 use crate::units::{ByteRange, ClusterIndex, Speed, Timestamp};
 
 use allocation::AllocateAhead;
 use checkpoint::{Captured, Checkpoints};
 use extents::ExtentWindow;
-use piece::Piece;
+use guests::Guests;
 use plan::Plan;
 use retry::RetryList;
 use slots::Slots;
@@ -162,7 +163,16 @@ pub struct Copier {
     slots: Slots,
     transfers: Slab<Transfer>,
     tasks: Slab<Task>,
+    /// Operations that guests wait for; they go first.
+    urgent: VecDeque<(Token, Op)>,
     backlog: VecDeque<(Token, Op)>,
+    guests: Guests,
+    /// Most slots that the sweep may hold at a time.
+    sweep_limit: u32,
+    /// Most clusters in one of its requests.
+    sweep_run: u32,
+    /// Slots that it holds.
+    sweep_slots: u32,
     /// Next cluster for the sweep to look at.
     position: ClusterIndex,
     holes: ExtentWindow,
@@ -218,6 +228,10 @@ impl Copier {
         let geometry = plan.geometry;
         assert_eq!(set.clusters(), geometry.clusters(), "the set is the disk's");
         assert!(plan.slots > 0 && plan.max_run > 0, "slots and runs are not empty");
+        let reserved = plan.live.map_or(0, |live| live.reserved_slots);
+        assert!(reserved < plan.slots, "the sweep has a slot");
+        let restarts = plan.map.is_some() || plan.verify || !plan.resumed.is_empty();
+        assert!(plan.live.is_none() || !restarts, "the old contents of a live disk can be copied once only");
         let mut tally = Tally::default();
         for &range in &plan.resumed {
             let marked = set.mark_done(range);
@@ -230,10 +244,15 @@ impl Copier {
         let layers = (plan.sync == crate::modes::SyncMode::Top)
             .then(|| ExtentWindow::new(crate::ring::ExtentQuery::TopLayer, length, plan.limits.extents));
         Self {
-            slots: Slots::new(plan.slots),
+            slots: Slots::new(plan.slots, plan.arena_start),
             transfers: Slab::new(),
             tasks: Slab::new(),
+            urgent: VecDeque::new(),
             backlog: VecDeque::new(),
+            guests: Guests::default(),
+            sweep_limit: plan.slots,
+            sweep_run: plan.max_run,
+            sweep_slots: 0,
             position: ClusterIndex(0),
             holes: ExtentWindow::new(crate::ring::ExtentQuery::Data, length, plan.limits.extents),
             layers,
@@ -276,14 +295,18 @@ impl Copier {
         if self.hold_until.is_some_and(|until| until <= now) {
             self.hold_until = None;
         }
+        self.serve_guests(now);
         self.settle(now);
         let mut more = false;
         if !self.finished {
             more = self.advance(now);
             self.settle(now);
         }
+        if self.ending.is_some() {
+            self.serve_guests(now);
+        }
         for _ in 0..room {
-            let Some(next) = self.backlog.pop_front() else { break };
+            let Some(next) = self.urgent.pop_front().or_else(|| self.backlog.pop_front()) else { break };
             out.push(next);
         }
         more && !self.finished
@@ -302,7 +325,7 @@ impl Copier {
             Some(until) => Some(until),
             None => self.throttle.next_at(now).into_iter().chain(self.retries.next_after(now)).min(),
         };
-        checkpoint.into_iter().chain(sweep).min()
+        checkpoint.into_iter().chain(sweep).chain(self.guests.next_deadline()).min()
     }
 
     /// A user pauses the sweep, or lets it go on. Letting go on also lifts a pause on an error.
@@ -320,12 +343,30 @@ impl Copier {
         self.throttle.set_speed(speed, now);
     }
 
+    /// Most clusters that the sweep may have in flight, and in one request; at least 1 each. Guests' copies do not count.
+    pub fn set_sweep_limit(&mut self, clusters: u32, run: u32) {
+        self.sweep_limit = clusters.max(1);
+        self.sweep_run = run.clamp(1, self.plan.max_run);
+    }
+
     /// End without a result. What is in flight is waited for; with a map, a last checkpoint keeps what was done. `false`: too
     /// late, how it ends is decided.
     pub fn cancel(&mut self) -> bool {
         let accepted = self.ending.is_none();
         self.end_with(Ending::Cancelled);
         accepted
+    }
+
+    /// Whether how it ends is decided: nothing needs to be copied for a guest any more.
+    #[must_use]
+    pub fn is_ending(&self) -> bool {
+        self.ending.is_some()
+    }
+
+    /// Whether it is decided that it ends complete.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        matches!(self.ending, Some(Ending::Complete))
     }
 
     /// Whether [`Event::Finished`] was given.
@@ -391,8 +432,15 @@ impl Copier {
     }
 
     fn push(&mut self, task: Task, op: Op) {
+        let urgent = match &task {
+            Task::Move { transfer, .. } | Task::Zero { transfer, .. } | Task::Digest { transfer } => {
+                self.transfers.get(*transfer).is_some_and(|transfer| transfer.urgent)
+            }
+            _ => false,
+        };
         let token = Token(self.tasks.insert(task) as u64);
-        self.backlog.push_back((token, op));
+        let queue = if urgent { &mut self.urgent } else { &mut self.backlog };
+        queue.push_back((token, op));
     }
 
     fn keeps_checkpoints(&self) -> bool {

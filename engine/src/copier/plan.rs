@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::modes::{ErrorPolicy, SyncMode};
+use crate::modes::{CbwErrorPolicy, ErrorPolicy, SyncMode};
 use crate::ring::{DocumentId, FileId};
 use crate::units::{ClusterRange, Geometry, Speed};
 
@@ -40,6 +40,17 @@ pub struct MapPlan {
     pub encode: EncodeCheckpoint,
 }
 
+/// What a copy of a live disk adds.
+#[derive(Clone, Copy, Debug)]
+pub struct LivePlan {
+    /// When a guest's write cannot go on because of the copy.
+    pub on_cbw_error: CbwErrorPolicy,
+    /// How long a guest's write waits for the copy at most; `None`: as long as it takes.
+    pub cbw_timeout: Option<Duration>,
+    /// Slots that the sweep leaves to guests; fewer than all.
+    pub reserved_slots: u32,
+}
+
 /// What a copier is to do.
 pub struct Plan {
     /// Length and cluster size.
@@ -58,6 +69,8 @@ pub struct Plan {
     pub allocate_ahead: bool,
     /// In-flight clusters; the arena holds as many.
     pub slots: u32,
+    /// Where the first slot lies in the arena, in bytes.
+    pub arena_start: u32,
     /// Most clusters in one request, at least 1.
     pub max_run: u32,
     /// Policy for reads.
@@ -72,6 +85,8 @@ pub struct Plan {
     pub map: Option<MapPlan>,
     /// What an earlier run has done.
     pub resumed: Vec<ClusterRange>,
+    /// The source is a disk that guests write to.
+    pub live: Option<LivePlan>,
     /// Limits that tests make smaller.
     pub limits: Limits,
     /// A bug put in on purpose, to see that the tests catch it.
@@ -137,6 +152,12 @@ pub enum PlantedBug {
     FailedWriteIsDone,
     /// What is read back is not compared.
     VerifyBelieves,
+    /// A cluster counts as copied as soon as its write is submitted.
+    DoneBeforeWrite,
+    /// A guest that waited for a cluster is not woken.
+    WakeUpLost,
+    /// The last cluster that a guest's write touches is not copied first.
+    TailForgotten,
 }
 
 impl Plan {

@@ -73,6 +73,21 @@ impl RetryList {
         assert!(before.is_none(), "{cluster:?} was waiting for its retry already");
     }
 
+    /// As [`Self::add`], whether it was waiting already or not.
+    pub(super) fn put(&mut self, cluster: ClusterIndex, attempts: u32, at: Timestamp) {
+        self.entries.insert(cluster, Entry { attempts, at });
+    }
+
+    /// Somebody else tries `clusters` now: the failed retries of any of them.
+    pub(super) fn take_out(&mut self, clusters: ClusterRange) -> Option<u32> {
+        let of_them = self.entries.range(clusters.start..clusters.end).map(|(_, entry)| entry.attempts);
+        let attempts = of_them.max();
+        if attempts.is_some() {
+            self.forget(clusters);
+        }
+        attempts
+    }
+
     /// Take a cluster whose time has come, with its failed retries.
     pub(super) fn take_due(&mut self, now: Timestamp) -> Option<(ClusterIndex, u32)> {
         let (&cluster, &entry) = self.entries.iter().find(|(_, entry)| entry.at <= now)?;

@@ -25,7 +25,7 @@ impl Copier {
             return self.settle_ending(now);
         }
         let idle = self.is_idle();
-        if self.paused() && idle && !self.drained_said {
+        if self.paused() && self.sweep_is_idle() && !self.drained_said {
             self.drained_said = true;
             self.events.push(Event::Drained);
         }
@@ -64,8 +64,13 @@ impl Copier {
         idle
     }
 
+    /// Whether nothing of the sweep is under way; guests' copies may be.
+    fn sweep_is_idle(&self) -> bool {
+        self.sweep_slots == 0 && self.zero_runs == 0
+    }
+
     fn nothing_under_way(&self) -> bool {
-        self.tasks.is_empty() && self.backlog.is_empty()
+        self.tasks.is_empty() && self.backlog.is_empty() && self.urgent.is_empty()
     }
 
     fn finish(&mut self, ending: Ending) {
@@ -161,6 +166,9 @@ impl Copier {
 
     /// A flush failed: what was written since the last good one may be lost, whatever a later flush says.
     fn flush_failed(&mut self, errno: Errno, now: Timestamp) {
+        if self.plan.live.is_some() {
+            return self.live_flush_failed(errno);
+        }
         let attempts = self.checkpoints.failed_flushes;
         let verdict = verdict(self.plan.on_target_error, Fault::Errno(errno), attempts, &self.plan.limits);
         let error = Arc::new(Error::io(Operation::Flush, self.plan.target.name.to_string(), None, errno));
@@ -184,6 +192,14 @@ impl Copier {
             }
             _ => self.end_with(Ending::Failed(error)),
         }
+    }
+
+    /// Of a live disk what a failed flush may have lost cannot be copied again: guests have written since.
+    fn live_flush_failed(&mut self, errno: Errno) {
+        let error = Arc::new(Error::io(Operation::Flush, self.plan.target.name.to_string(), None, errno));
+        tracing::info!(%error, "flush failed");
+        self.checkpoints.stage = Stage::Idle;
+        self.end_with(Ending::Failed(error));
     }
 
     /// Take back every claim since the last good flush: those clusters are copied again.
@@ -297,7 +313,7 @@ impl Copier {
         }
         let range = ByteRange::between(self.dropped_to, to);
         self.dropped_to = to;
-        if self.plan.source.direct_alignment.is_none() {
+        if self.plan.source.direct_alignment.is_none() && self.plan.live.is_none() {
             self.push(Task::DropSourceCache, Op::DropCache { file: self.plan.source.file, range });
         }
         if self.plan.target.direct_alignment.is_none() {

@@ -8,14 +8,20 @@ use crate::ring::BufferRange;
 /// A contiguous run of slots, held by one transfer.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct SlotRun {
+    arena_start: u32,
     start: u32,
     count: u32,
 }
 
 impl SlotRun {
+    /// Slots in it.
+    pub(super) fn count(&self) -> u32 {
+        self.count
+    }
+
     /// The arena bytes of the run.
     pub(super) fn buffer(&self, slot_bytes: u32) -> BufferRange {
-        BufferRange { start: self.start * slot_bytes, length: self.count * slot_bytes }
+        BufferRange { start: self.arena_start + self.start * slot_bytes, length: self.count * slot_bytes }
     }
 }
 
@@ -24,13 +30,19 @@ impl SlotRun {
 pub(super) struct Slots {
     free: Vec<bool>,
     free_count: u32,
+    arena_start: u32,
 }
 
 impl Slots {
-    /// `count` free slots.
-    pub(super) fn new(count: u32) -> Self {
+    /// `count` free slots, the first of them `arena_start` bytes into the arena.
+    pub(super) fn new(count: u32, arena_start: u32) -> Self {
         assert!(count > 0, "a copier needs a slot");
-        Self { free: vec![true; count as usize], free_count: count }
+        Self { free: vec![true; count as usize], free_count: count, arena_start }
+    }
+
+    /// How many are free.
+    pub(super) fn free_count(&self) -> u32 {
+        self.free_count
     }
 
     /// Whether all are free.
@@ -70,7 +82,7 @@ impl Slots {
             *slot = false;
         }
         self.free_count -= count;
-        SlotRun { start, count }
+        SlotRun { arena_start: self.arena_start, start, count }
     }
 
     /// Give a run back.
@@ -89,7 +101,7 @@ mod tests {
 
     #[test]
     fn runs_are_contiguous_and_bounded() {
-        let mut slots = Slots::new(10);
+        let mut slots = Slots::new(10, 0);
         assert_eq!(slots.longest_run(4), (0, 4));
         let first = slots.take(0, 4);
         let second = slots.take(4, 4);
@@ -104,7 +116,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "taken once")]
     fn a_taken_slot_is_not_taken_again() {
-        let mut slots = Slots::new(2);
+        let mut slots = Slots::new(2, 0);
         let _run = slots.take(0, 2);
         let _again = slots.take(1, 1);
     }

@@ -63,6 +63,7 @@ impl Copier {
         if self.retries.len() > 0 {
             let (start, free) = self.slots.longest_run(1);
             if free > 0
+                && self.sweep_room() > 0
                 && let Some((cluster, attempts)) = self.retries.take_due(now)
             {
                 if let Some(claim) = self.set.claim_first(one(cluster), ClusterCount(1)) {
@@ -188,14 +189,15 @@ impl Copier {
 
     fn start_run(&mut self, range: ClusterRange, now: Timestamp) -> bool {
         let cluster_bytes = self.plan.geometry.cluster_size().bytes();
-        let mut max = u64::from(self.plan.max_run).min(range.count());
+        let mut max = u64::from(self.sweep_run.min(self.sweep_limit)).min(range.count());
         if let Some(allowance) = self.throttle.allowance(now) {
             max = max.min(allowance / cluster_bytes);
         }
         let max = u32::try_from(max).expect("bounded by max_run");
-        let (start, count) = self.slots.longest_run(max);
+        let room = self.sweep_room();
+        let (start, count) = if room == 0 { (0, 0) } else { self.slots.longest_run(max.min(room)) };
         // Half a run now would be half a request for good: wait for the slots in flight instead.
-        if count == 0 || (count < max.div_ceil(2) && !self.transfers.is_empty()) {
+        if count == 0 || (count < max.div_ceil(2) && self.sweep_slots > 0) {
             return false;
         }
         let Some(claim) = self.set.claim_first(range, ClusterCount(u64::from(count))) else {
@@ -209,11 +211,45 @@ impl Copier {
         true
     }
 
+    /// Slots that the sweep may take now.
+    fn sweep_room(&self) -> u32 {
+        let reserved = self.plan.live.map_or(0, |live| live.reserved_slots);
+        let free = self.slots.free_count().saturating_sub(reserved);
+        free.min(self.sweep_limit.saturating_sub(self.sweep_slots))
+    }
+
+    /// Copy the clusters of `claim` for a guest. `attempts`: one of them was tried before.
+    pub(super) fn start_guest_copy(
+        &mut self,
+        claim: Claim,
+        slot: u32,
+        guest: super::guests::CbwId,
+        attempts: Option<u32>,
+        now: Timestamp,
+    ) {
+        let clusters = claim.range();
+        let count = u32::try_from(clusters.count()).expect("bounded by the slots");
+        let run = self.slots.take(slot, count);
+        let purpose = Purpose::Copy { alone: attempts };
+        if attempts.is_some() {
+            self.retry_count += 1;
+        }
+        let mut transfer = Transfer::new(purpose, clusters, self.plan.geometry, run).with_claim(claim);
+        transfer.guest = Some(guest);
+        transfer.urgent = true;
+        let whole = transfer.bytes;
+        transfer.data = vec![whole];
+        self.throttle.spend_for_guest(whole.length, now);
+        tracing::trace!(?clusters, ?guest, "copy before write");
+        self.start_read(transfer, whole);
+    }
+
     /// Read the clusters of `claim` into the slots from `slot` on.
     fn start_copy(&mut self, claim: Claim, slot: u32, alone: Option<u32>, now: Timestamp) {
         let clusters = claim.range();
         let count = u32::try_from(clusters.count()).expect("bounded by the slots");
         let run = self.slots.take(slot, count);
+        self.sweep_slots += count;
         let mut transfer =
             Transfer::new(Purpose::Copy { alone }, clusters, self.plan.geometry, run).with_claim(claim);
         let whole = transfer.bytes;
@@ -307,6 +343,7 @@ impl Copier {
         verification.running += 1;
         let count = u32::try_from(clusters.count()).expect("bounded by the slots");
         let run = self.slots.take(start, count);
+        self.sweep_slots += count;
         let transfer = Transfer::new(Purpose::Verify(expected), clusters, self.plan.geometry, run);
         let bytes = transfer.bytes;
         tracing::trace!(?clusters, "read back");

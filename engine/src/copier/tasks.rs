@@ -75,6 +75,11 @@ impl Copier {
             Step::Finished => match operation {
                 Operation::Read => self.on_read(id, arena, now),
                 Operation::Verify => self.on_read_back(id, arena, now),
+                _ if planted!(self.plan, DoneBeforeWrite) => {
+                    self.transfers[id].written += piece.range().length;
+                    self.transfers[id].outstanding -= 1;
+                    self.finish_if_over(id, now);
+                }
                 _ => {
                     self.transfers[id].written += piece.range().length;
                     self.task_done(id, self.plan.geometry.covering(piece.range()), now);
@@ -201,7 +206,9 @@ impl Copier {
         for range in ranges {
             let transfer = &mut self.transfers[id];
             let piece = transfer.piece(Direction::Write, range);
-            transfer.add_task(self.plan.geometry.covering(range));
+            if !planted!(self.plan, DoneBeforeWrite) {
+                transfer.add_task(self.plan.geometry.covering(range));
+            }
             transfer.outstanding += 1;
             let op = piece.op(&self.plan.target);
             tracing::trace!(%range, "write");
@@ -437,6 +444,7 @@ impl Copier {
         let failure = transfer.failure;
         let tainted = transfer.tainted;
         let clusters = transfer.clusters;
+        let guest = transfer.guest;
         let unsettled: Vec<ClusterIndex> = transfer.unsettled().collect();
         let unverified = transfer.unverified();
         let alone = match &transfer.purpose {
@@ -445,11 +453,18 @@ impl Copier {
         };
         assert!(failure.is_some() || tainted || unsettled.is_empty(), "a transfer settles what did not fail");
         let (claims, run) = transfer.into_claims();
+        if guest.is_none() {
+            self.sweep_slots -= run.count();
+        }
         self.slots.give_back(&run);
         for claim in claims {
             self.set.release(claim);
         }
         match alone {
+            Some(alone) if guest.is_some() => {
+                let id = guest.expect("it was made for a guest");
+                self.guest_copy_ended(id, &unsettled, clusters, alone, failure, now);
+            }
             Some(alone) => self.copy_failed(&unsettled, clusters, alone, failure, tainted, now),
             None => self.verification_ended(unverified, failure),
         }

@@ -68,6 +68,17 @@ impl Throttle {
         Some(Timestamp(self.paid.0.saturating_sub(behind)).max(now.after(Duration::from_nanos(1))))
     }
 
+    /// Spend `bytes` for a guest, which does not wait: at most one burst of debt is left to the sweep.
+    pub(super) fn spend_for_guest(&mut self, bytes: u64, now: Timestamp) {
+        let (before, burst) = (self.paid, self.burst().unwrap_or_default());
+        self.spend(bytes, now);
+        let most = now.after(burst * 2).max(before);
+        if self.paid > most {
+            self.paid = most;
+            self.remainder = 0;
+        }
+    }
+
     /// Spend `bytes`.
     pub(super) fn spend(&mut self, bytes: u64, now: Timestamp) {
         let Some(speed) = self.speed else { return };

@@ -71,6 +71,10 @@ pub(super) struct Failure {
 #[derive(Debug)]
 pub(super) struct Transfer {
     pub(super) purpose: Purpose,
+    /// The request of a guest for which it was made.
+    pub(super) guest: Option<super::guests::CbwId>,
+    /// A guest waits for it: its operations go before the sweep's.
+    pub(super) urgent: bool,
     pub(super) clusters: ClusterRange,
     /// Bytes of `clusters`; they start at the first slot's start.
     pub(super) bytes: ByteRange,
@@ -99,6 +103,8 @@ impl Transfer {
         let count = usize::try_from(clusters.count()).expect("bounded by the slots");
         Self {
             purpose,
+            guest: None,
+            urgent: false,
             clusters,
             bytes: geometry.bytes_of(clusters),
             data: Vec::new(),
@@ -265,7 +271,7 @@ mod tests {
         let geometry = Geometry::new(Length(10 << 16), ClusterSize::DEFAULT);
         let set = IntervalSet::new(geometry.clusters()).unwrap();
         let claim = set.claim_first(ClusterRange::new(2, 6), ClusterCount(4)).unwrap();
-        let mut slots = Slots::new(4);
+        let mut slots = Slots::new(4, 0);
         let run = slots.take(0, 4);
         let mut transfer =
             Transfer::new(Purpose::Copy { alone: None }, claim.range(), geometry, run).with_claim(claim);

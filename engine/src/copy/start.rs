@@ -18,8 +18,9 @@ use crate::copier::Copier;
 use crate::copier::plan::{Checkpoint, Limits, MapPlan, Plan, Side};
 use crate::error::{Error, ErrorKind, Operation, Refusal};
 use crate::interval_set::IntervalSet;
-use crate::job::driver::{AtEnd, Driver, empty_progress};
+use crate::job::driver::Driver;
 use crate::job::handle::{CompletionCallback, Shared};
+use crate::job::runner::{AtEnd, empty_progress};
 use crate::job::{JobHandle, JobResult, Lifecycle, Outcome};
 use crate::map::{Map, MapFile, MapHeader};
 use crate::ring::select::{self, OpenedRing, RingConfig, SetupError};
@@ -27,7 +28,7 @@ use crate::ring::{Arena, DocumentId, FileId, Ring};
 use crate::storage::locator::Place;
 use crate::storage::{
     Document, Locator, OpenedSource, OpenedTarget, Resume, SourceOptions, Storage, TargetOptions, TargetPlan,
-    open_source, plan_target, source_unchanged,
+    alignment_of, open_source, plan_target, source_unchanged,
 };
 use crate::units::{ClusterRange, Geometry};
 
@@ -209,7 +210,7 @@ where
     });
 }
 
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(ToString::to_string);
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
 }
@@ -299,6 +300,7 @@ fn plan_of(options: &CopyOptions, geometry: Geometry, slots: u32) -> Plan {
         target_is_zero: false,
         allocate_ahead: false,
         slots,
+        arena_start: 0,
         max_run: u32::try_from((MAX_REQUEST_BYTES / cluster).max(1)).expect("small").min(slots.div_ceil(2)),
         on_source_error: options.on_source_error,
         on_target_error: options.on_target_error,
@@ -306,6 +308,7 @@ fn plan_of(options: &CopyOptions, geometry: Geometry, slots: u32) -> Plan {
         verify: options.verify,
         map: None,
         resumed: Vec::new(),
+        live: None,
         limits: Limits::default(),
         #[cfg(feature = "sim")]
         planted: None,
@@ -317,9 +320,7 @@ fn side<R: Ring<File = Arc<dyn Storage>>>(
     storage: Arc<dyn Storage>,
 ) -> Result<Side, crate::ring::RingFailure> {
     let name = Arc::from(storage.name());
-    let limits = storage.limits();
-    // A storage without descriptors moves nothing: any alignment will do.
-    let direct_alignment = if storage.descriptors().is_some() { limits.direct_alignment } else { Some(512) };
+    let direct_alignment = alignment_of(storage.as_ref());
     let file = ring.add_file(storage)?;
     Ok(Side { file, name, direct_alignment })
 }

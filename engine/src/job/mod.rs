@@ -8,6 +8,7 @@ pub mod driver;
 pub mod handle;
 pub mod lifecycle;
 pub mod progress;
+pub(crate) mod runner;
 
 pub use handle::JobHandle;
 pub use lifecycle::{IoStatus, Lifecycle, Refusal, Status, Verb};

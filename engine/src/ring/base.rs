@@ -140,7 +140,8 @@ pub(crate) struct FileEntry {
 pub(crate) struct Base {
     pub(crate) name: &'static str,
     pub(crate) arena: Arena,
-    pub(crate) files: Vec<FileEntry>,
+    /// `None`: the place is free.
+    pub(crate) files: Vec<Option<FileEntry>>,
     documents: Vec<Arc<dyn Document>>,
     pub(crate) flight: Flight,
     ready: Vec<Ready>,
@@ -178,13 +179,30 @@ impl Base {
     }
 
     pub(crate) fn add_file(&mut self, storage: Arc<dyn Storage>) -> Result<FileId, RingFailure> {
-        if self.files.len() == MAX_FILES {
+        let place = self.files.iter().position(Option::is_none).unwrap_or(self.files.len());
+        if place == MAX_FILES {
             return Err(RingFailure { ring: self.name, errno: Errno::ENFILE });
         }
-        let id = u16::try_from(self.files.len()).expect("at most MAX_FILES");
         let inline = storage.descriptors().is_none();
-        self.files.push(FileEntry { storage, inline });
-        Ok(FileId(id))
+        let entry = Some(FileEntry { storage, inline });
+        if place == self.files.len() {
+            self.files.push(entry);
+        } else {
+            self.files[place] = entry;
+        }
+        Ok(FileId(u16::try_from(place).expect("at most MAX_FILES")))
+    }
+
+    /// Take a storage out of the table.
+    ///
+    /// # Panics
+    /// If it is not in it.
+    pub(crate) fn remove_file(&mut self, file: FileId) -> FileEntry {
+        self.files[usize::from(file.0)].take().expect("a storage is removed once")
+    }
+
+    fn entry(&self, file: FileId) -> &FileEntry {
+        self.files[usize::from(file.0)].as_ref().expect("the storage was not removed")
     }
 
     pub(crate) fn add_document(&mut self, document: Arc<dyn Document>) -> Result<DocumentId, RingFailure> {
@@ -228,12 +246,12 @@ impl Base {
     /// # Panics
     /// If it was never added.
     pub(crate) fn storage(&self, file: FileId) -> &Arc<dyn Storage> {
-        &self.files[usize::from(file.0)].storage
+        &self.entry(file).storage
     }
 
     /// Whether `file` is carried out in `push`.
     pub(crate) fn is_inline(&self, file: FileId) -> bool {
-        self.files[usize::from(file.0)].inline
+        self.entry(file).inline
     }
 
     /// Lend the buffer that `op` names, if it names one.
@@ -249,8 +267,8 @@ impl Base {
     /// Carry `op` out now, on a storage without descriptors.
     pub(crate) fn push_inline(&mut self, token: Token, op: &Op, file: FileId) {
         let mut lent = self.lend(op);
-        let storage = self.files[usize::from(file.0)].storage.as_ref();
-        let result = execute_on_storage(op, storage, lent.as_mut());
+        let storage = Arc::clone(&self.entry(file).storage);
+        let result = execute_on_storage(op, storage.as_ref(), lent.as_mut());
         self.ready.push(Ready { completion: Completion { token, result }, lent });
     }
 

@@ -237,7 +237,7 @@ pub trait Ring {
     fn arena(&self) -> &Arena;
     /// The buffers, to fill them.
     fn arena_mut(&mut self) -> &mut Arena;
-    /// Add a storage. At most 64 a ring.
+    /// Add a storage. At most 64 a ring at a time.
     ///
     /// # Errors
     /// When the table is full or the kernel refuses.
@@ -247,6 +247,12 @@ pub trait Ring {
     /// # Errors
     /// When the table is full.
     fn add_document(&mut self, document: Self::Document) -> Result<DocumentId, RingFailure>;
+    /// Forget a storage; its place is free for another. What nobody else holds is closed at once or, where the kernel still has a hand
+    /// on it, a moment later: this never waits, since others may have work on the ring.
+    ///
+    /// # Panics
+    /// If it was never added. Nothing that names it may be in flight.
+    fn remove_file(&mut self, file: FileId);
     /// Forget all storages and documents. What nobody else holds is closed when this returns, its locks and claims given up (the
     /// kernel takes its time over a ring that just goes away).
     ///

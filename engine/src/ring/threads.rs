@@ -85,6 +85,10 @@ impl Ring for ThreadsRing {
         self.base.add_document(document)
     }
 
+    fn remove_file(&mut self, file: FileId) {
+        drop(self.base.remove_file(file));
+    }
+
     fn release_files(&mut self) {
         self.base.release_files();
     }

@@ -31,6 +31,7 @@ pub use identity::{Difference, DiskId, FileTime, Identity};
 pub use info::{DiskInfo, DiskKind, info};
 pub use locator::Locator;
 pub use null::NullStorage;
+pub(crate) use open::open_live;
 pub use open::{OpenedSource, SourceOptions, open_source, source_unchanged};
 pub use target::{OpenedTarget, Resume, TargetOptions, TargetPlan, plan_target};
 
@@ -104,6 +105,12 @@ pub trait Storage: Send + Sync {
     /// # Errors
     /// The system call's.
     fn extents(&self, range: ByteRange, query: ExtentQuery, limit: usize) -> Result<Vec<Extent>, Errno>;
+}
+
+/// The alignment of direct I/O on `storage`, as the logic takes it; `None`: buffered. A storage without descriptors moves nothing: any will
+/// do.
+pub(crate) fn alignment_of(storage: &dyn Storage) -> Option<u32> {
+    if storage.descriptors().is_some() { storage.limits().direct_alignment } else { Some(512) }
 }
 
 /// A small file that is replaced as a whole.

@@ -120,6 +120,18 @@ pub fn open_source(locator: &Locator, options: &SourceOptions) -> Result<OpenedS
     }
 }
 
+/// Open a disk that is to be copied while it is written to. With `writable` the engine carries the writes: then it is this program's alone,
+/// locked as a target is.
+///
+/// # Errors
+/// Refusals only.
+pub(crate) fn open_live(locator: &Locator, writable: bool) -> Result<OpenedSource> {
+    let Place::Path(path) = locator.place() else {
+        return open_source(locator, &SourceOptions::default());
+    };
+    if writable { open_path(locator, path, Access::Write) } else { open_source_path(locator, path) }
+}
+
 /// Whether the source is still what it was when it was opened, as far as its file system tells. A device's contents may
 /// change without a trace.
 ///
@@ -153,11 +165,17 @@ pub fn source_unchanged(source: &OpenedSource) -> Result<()> {
 }
 
 fn open_source_path(locator: &Locator, path: &Path) -> Result<OpenedSource> {
+    open_path(locator, path, Access::Read)
+}
+
+fn open_path(locator: &Locator, path: &Path, access: Access) -> Result<OpenedSource> {
     let operation = Operation::OpenSource;
     let refused = |errno| Error::refused_by_system(operation, locator.as_str(), errno);
     let seen = std::fs::metadata(path).map_err(|error| refused(errno_of(&error)))?;
     refuse_non_disk(operation, locator, &seen)?;
-    let opened = open_both(operation, locator, path, &seen, Access::Read)?;
+    let is_device_seen = seen.file_type().is_block_device();
+    let access = if access == Access::Write && is_device_seen { Access::Claim } else { access };
+    let opened = open_both(operation, locator, path, &seen, access)?;
     let is_device = seen.file_type().is_block_device();
     let length = length_of(&opened.buffered, &opened.metadata).map_err(refused)?;
     if length > MAX_LENGTH {
@@ -171,7 +189,11 @@ fn open_source_path(locator: &Locator, path: &Path) -> Result<OpenedSource> {
         ));
     }
     let mut warnings = Vec::new();
-    match lock::shared(&opened.buffered).map_err(refused)? {
+    let locked = match access {
+        Access::Read => lock::shared(&opened.buffered),
+        Access::Write | Access::Claim => lock::exclusive_patiently(&opened.buffered),
+    };
+    match locked.map_err(refused)? {
         Lock::Held | Lock::Unsupported => {}
         Lock::Busy => {
             return Err(Error::refused(
@@ -183,7 +205,9 @@ fn open_source_path(locator: &Locator, path: &Path) -> Result<OpenedSource> {
             .advise("wait until that has ended"));
         }
     }
-    if lock::has_writer(&opened.buffered) || (is_device && topology::is_mounted(seen.rdev())) {
+    if access != Access::Read {
+        // Nobody else writes to it.
+    } else if lock::has_writer(&opened.buffered) || (is_device && topology::is_mounted(seen.rdev())) {
         warnings.push(format!(
             "{locator} is in use (mounted, or the disk of a running machine): if it is written to meanwhile, the copy \
              mixes old and new contents"

@@ -240,6 +240,8 @@ impl Scenario {
             verify: self.verify,
             map: self.map.then(|| MapPlan { document: DocumentId(0), encode: Box::new(encode) }),
             resumed,
+            live: None,
+            arena_start: 0,
             limits,
             planted: self.planted,
         }

@@ -29,7 +29,7 @@ use fastrand::Rng;
 use nix::errno::Errno;
 
 use super::arena::{Access, Arena, BufferRange};
-use super::base::MAX_FILES;
+use super::base::{MAX_FILES, file_of};
 use super::{
     Completion, DocumentId, FileId, IoPath, Op, Output, Ring, RingFailure, Token, Wait, Wake, ZeroMethod,
 };
@@ -61,7 +61,8 @@ pub struct SimRing {
     faults: FaultPlan,
     clock: Timestamp,
     capacity: usize,
-    files: Vec<usize>,
+    /// Disk numbers; `None`: the place is free.
+    files: Vec<Option<usize>>,
     documents: Vec<usize>,
     in_flight: Vec<Option<InFlight>>,
     count: usize,
@@ -126,14 +127,15 @@ impl SimRing {
     /// The power goes: writes in flight are torn, what was not flushed is kept or lost sector by sector. The ring is gone.
     pub fn crash(mut self) {
         let mut world = self.world.borrow_mut();
-        for slot in self.in_flight.iter_mut().filter_map(Option::take) {
+        let in_flight = std::mem::take(&mut self.in_flight);
+        for slot in in_flight.into_iter().flatten() {
             match &slot.op {
                 Op::Write { file, offset, buffer, .. } => {
                     let bytes = self.arena.slice(*buffer).to_vec();
-                    world.disk(self.files[file.0 as usize]).write(*offset, &bytes);
+                    world.disk(self.disk_of(*file)).write(*offset, &bytes);
                 }
                 Op::WriteZeroes { file, range, method } => {
-                    world.disk(self.files[file.0 as usize]).write_zeroes(*range, *method);
+                    world.disk(self.disk_of(*file)).write_zeroes(*range, *method);
                 }
                 // Replaced atomically: all or nothing.
                 Op::Publish { document, contents } if self.rng.bool() => {
@@ -162,14 +164,14 @@ impl SimRing {
     fn carry_out_fault(&mut self, slot: &InFlight, world: &mut World) -> Option<Result<Output, Errno>> {
         match (&slot.op, slot.fault) {
             (Op::Flush { file } | Op::DropCache { file, .. }, Some(fault)) => {
-                world.disk(self.files[file.0 as usize]).fail_flush(slot.covers, &mut self.rng);
+                world.disk(self.disk_of(*file)).fail_flush(slot.covers, &mut self.rng);
                 Some(Err(fault.errno()))
             }
             (Op::Write { file, offset, buffer, .. }, Some(Fault::Corrupt)) => {
                 let mut bytes = self.arena.slice(*buffer).to_vec();
                 let at = self.rng.usize(..bytes.len());
                 bytes[at] ^= 1 << self.rng.u8(..8);
-                world.disk(self.files[file.0 as usize]).write(*offset, &bytes);
+                world.disk(self.disk_of(*file)).write(*offset, &bytes);
                 Some(Ok(Output::Bytes(buffer.length)))
             }
             (Op::Read { .. } | Op::Write { .. }, Some(Fault::Short)) | (_, None) => None,
@@ -177,7 +179,7 @@ impl SimRing {
             (Op::Write { file, offset, buffer, .. }, Some(fault)) => {
                 let bytes = self.arena.slice(*buffer).to_vec();
                 let keep = self.rng.usize(..=bytes.len() / SECTOR) * SECTOR;
-                world.disk(self.files[file.0 as usize]).write(*offset, &bytes[..keep.min(bytes.len())]);
+                world.disk(self.disk_of(*file)).write(*offset, &bytes[..keep.min(bytes.len())]);
                 Some(Err(fault.errno()))
             }
             (_, Some(Fault::Short | Fault::Corrupt)) => None,
@@ -193,26 +195,26 @@ impl SimRing {
         }
         match &slot.op {
             Op::Read { file, offset, buffer, path } => {
-                let disk = world.disk(self.files[file.0 as usize]);
+                let disk = world.disk(self.disk_of(*file));
                 check_alignment(disk, *offset, *buffer, *path)?;
                 let available = disk.readable(*offset, u64::from(buffer.length))?;
                 let count = self.shorten(slot, available, *path);
                 let part = BufferRange { start: buffer.start, length: count };
-                let disk = world.disk(self.files[file.0 as usize]);
+                let disk = world.disk(self.disk_of(*file));
                 disk.read(*offset, self.arena.slice_mut(part));
                 Ok(Output::Bytes(count))
             }
             Op::Write { file, offset, buffer, path } => {
-                let disk = world.disk(self.files[file.0 as usize]);
+                let disk = world.disk(self.disk_of(*file));
                 check_alignment(disk, *offset, *buffer, *path)?;
                 disk.writable(*offset, u64::from(buffer.length))?;
                 let count = self.shorten(slot, u64::from(buffer.length), *path);
                 let bytes = self.arena.slice(BufferRange { start: buffer.start, length: count });
-                world.disk(self.files[file.0 as usize]).write(*offset, bytes);
+                world.disk(self.disk_of(*file)).write(*offset, bytes);
                 Ok(Output::Bytes(count))
             }
             Op::WriteZeroes { file, range, method } => {
-                let disk = world.disk(self.files[file.0 as usize]);
+                let disk = world.disk(self.disk_of(*file));
                 check_not_empty(*range)?;
                 disk.may_zero(*method)?;
                 disk.write_zeroes(*range, *method);
@@ -220,11 +222,11 @@ impl SimRing {
             }
             Op::Discard { file, range } => {
                 check_not_empty(*range)?;
-                world.disk(self.files[file.0 as usize]).write_zeroes(*range, ZeroMethod::Unmap);
+                world.disk(self.disk_of(*file)).write_zeroes(*range, ZeroMethod::Unmap);
                 Ok(Output::Done)
             }
             Op::Allocate { file, ranges } => {
-                let disk = world.disk(self.files[file.0 as usize]);
+                let disk = world.disk(self.disk_of(*file));
                 for range in ranges {
                     check_not_empty(*range)?;
                     disk.allocate(*range)?;
@@ -232,12 +234,12 @@ impl SimRing {
                 Ok(Output::Done)
             }
             Op::Flush { file } => {
-                world.disk(self.files[file.0 as usize]).flush(slot.covers);
+                world.disk(self.disk_of(*file)).flush(slot.covers);
                 Ok(Output::Done)
             }
             Op::DropCache { .. } => Ok(Output::Done),
             Op::Extents { file, range, query, limit } => {
-                Ok(Output::Extents(world.disk(self.files[file.0 as usize]).extents(*range, *query, *limit)))
+                Ok(Output::Extents(world.disk(self.disk_of(*file)).extents(*range, *query, *limit)))
             }
             Op::Digest { buffer, chunk } => {
                 let bytes = self.arena.slice(*buffer);
@@ -249,6 +251,10 @@ impl SimRing {
             }
             Op::Cancel { .. } => Ok(Output::Done),
         }
+    }
+
+    fn disk_of(&self, file: FileId) -> usize {
+        self.files[file.0 as usize].expect("the disk was not removed")
     }
 
     /// The operation in `index` completes after a random time.
@@ -275,7 +281,7 @@ impl SimRing {
     fn is_stuck(&self, op: &Op) -> bool {
         let (Op::Read { file, path, .. } | Op::Write { file, path, .. }) = op else { return false };
         let mut world = self.world.borrow_mut();
-        let disk = world.disk(self.files[file.0 as usize]);
+        let disk = world.disk(self.disk_of(*file));
         // What is refused is refused at once.
         disk.is_stuck() && (*path == IoPath::Buffered || disk.direct_alignment().is_some())
     }
@@ -337,8 +343,12 @@ impl Ring for SimRing {
     }
 
     fn add_file(&mut self, file: usize) -> Result<FileId, RingFailure> {
-        let id = self.free_entry(self.files.len())?;
-        self.files.push(file);
+        let place = self.files.iter().position(Option::is_none).unwrap_or(self.files.len());
+        let id = self.free_entry(place)?;
+        if place == self.files.len() {
+            self.files.push(None);
+        }
+        self.files[place] = Some(file);
         Ok(FileId(id))
     }
 
@@ -346,6 +356,12 @@ impl Ring for SimRing {
         let id = self.free_entry(self.documents.len())?;
         self.documents.push(document);
         Ok(DocumentId(id))
+    }
+
+    fn remove_file(&mut self, file: FileId) {
+        let named = self.in_flight.iter().flatten().any(|slot| file_of(&slot.op) == Some(file));
+        assert!(!named, "{file:?} is in use");
+        self.files[file.0 as usize].take().expect("a disk is removed once");
     }
 
     fn release_files(&mut self) {
@@ -371,7 +387,7 @@ impl Ring for SimRing {
         }
         let mut covers = 0;
         if let Op::Flush { file } | Op::DropCache { file, .. } = &op {
-            covers = self.world.borrow_mut().disk(self.files[file.0 as usize]).writes_so_far();
+            covers = self.world.borrow_mut().disk(self.disk_of(*file)).writes_so_far();
         }
         let mut fault = self.faults.decide(self.pushed, &op, &mut self.rng);
         if let Op::Cancel { target } = op

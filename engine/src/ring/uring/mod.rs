@@ -118,9 +118,9 @@ impl UringRing {
         self.traits
     }
 
-    /// Register the descriptors of the storage that comes next, or use them plainly where that is refused.
-    fn reach_of(&self, descriptors: &Descriptors<'_>) -> Reach {
-        let first = u32::try_from(2 * self.reach.len()).expect("at most MAX_FILES storages");
+    /// Register the descriptors of the storage `file`, or use them plainly where that is refused.
+    fn reach_of(&self, file: FileId, descriptors: &Descriptors<'_>) -> Reach {
+        let first = 2 * u32::from(file.0);
         let target = |place, file: BorrowedFd<'_>| {
             if self.traits.registered_files {
                 match self.kernel.register_file(place, file) {
@@ -278,6 +278,28 @@ impl UringRing {
         broken.map_or(Ok(()), |errno| Err(self.base.fail(errno)))
     }
 
+    fn unregister(&self, reach: Option<Reach>) {
+        for target in reach.into_iter().flat_map(|reach| [reach.direct, Some(reach.buffered)]) {
+            let Some(Target::Registered(place)) = target else { continue };
+            if let Err(errno) = self.kernel.unregister_file(place) {
+                tracing::debug!(%errno, place, "descriptor stays registered until the ring is gone");
+            }
+        }
+    }
+
+    /// Wait until the kernel has let go of what was released.
+    fn await_release(&mut self, watches: &[Watch]) {
+        // A request that a worker of the kernel has carried out lets go of its file a moment after its completion came, and
+        // has this thread do it the next time it enters.
+        let deadline = Instant::now() + RELEASE_TIMEOUT;
+        while watches.iter().any(Watch::is_locked) && Instant::now() < deadline {
+            if let Err(errno) = self.kernel.enter(Some(Some(RELEASE_POLL))) {
+                tracing::debug!(%errno, "the ring cannot be entered any more");
+                break;
+            }
+        }
+    }
+
     fn dispatch(&mut self) -> Result<(), RingFailure> {
         self.base.pool.dispatch().map_err(|errno| self.base.fail(errno))
     }
@@ -371,7 +393,11 @@ impl Ring for UringRing {
     fn add_file(&mut self, file: Self::File) -> Result<FileId, RingFailure> {
         assert_eq!(self.reach.len(), self.base.files.len(), "the tables run in parallel");
         let id = self.base.add_file(Arc::clone(&file))?;
-        self.reach.push(file.descriptors().map(|descriptors| self.reach_of(&descriptors)));
+        let reach = file.descriptors().map(|descriptors| self.reach_of(id, &descriptors));
+        match self.reach.get_mut(usize::from(id.0)) {
+            Some(place) => *place = reach,
+            None => self.reach.push(reach),
+        }
         Ok(id)
     }
 
@@ -379,25 +405,20 @@ impl Ring for UringRing {
         self.base.add_document(document)
     }
 
+    fn remove_file(&mut self, file: FileId) {
+        drop(self.base.remove_file(file));
+        let reach = self.reach[usize::from(file.0)].take();
+        self.unregister(reach);
+    }
+
     fn release_files(&mut self) {
-        let storages = self.base.files.iter().filter_map(|entry| entry.storage.descriptors());
+        let storages = self.base.files.iter().flatten().filter_map(|entry| entry.storage.descriptors());
         let watches: Vec<_> = storages.filter_map(|files| Watch::on(files.buffered)).collect();
         self.base.release_files();
-        for target in self.reach.drain(..).flatten().flat_map(|reach| [reach.direct, Some(reach.buffered)]) {
-            let Some(Target::Registered(place)) = target else { continue };
-            if let Err(errno) = self.kernel.unregister_file(place) {
-                tracing::debug!(%errno, place, "descriptor stays registered until the ring is gone");
-            }
+        for reach in std::mem::take(&mut self.reach) {
+            self.unregister(reach);
         }
-        // A request that a worker of the kernel has carried out lets go of its file a moment after its completion came, and
-        // has this thread do it the next time it enters.
-        let deadline = Instant::now() + RELEASE_TIMEOUT;
-        while watches.iter().any(Watch::is_locked) && Instant::now() < deadline {
-            if let Err(errno) = self.kernel.enter(Some(Some(RELEASE_POLL))) {
-                tracing::debug!(%errno, "the ring cannot be entered any more");
-                break;
-            }
-        }
+        self.await_release(&watches);
     }
 
     fn capacity(&self) -> usize {

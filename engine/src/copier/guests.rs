@@ -1,0 +1,327 @@
+//! Copy-before-write: guests that are about to change clusters which are not in the copy yet.
+//!
+//! # Model
+//! A *request* names the clusters that a guest's write touches. It is over when each of them is done, or need not be copied any more
+//! (left out, or the job is ending); then the guest looks once more and goes on. A request claims what is free of its
+//! clusters, as far as there are slots, and copies it in runs of its own; it waits in the set's table for the first cluster that
+//! somebody else is copying, which makes that copy urgent, and looks again when that one is released.
+//!
+//! # Ordering
+//! Requests are served in the order in which they came, before the sweep, its throttle, its pause and its retries; some slots are
+//! kept from the sweep for them. They never wait for each other but through clusters: claims are held by I/O in flight only.
+//!
+//! # Failures
+//! A run that failed is taken apart; a cluster that failed alone is the request's own failure, for the sweep's failures only
+//! release the cluster, and a request that waited for it then finds it free and copies it itself. `on_cbw_error` decides:
+//! either the guest's write fails and the job goes on, or the job fails and the write goes on. So does the time-out, counted from
+//! the moment the guest asked. Either way the cluster stays to copy and is on the sweep's list.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use crossbeam::queue::SegQueue;
+use nix::errno::Errno;
+
+use super::faults::{SideName, side_of};
+use super::piece::Fault;
+use super::plan::planted;
+use super::transfer::{Failure, TransferId};
+use super::{Copier, Ending, Task, one};
+use crate::error::{Error, ErrorKind, Operation};
+use crate::interval_set::{ClusterState, Registration, Ticket, Waiter};
+use crate::modes::{CbwErrorPolicy, ErrorPolicy};
+use crate::units::{ClusterCount, ClusterIndex, ClusterRange, Timestamp};
+
+/// Names a guest's request among those of one copier; ascending in the order of arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CbwId(pub u64);
+
+/// How a request ended: the guest may look again, or its write fails.
+pub type CbwOutcome = Result<(), Arc<Error>>;
+
+#[derive(Debug)]
+struct Request {
+    /// What is not known to be done yet.
+    clusters: ClusterRange,
+    /// When it gives up.
+    deadline: Option<Timestamp>,
+    /// Transfers of its own in flight.
+    in_flight: u32,
+    /// A run of it has failed: it goes on cluster by cluster.
+    alone: bool,
+    /// The cluster of somebody else that it waits for.
+    waits: Option<Ticket>,
+}
+
+/// The requests of one copier. See the module's header.
+#[derive(Debug, Default)]
+pub(super) struct Guests {
+    requests: BTreeMap<CbwId, Request>,
+    /// To be looked at.
+    ready: BTreeSet<CbwId>,
+    /// Woken by the set, in whatever thread released the cluster.
+    woken: Arc<SegQueue<CbwId>>,
+    outcomes: Vec<(CbwId, CbwOutcome)>,
+}
+
+impl Guests {
+    pub(super) fn is_empty(&self) -> bool {
+        self.requests.is_empty()
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Timestamp> {
+        self.requests.values().filter_map(|request| request.deadline).min()
+    }
+}
+
+impl Copier {
+    /// A guest, which asked at `since`, is about to change `clusters`. Answered through [`Self::take_cbw_outcomes`], at the earliest after the next
+    /// [`Self::poll`].
+    ///
+    /// # Panics
+    /// If the plan is not for a live disk, or `id` is in use.
+    pub fn copy_before_write(&mut self, id: CbwId, clusters: ClusterRange, since: Timestamp) {
+        let live = self.plan.live.as_ref().expect("guests write to live disks only");
+        let tail = u64::from(clusters.count() > 1 && planted!(self.plan, TailForgotten));
+        let clusters = ClusterRange::new(clusters.start.0, clusters.end.0 - tail);
+        let deadline = live.cbw_timeout.map(|timeout| since.after(timeout));
+        tracing::trace!(?id, ?clusters, "guest waits");
+        let request = Request { clusters, deadline, in_flight: 0, alone: false, waits: None };
+        let before = self.guests.requests.insert(id, request);
+        assert!(before.is_none(), "{id:?} is in use");
+        self.guests.ready.insert(id);
+    }
+
+    /// The guest does not want it any more. Copies under way go on.
+    pub fn forget_cbw(&mut self, id: CbwId) {
+        self.drop_request(id);
+    }
+
+    /// What became of requests since the last call.
+    pub fn take_cbw_outcomes(&mut self) -> Vec<(CbwId, CbwOutcome)> {
+        std::mem::take(&mut self.guests.outcomes)
+    }
+
+    /// Whether requests wait for something.
+    #[must_use]
+    pub fn has_guests(&self) -> bool {
+        !self.guests.is_empty()
+    }
+
+    fn drop_request(&mut self, id: CbwId) -> bool {
+        self.guests.ready.remove(&id);
+        let Some(request) = self.guests.requests.remove(&id) else { return false };
+        if let Some(ticket) = request.waits {
+            // Woken already or not: nobody looks for it any more.
+            let _ = self.set.cancel(ticket);
+        }
+        true
+    }
+
+    fn answer(&mut self, id: CbwId, outcome: CbwOutcome) {
+        if self.drop_request(id) {
+            tracing::trace!(?id, ok = outcome.is_ok(), "guest answered");
+            self.guests.outcomes.push((id, outcome));
+        }
+    }
+
+    /// Serve the guests; before anything of the sweep.
+    pub(super) fn serve_guests(&mut self, now: Timestamp) {
+        while let Some(id) = self.guests.woken.pop() {
+            if planted!(self.plan, WakeUpLost) {
+                continue;
+            }
+            // One that was woken and has gone since is not in the table any more.
+            if let Some(request) = self.guests.requests.get_mut(&id) {
+                request.waits = None;
+                self.guests.ready.insert(id);
+            }
+        }
+        if self.guests.is_empty() {
+            return;
+        }
+        if self.ending.is_some() {
+            return self.release_guests();
+        }
+        self.time_out_guests(now);
+        while let Some(&id) = self.guests.ready.first() {
+            if !self.serve(id, now) {
+                break;
+            }
+            if self.ending.is_some() {
+                return self.release_guests();
+            }
+        }
+    }
+
+    /// The job is ending: nothing needs to be copied for a guest any more.
+    fn release_guests(&mut self) {
+        let ids: Vec<CbwId> = self.guests.requests.keys().copied().collect();
+        for id in ids {
+            self.answer(id, Ok(()));
+        }
+    }
+
+    fn time_out_guests(&mut self, now: Timestamp) {
+        let late = |request: &Request| request.deadline.is_some_and(|deadline| deadline <= now);
+        let ids: Vec<CbwId> =
+            self.guests.requests.iter().filter(|(_, request)| late(request)).map(|(&id, _)| id).collect();
+        for id in ids {
+            let clusters = self.guests.requests[&id].clusters;
+            let range = self.plan.geometry.bytes_of(clusters);
+            let reason = "the old contents were not copied within the guest's time-out";
+            let error = Error::new(
+                ErrorKind::Io(Errno::ETIMEDOUT),
+                Operation::CopyBeforeWrite,
+                self.plan.target.name.to_string(),
+                reason,
+            )
+            .at(range);
+            self.refuse(id, Arc::new(error));
+            if self.ending.is_some() {
+                return;
+            }
+        }
+    }
+
+    /// The copy that `id` needs cannot be made: by `on_cbw_error` its write fails, or the job does.
+    fn refuse(&mut self, id: CbwId, error: Arc<Error>) {
+        let live = self.plan.live.as_ref().expect("guests write to live disks only");
+        match live.on_cbw_error {
+            CbwErrorPolicy::BreakGuestWrite => self.answer(id, Err(error)),
+            CbwErrorPolicy::BreakSnapshot => self.end_with(Ending::Failed(error)),
+        }
+    }
+
+    /// Do for a request what can be done now. `false`: there is no slot, and none for those behind it.
+    fn serve(&mut self, id: CbwId, now: Timestamp) -> bool {
+        let Some(request) = self.guests.requests.get(&id) else { unreachable!("it is ready") };
+        let all = request.clusters;
+        let first = self.set.next_not_done(all.start).filter(|&first| first < all.end);
+        let Some(first) = first else {
+            self.answer(id, Ok(()));
+            return true;
+        };
+        let rest = ClusterRange { start: first, end: all.end };
+        let alone = request.alone;
+        let waits = request.waits.is_some();
+        self.guests.requests.get_mut(&id).expect("it is there").clusters = rest;
+        if !waits {
+            self.wait_for_others(id, rest);
+        }
+        let (starved, started) = self.claim_for(id, rest, alone, now);
+        if starved {
+            // Those of its clusters that are free wait for a slot, and so does everybody behind.
+            return false;
+        }
+        self.guests.ready.remove(&id);
+        let request = self.guests.requests.get(&id).expect("it is there");
+        let idle = request.in_flight == 0 && request.waits.is_none();
+        if idle && !started {
+            // Everything busy was released meanwhile: look again.
+            self.guests.ready.insert(id);
+        }
+        true
+    }
+
+    /// Claim and copy what is free in `range`: whether slots were missing, and whether anything was started.
+    fn claim_for(&mut self, id: CbwId, range: ClusterRange, alone: bool, now: Timestamp) -> (bool, bool) {
+        let mut at = range.start;
+        let mut started = false;
+        while at < range.end {
+            let rest = ClusterRange { start: at, end: range.end };
+            let max = if alone { 1 } else { u64::from(self.plan.max_run).min(rest.count()) };
+            let (slot, free) = self.slots.longest_run(u32::try_from(max).expect("bounded by max_run"));
+            if free == 0 {
+                let wanted = rest.iter().any(|cluster| self.set.state(cluster) == ClusterState::ToCopy);
+                return (wanted, started);
+            }
+            let Some(claim) = self.set.claim_first(rest, ClusterCount(u64::from(free))) else { break };
+            at = claim.range().end;
+            started = true;
+            self.guests.requests.get_mut(&id).expect("it is there").in_flight += 1;
+            let attempts = self.retries.take_out(claim.range());
+            self.start_guest_copy(claim, slot, id, attempts, now);
+        }
+        (false, started)
+    }
+
+    /// Wait for the first cluster of `range` that somebody else is copying.
+    fn wait_for_others(&mut self, id: CbwId, range: ClusterRange) {
+        for cluster in range.iter() {
+            if matches!(self.set.state(cluster), ClusterState::ToCopy | ClusterState::Done)
+                || self
+                    .transfer_of(cluster)
+                    .is_some_and(|transfer| self.transfers[transfer].guest == Some(id))
+            {
+                continue;
+            }
+            let woken = Arc::clone(&self.guests.woken);
+            let waiter = Waiter::callback(move || woken.push(id));
+            match self.set.wait_for(cluster, waiter) {
+                Registration::Registered { ticket, first } => {
+                    self.guests.requests.get_mut(&id).expect("it is there").waits = Some(ticket);
+                    if first {
+                        self.promote(cluster);
+                    }
+                    return;
+                }
+                Registration::AlreadyReleased(_) | Registration::Closed(_) => {}
+            }
+        }
+    }
+
+    fn transfer_of(&self, cluster: ClusterIndex) -> Option<TransferId> {
+        self.transfers.iter().find(|(_, transfer)| transfer.clusters.contains(cluster)).map(|(id, _)| id)
+    }
+
+    /// A guest waits for `cluster`, which the sweep is copying: what is queued of that copy goes before the rest of the sweep.
+    fn promote(&mut self, cluster: ClusterIndex) {
+        let Some(id) = self.transfer_of(cluster) else { return };
+        self.transfers[id].urgent = true;
+        let tasks = &self.tasks;
+        let of_it = |token: crate::ring::Token| {
+            let task = usize::try_from(token.0).ok().and_then(|index| tasks.get(index));
+            matches!(task, Some(Task::Move { transfer, .. } | Task::Zero { transfer, .. } | Task::Digest { transfer })
+                if *transfer == id)
+        };
+        let (urgent, rest): (Vec<_>, Vec<_>) = self.backlog.drain(..).partition(|(token, _)| of_it(*token));
+        self.backlog.extend(rest);
+        self.urgent.extend(urgent);
+    }
+
+    /// A transfer made for the request `id` has ended; `unsettled` of it could not be copied.
+    pub(super) fn guest_copy_ended(
+        &mut self,
+        id: CbwId,
+        unsettled: &[ClusterIndex],
+        clusters: ClusterRange,
+        alone: Option<u32>,
+        failure: Option<Failure>,
+        now: Timestamp,
+    ) {
+        for &cluster in unsettled {
+            if self.ending.is_none() {
+                self.retries.put(cluster, alone.map_or(0, |attempts| attempts + 1), now);
+            }
+        }
+        let Some(request) = self.guests.requests.get_mut(&id) else { return };
+        request.in_flight -= 1;
+        request.alone |= failure.is_some();
+        self.guests.ready.insert(id);
+        let Some(failure) = failure else { return };
+        if self.ending.is_some() || unsettled.is_empty() || clusters.count() > 1 {
+            return;
+        }
+        let cluster = unsettled[0];
+        let error = Arc::new(self.error_of(failure));
+        tracing::info!(%error, ?id, "copy before write failed");
+        let unreadable =
+            side_of(failure.operation) == SideName::Source && failure.fault != Fault::Errno(Errno::ECANCELED);
+        if unreadable && self.plan.on_source_error == ErrorPolicy::Ignore {
+            let _ = self.retries.take_out(one(cluster));
+            return self.skip(cluster, error);
+        }
+        self.refuse(id, error);
+    }
+}

@@ -1,0 +1,202 @@
+//! A question to the ring thread with one answer: how guest threads, callbacks and futures wait for it.
+//!
+//! The two sides share the cell by counted reference and neither needs the other: an asker that goes away leaves a cell that the
+//! ring thread answers to nobody, and a ring thread that goes away answers what it still has (an [`Answer`] that is dropped
+//! says so). So whoever waits always wakes.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+use parking_lot::{Condvar, Mutex};
+
+enum State<T> {
+    /// No answer yet; whom to tell.
+    Open(Listener<T>),
+    Answered(T),
+    /// The answer was taken, or its receiver is gone.
+    Over,
+}
+
+enum Listener<T> {
+    Nobody,
+    Task(Waker),
+    Callback(Box<dyn FnOnce(T) + Send>),
+}
+
+struct Cell<T> {
+    state: Mutex<State<T>>,
+    answered: Condvar,
+}
+
+/// The side that answers, once. Dropped without an answer it gives `T::lost()`.
+pub(super) struct Answer<T: Lost>(Option<Arc<Cell<T>>>);
+
+/// The side that waits: blocking, or as a future. Dropped, the answer is dropped too.
+pub(super) struct Asked<T>(Arc<Cell<T>>);
+
+/// What an answer is when the ring thread is gone.
+pub(super) trait Lost {
+    /// See the trait.
+    fn lost() -> Self;
+}
+
+/// A question with one who waits for the answer.
+pub(super) fn ask<T: Lost>() -> (Answer<T>, Asked<T>) {
+    let cell = Arc::new(Cell { state: Mutex::new(State::Open(Listener::Nobody)), answered: Condvar::new() });
+    (Answer(Some(Arc::clone(&cell))), Asked(cell))
+}
+
+/// A question whose answer goes to a callback, on the ring thread.
+pub(super) fn ask_with<T: Lost>(call: impl FnOnce(T) + Send + 'static) -> Answer<T> {
+    let state = State::Open(Listener::Callback(Box::new(call)));
+    Answer(Some(Arc::new(Cell { state: Mutex::new(state), answered: Condvar::new() })))
+}
+
+impl<T: Lost> Answer<T> {
+    pub(super) fn give(mut self, answer: T) {
+        self.put(answer);
+    }
+
+    fn put(&mut self, answer: T) {
+        let Some(cell) = self.0.take() else { return };
+        let mut state = cell.state.lock();
+        match std::mem::replace(&mut *state, State::Over) {
+            State::Open(Listener::Callback(call)) => {
+                drop(state);
+                call(answer);
+            }
+            State::Open(listener) => {
+                *state = State::Answered(answer);
+                cell.answered.notify_all();
+                drop(state);
+                if let Listener::Task(waker) = listener {
+                    waker.wake();
+                }
+            }
+            // Nobody wants it any more; dropped outside the lock.
+            State::Answered(_) | State::Over => drop(state),
+        }
+    }
+}
+
+impl<T: Lost> Drop for Answer<T> {
+    fn drop(&mut self) {
+        if self.0.is_some() {
+            self.put(T::lost());
+        }
+    }
+}
+
+impl<T> Asked<T> {
+    /// Sleep until the answer is there.
+    pub(super) fn wait(self) -> T {
+        let mut state = self.0.state.lock();
+        loop {
+            match std::mem::replace(&mut *state, State::Over) {
+                State::Answered(answer) => return answer,
+                open => *state = open,
+            }
+            self.0.answered.wait(&mut state);
+        }
+    }
+
+    /// The answer, if it is there.
+    #[cfg(any(test, feature = "sim"))]
+    pub(super) fn try_take(&self) -> Option<T> {
+        let mut state = self.0.state.lock();
+        match std::mem::replace(&mut *state, State::Over) {
+            State::Answered(answer) => Some(answer),
+            open => {
+                *state = open;
+                None
+            }
+        }
+    }
+}
+
+impl<T> Future for Asked<T> {
+    type Output = T;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
+        let mut state = self.0.state.lock();
+        match std::mem::replace(&mut *state, State::Over) {
+            State::Answered(answer) => Poll::Ready(answer),
+            State::Open(_) => {
+                *state = State::Open(Listener::Task(context.waker().clone()));
+                Poll::Pending
+            }
+            State::Over => panic!("polled after it was ready"),
+        }
+    }
+}
+
+impl<T> Drop for Asked<T> {
+    fn drop(&mut self) {
+        let before = std::mem::replace(&mut *self.0.state.lock(), State::Over);
+        // An answer that nobody took may do things when it is dropped (a permit goes back): outside the lock.
+        drop(before);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl Lost for Option<u32> {
+        fn lost() -> Self {
+            None
+        }
+    }
+
+    #[test]
+    fn an_answer_reaches_a_thread_that_waits_and_one_that_comes_late() {
+        let (answer, asked) = ask::<Option<u32>>();
+        let waiting = std::thread::spawn(move || asked.wait());
+        answer.give(Some(7));
+        assert_eq!(waiting.join().unwrap(), Some(7));
+        let (answer, asked) = ask::<Option<u32>>();
+        answer.give(Some(8));
+        assert_eq!(asked.wait(), Some(8));
+    }
+
+    #[test]
+    fn an_answer_that_is_lost_says_so() {
+        let (answer, asked) = ask::<Option<u32>>();
+        drop(answer);
+        assert_eq!(asked.wait(), None);
+    }
+
+    #[test]
+    fn one_who_went_away_harms_nothing() {
+        let (answer, asked) = ask::<Option<u32>>();
+        drop(asked);
+        answer.give(Some(1));
+    }
+
+    #[test]
+    fn a_callback_is_called_once() {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        ask_with::<Option<u32>>(move |answer| sender.send(answer).unwrap()).give(Some(3));
+        assert_eq!(receiver.iter().collect::<Vec<_>>(), [Some(3)]);
+    }
+
+    #[test]
+    fn a_future_is_woken() {
+        struct Flag(std::sync::atomic::AtomicBool);
+        impl std::task::Wake for Flag {
+            fn wake(self: Arc<Self>) {
+                self.0.store(true, std::sync::atomic::Ordering::SeqCst);
+            }
+        }
+        let flag = Arc::new(Flag(false.into()));
+        let waker = Waker::from(Arc::clone(&flag));
+        let mut context = Context::from_waker(&waker);
+        let (answer, mut asked) = ask::<Option<u32>>();
+        assert!(Pin::new(&mut asked).poll(&mut context).is_pending());
+        answer.give(Some(5));
+        assert!(flag.0.load(std::sync::atomic::Ordering::SeqCst));
+        assert_eq!(Pin::new(&mut asked).poll(&mut context), Poll::Ready(Some(5)));
+    }
+}

@@ -1,0 +1,232 @@
+//! A copy of a live disk as its starter has it: options, target, handle.
+
+use std::num::NonZeroU64;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::command::NewJob;
+use super::controller::SweepDepth;
+use super::disk::{File, LiveDisk};
+use crate::copier::plan::{Limits, LivePlan, Plan, Side};
+use crate::error::{Error, Operation, Refusal};
+use crate::interval_set::IntervalSet;
+use crate::job::handle::Shared;
+use crate::job::runner::{AtEnd, empty_progress};
+use crate::job::{JobHandle, JobResult, Lifecycle, Outcome};
+use crate::modes::{CbwErrorPolicy, ErrorPolicy, Format, SyncMode};
+use crate::ring::{ExtentQuery, FileId};
+use crate::storage::{Locator, OpenedTarget, Storage, TargetOptions, alignment_of, plan_target};
+use crate::units::{ByteRange, ClusterSize, Geometry, Speed};
+
+/// Bytes in flight of a job, those of guests' copies included.
+const BYTES_IN_FLIGHT: u64 = 5 << 20;
+/// Of these the part that the sweep leaves to guests.
+const RESERVED_PART: u64 = 5;
+/// Fewest slots.
+const MIN_SLOTS: u64 = 8;
+/// Largest request of the sweep in bytes, unless one cluster is larger.
+const MAX_REQUEST_BYTES: u64 = 1 << 20;
+
+/// What to copy, where to, and how.
+#[derive(Clone, Debug)]
+pub struct BackupOptions {
+    /// The target: a path of a file or a block device.
+    pub target: String,
+    /// What is covered.
+    pub sync: SyncMode,
+    /// Unit of copying.
+    pub cluster_size: ClusterSize,
+    /// Speed limit of the sweep.
+    pub speed: Option<NonZeroU64>,
+    /// What the sweep does about an error of the disk.
+    pub on_source_error: ErrorPolicy,
+    /// What the sweep does about an error of the target.
+    pub on_target_error: ErrorPolicy,
+    /// What becomes of a guest's write whose old contents cannot be copied.
+    pub on_cbw_error: CbwErrorPolicy,
+    /// How long a guest's write waits for its copy at most, counted from the moment it asks.
+    pub cbw_timeout: Option<Duration>,
+    /// How long guests may wait, at the start, for writes that are under way.
+    pub start_timeout: Duration,
+    /// What the sweep may have in flight.
+    pub depth: SweepDepth,
+    /// Look for zeros.
+    pub zero_detect: bool,
+    /// The target reads as zeros.
+    pub target_is_zero: bool,
+    /// Overwrite an existing file.
+    pub force: bool,
+}
+
+impl BackupOptions {
+    /// A full copy to `target` with the defaults: a snapshot that cannot be kept is given up rather than a guest's write, after
+    /// 30 seconds at the latest; a start waits 5 seconds for writes under way.
+    #[must_use]
+    pub fn new(target: impl Into<String>) -> Self {
+        Self {
+            target: target.into(),
+            sync: SyncMode::Full,
+            cluster_size: ClusterSize::DEFAULT,
+            speed: None,
+            on_source_error: ErrorPolicy::Report,
+            on_target_error: ErrorPolicy::Report,
+            on_cbw_error: CbwErrorPolicy::BreakSnapshot,
+            cbw_timeout: Some(Duration::from_secs(30)),
+            start_timeout: Duration::from_secs(5),
+            depth: SweepDepth::Auto,
+            zero_detect: true,
+            target_is_zero: false,
+            force: false,
+        }
+    }
+}
+
+/// A copy of a live disk that was started.
+#[derive(Debug)]
+pub struct Backup {
+    /// To steer it and to wait for it.
+    pub job: JobHandle,
+    /// What the user should know, a line each.
+    pub notices: Vec<String>,
+}
+
+/// A job whose target is ready.
+pub(super) struct Prepared {
+    job: NewJob<File>,
+    starting: Starting,
+}
+
+impl Prepared {
+    pub(super) fn split(self) -> (NewJob<File>, Starting) {
+        (self.job, self.starting)
+    }
+}
+
+/// What is kept of a job until it has started.
+pub(super) struct Starting {
+    target: Arc<OpenedTarget>,
+    backup: Backup,
+}
+
+impl Starting {
+    pub(super) fn started(self) -> Backup {
+        self.backup
+    }
+
+    /// It has not started: a new file goes again.
+    pub(super) fn undo(self) {
+        if let Err(error) = self.target.discard_new_file() {
+            tracing::warn!(%error, "the new target file stays");
+        }
+    }
+}
+
+/// Check everything, then make the target ready.
+pub(super) fn prepare(disk: &LiveDisk, options: &BackupOptions) -> Result<Prepared, Error> {
+    let source = &disk.inner.source;
+    let target_options = TargetOptions {
+        format: Format::Raw,
+        force: options.force,
+        target_is_zero: options.target_is_zero,
+        verify: false,
+        take_over_blank: false,
+        resume: None,
+    };
+    let geometry = Geometry::new(source.length(), options.cluster_size);
+    let cluster = options.cluster_size.bytes();
+    let slots = u32::try_from((BYTES_IN_FLIGHT / cluster).max(MIN_SLOTS)).expect("at most 5 MiB of 4 KiB");
+    let set = IntervalSet::new(geometry.clusters()).map_err(|error| {
+        Error::refused(Refusal::Unavailable, Operation::Copy, disk.name(), "no memory for its clusters")
+            .because(error)
+    })?;
+    let target = plan_target(&Locator::parse(&options.target)?, source, &target_options)?.prepare()?;
+    if target.is_new_file() {
+        reserve(source.storage().as_ref(), target.storage().as_ref());
+    }
+    let notices = target.warnings().to_vec();
+    let target = Arc::new(target);
+    let shared = Shared::new(
+        Lifecycle::new(true, false),
+        empty_progress(geometry.length().0),
+        options.speed.map(Speed),
+    );
+    let handle = JobHandle::new(Arc::clone(&shared));
+    let storage = target.storage();
+    let name: Arc<str> = Arc::from(storage.name());
+    let alignment = alignment_of(storage.as_ref());
+    let known_zero = target.known_zero();
+    let sweep_depth = options.depth;
+    let options = options.clone();
+    let plan = move |source: Side, file: FileId, memory: crate::ring::BufferRange| Plan {
+        geometry,
+        source,
+        target: Side { file, name, direct_alignment: alignment },
+        sync: options.sync,
+        zero_detect: options.zero_detect,
+        target_is_zero: known_zero,
+        allocate_ahead: false,
+        slots,
+        arena_start: memory.start,
+        max_run: u32::try_from((MAX_REQUEST_BYTES / cluster).max(1)).expect("small").min(slots.div_ceil(4)),
+        on_source_error: options.on_source_error,
+        on_target_error: options.on_target_error,
+        speed: options.speed.map(Speed),
+        verify: false,
+        map: None,
+        resumed: Vec::new(),
+        live: Some(LivePlan {
+            on_cbw_error: options.on_cbw_error,
+            cbw_timeout: options.cbw_timeout,
+            reserved_slots: (slots / u32::try_from(RESERVED_PART).expect("small")).max(1),
+        }),
+        limits: Limits::default(),
+        #[cfg(feature = "sim")]
+        planted: None,
+    };
+    let job = NewJob {
+        disk: disk.inner.shared.id(),
+        target: storage,
+        geometry,
+        set: Arc::new(set),
+        shared,
+        memory: u32::try_from(u64::from(slots) * cluster).expect("at most 32 MiB"),
+        depth: sweep_depth,
+        plan: Box::new(plan),
+        at_end: Some(at_end(Arc::clone(&target))),
+    };
+    Ok(Prepared { job, starting: Starting { target, backup: Backup { job: handle, notices } } })
+}
+
+/// A new file of a copy that did not succeed is no use to anybody.
+fn at_end(target: Arc<OpenedTarget>) -> AtEnd {
+    Box::new(move |result: &mut JobResult| {
+        if matches!(result.outcome, Outcome::Complete | Outcome::CompleteWithSkipped) {
+            return;
+        }
+        match target.discard_new_file() {
+            Ok(true) => result.notices.push(format!("{} was removed", target.storage().name())),
+            Ok(false) => {}
+            Err(error) => result.notices.push(error.to_string()),
+        }
+    })
+}
+
+/// Reserve space on a new file for the data of the source as it is now, before guests wait for anything: some file systems keep direct I/O
+/// from a file while space is reserved on it. An optimisation: when it fails, the writes will tell.
+fn reserve(source: &dyn Storage, target: &dyn Storage) {
+    const EXTENTS: usize = 1024;
+    let end = source.limits().length.0;
+    let mut at = 0;
+    while at < end {
+        let rest = ByteRange::between(at, end);
+        let Ok(extents) = source.extents(rest, ExtentQuery::Data, EXTENTS) else { return };
+        let Some(last) = extents.last() else { return };
+        at = last.range.end();
+        let data: Vec<ByteRange> =
+            extents.iter().filter(|extent| extent.present).map(|extent| extent.range).collect();
+        if let Err(errno) = target.allocate(&data) {
+            tracing::debug!(%errno, "space not reserved");
+            return;
+        }
+    }
+}

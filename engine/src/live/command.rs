@@ -1,0 +1,144 @@
+//! What other threads ask of the ring thread, and the box in which they leave it.
+//!
+//! A command that needs an answer carries one half of an [`super::ask`] cell. A box that is closed (the ring thread has gone) drops
+//! what is put into it, and dropping an [`Answer`] answers it, so nobody waits for a thread that does not exist.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use crossbeam::queue::SegQueue;
+
+use super::DiskId;
+use super::ask::{Answer, Lost};
+use super::carrier::{IoOutcome, IoRequest};
+use super::controller::SweepDepth;
+use super::disk::DiskShared;
+use super::jobs::JobId;
+use crate::copier::plan::{Plan, Side};
+use crate::error::Error;
+use crate::interval_set::IntervalSet;
+use crate::job::handle::Shared;
+use crate::job::runner::AtEnd;
+use crate::ring::{BufferRange, FileId, Wake};
+use crate::units::{ClusterRange, Geometry};
+
+/// Makes the plan of a job, once its place on the ring is known: the live disk as its source, its target, its part of the arena.
+pub(super) type MakePlan = Box<dyn FnOnce(Side, FileId, BufferRange) -> Plan + Send>;
+
+/// A job to start.
+pub(super) struct NewJob<F> {
+    pub(super) disk: DiskId,
+    pub(super) target: F,
+    pub(super) geometry: Geometry,
+    pub(super) set: Arc<IntervalSet>,
+    pub(super) shared: Arc<Shared>,
+    /// Bytes of the arena that it needs.
+    pub(super) memory: u32,
+    pub(super) depth: SweepDepth,
+    pub(super) plan: MakePlan,
+    pub(super) at_end: Option<AtEnd>,
+}
+
+/// What becomes of the others when a job of a group does not succeed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GroupFailure {
+    /// They are cancelled: the group is worth something as a whole only.
+    #[default]
+    FailAll,
+    /// They go on.
+    GoOn,
+}
+
+/// Jobs to start at one instant.
+pub(super) struct NewGroup<F> {
+    pub(super) jobs: Vec<NewJob<F>>,
+    pub(super) on_failure: GroupFailure,
+    /// How long guests may be kept waiting for those whose writes are under way.
+    pub(super) timeout: Duration,
+    pub(super) answer: Answer<Result<(), Error>>,
+}
+
+/// What the ring thread is asked for.
+pub(super) enum Command<F> {
+    /// A disk to carry.
+    AddDisk {
+        file: F,
+        /// Of direct I/O; `None`: buffered.
+        direct_alignment: Option<u32>,
+        disk: Arc<DiskShared>,
+        memory: u32,
+        answer: Answer<Result<(), Error>>,
+    },
+    /// The last handle of a disk is gone.
+    RemoveDisk { disk: DiskId },
+    /// A guest's request on a disk that the engine carries.
+    Io { disk: DiskId, request: IoRequest, answer: Answer<IoOutcome> },
+    /// A guest is about to change clusters that a job has not copied.
+    Copy { job: JobId, clusters: ClusterRange, answer: Answer<Result<(), Arc<Error>>> },
+    /// Jobs to start.
+    Start(NewGroup<F>),
+    /// Nothing comes any more: the last handle of the engine is gone.
+    Quit,
+}
+
+impl Lost for Result<(), Error> {
+    fn lost() -> Self {
+        Err(gone())
+    }
+}
+
+impl Lost for Result<(), Arc<Error>> {
+    /// Without a ring thread there is no job, and nothing to copy before a write.
+    fn lost() -> Self {
+        Ok(())
+    }
+}
+
+impl Lost for IoOutcome {
+    fn lost() -> Self {
+        Self { result: Err(gone()) }
+    }
+}
+
+/// What is said when the ring thread is gone.
+pub(super) fn gone() -> Error {
+    Error::engine_died("engine", "its ring thread has ended")
+}
+
+/// See the module's header.
+pub(super) struct Inbox<F> {
+    commands: SegQueue<Command<F>>,
+    closed: AtomicBool,
+    waker: Arc<dyn Wake>,
+}
+
+impl<F> Inbox<F> {
+    pub(super) fn new(waker: Arc<dyn Wake>) -> Arc<Self> {
+        Arc::new(Self { commands: SegQueue::new(), closed: AtomicBool::new(false), waker })
+    }
+
+    pub(super) fn send(&self, command: Command<F>) {
+        self.commands.push(command);
+        // Either the ring thread, which closes first and empties then, sees the command, or this thread sees it closed.
+        if self.closed.load(Ordering::SeqCst) {
+            self.drop_all();
+        } else {
+            self.waker.wake();
+        }
+    }
+
+    pub(super) fn take(&self) -> Option<Command<F>> {
+        self.commands.pop()
+    }
+
+    /// The ring thread is going.
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.drop_all();
+    }
+
+    fn drop_all(&self) {
+        while self.commands.pop().is_some() {}
+    }
+}

@@ -1,0 +1,190 @@
+//! How much of the sweep is in flight: enough to keep the device near its best, less while guests wait.
+//!
+//! # Model
+//! Whatever is in flight at a device is ahead of the guest's next request there, so the sweep's bytes in flight are the guest's latency.
+//! Beyond some amount more of them give no more throughput, only more waiting. The controller looks for the fewest that do: it keeps a
+//! limit for some time, notes what was copied, tries a neighbour, and stays with the smaller one unless the larger is clearly
+//! faster. Disks change their speed all the time, so it never stops trying.
+//!
+//! While guests are about (one came within the last [`GUEST_LINGER`]) the limit is at most [`GUEST_LIMIT_BYTES`], in requests of at most
+//! [`GUEST_RUN_BYTES`]: a request under way cannot be overtaken.
+
+use std::time::Duration;
+
+use crate::units::Timestamp;
+
+/// What the sweep may have in flight.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SweepDepth {
+    /// As the controller finds best.
+    #[default]
+    Auto,
+    /// Always that many clusters, at most those that a job has.
+    Fixed(u32),
+}
+
+/// How long a guest counts as being about after a request.
+const GUEST_LINGER: Duration = Duration::from_millis(100);
+/// Most bytes of the sweep in flight while guests are about.
+const GUEST_LIMIT_BYTES: u64 = 512 << 10;
+/// Most bytes of one request of the sweep while guests are about.
+const GUEST_RUN_BYTES: u64 = 128 << 10;
+/// Fewest and most bytes of the sweep in flight without guests.
+const MIN_BYTES: u64 = 512 << 10;
+const MAX_BYTES: u64 = 4 << 20;
+const START_BYTES: u64 = 2 << 20;
+/// How long a limit is kept before it is judged.
+const WINDOW: Duration = Duration::from_millis(100);
+/// A larger limit must be this much faster, a smaller one may be this much slower, in percent.
+const MARGIN: u64 = 3;
+
+/// What the sweep may do now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Allowance {
+    /// Most clusters in flight.
+    pub(super) clusters: u32,
+    /// Most clusters in one request.
+    pub(super) run: u32,
+}
+
+/// See the module's header.
+#[derive(Debug)]
+pub(super) struct Controller {
+    depth: SweepDepth,
+    cluster_bytes: u64,
+    /// Bytes in flight that have proved best so far.
+    base: u64,
+    /// Being tried.
+    trial: Trial,
+    /// Rate at `base`, in bytes a second, of the last window there.
+    base_rate: u64,
+    window: Option<(Timestamp, u64)>,
+    guest_until: Timestamp,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trial {
+    Base,
+    Larger,
+    Smaller,
+}
+
+impl Controller {
+    pub(super) fn new(depth: SweepDepth, cluster_bytes: u64) -> Self {
+        Self {
+            depth,
+            cluster_bytes,
+            base: START_BYTES,
+            trial: Trial::Base,
+            base_rate: 0,
+            window: None,
+            guest_until: Timestamp::default(),
+        }
+    }
+
+    /// A guest has asked for something.
+    pub(super) fn on_guest(&mut self, now: Timestamp) {
+        self.guest_until = now.after(GUEST_LINGER);
+    }
+
+    fn tried(&self) -> u64 {
+        match self.trial {
+            Trial::Base => self.base,
+            Trial::Larger => (self.base + self.base / 2).min(MAX_BYTES),
+            Trial::Smaller => (self.base * 2 / 3).max(MIN_BYTES),
+        }
+    }
+
+    /// What the sweep may do at `now`, when it has copied `bytes` since its start.
+    pub(super) fn allowance(&mut self, now: Timestamp, bytes: u64) -> Allowance {
+        let clusters = |bytes: u64| u32::try_from((bytes / self.cluster_bytes).max(1)).unwrap_or(u32::MAX);
+        if let SweepDepth::Fixed(fixed) = self.depth {
+            return Allowance { clusters: fixed.max(1), run: u32::MAX };
+        }
+        if now < self.guest_until {
+            // What is measured now tells nothing of a quiet disk.
+            self.window = None;
+            return Allowance { clusters: clusters(GUEST_LIMIT_BYTES), run: clusters(GUEST_RUN_BYTES) };
+        }
+        let tried = clusters(self.tried());
+        match self.window {
+            None => self.window = Some((now, bytes)),
+            Some((start, before)) if now.since(start) >= WINDOW => {
+                let nanos = now.since(start).as_nanos().max(1);
+                let rate = u128::from(bytes.saturating_sub(before)) * 1_000_000_000 / nanos;
+                self.judge(u64::try_from(rate).unwrap_or(u64::MAX));
+                self.window = Some((now, bytes));
+            }
+            Some(_) => {}
+        }
+        Allowance { clusters: tried, run: u32::MAX }
+    }
+
+    /// A window at the limit that is being tried has given `rate`.
+    fn judge(&mut self, rate: u64) {
+        let enough = self.base_rate / 100 * (100 - MARGIN);
+        let better = self.base_rate / 100 * (100 + MARGIN);
+        let taken = match self.trial {
+            Trial::Base => {
+                self.base_rate = rate;
+                self.trial = Trial::Larger;
+                return;
+            }
+            Trial::Larger => rate > better,
+            Trial::Smaller => rate >= enough,
+        };
+        let next = if self.trial == Trial::Larger && !taken { Trial::Smaller } else { Trial::Base };
+        if taken {
+            self.base = self.tried();
+            self.base_rate = rate;
+        }
+        self.trial = next;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs the controller against a device that gives `rate(bytes in flight)`; the bytes in flight at the end.
+    fn settle(rate: impl Fn(u64) -> u64) -> u64 {
+        let mut controller = Controller::new(SweepDepth::Auto, 65_536);
+        let (mut now, mut bytes) = (Timestamp::default(), 0);
+        let mut allowed = 0;
+        for _ in 0..2_000 {
+            allowed = u64::from(controller.allowance(now, bytes).clusters) * 65_536;
+            now = now.after(Duration::from_millis(10));
+            bytes += rate(allowed) / 100;
+        }
+        let _ = allowed;
+        controller.base
+    }
+
+    #[test]
+    fn it_finds_the_fewest_bytes_that_keep_the_device_busy() {
+        // Full speed from 1 MiB on.
+        let found = settle(|bytes| 1_000_000_000 * bytes.min(1 << 20) / (1 << 20));
+        assert!((900 << 10..=1600 << 10).contains(&found), "{found}");
+        // The more the better.
+        assert_eq!(settle(|bytes| 500 * bytes), MAX_BYTES);
+        // It makes no difference.
+        assert_eq!(settle(|_| 1_000_000_000), MIN_BYTES);
+    }
+
+    #[test]
+    fn guests_make_it_small_for_a_while() {
+        let mut controller = Controller::new(SweepDepth::Auto, 65_536);
+        let quiet = controller.allowance(Timestamp::default(), 0);
+        controller.on_guest(Timestamp::default());
+        let held = controller.allowance(Timestamp::default(), 0);
+        assert!(held.clusters < quiet.clusters && held.run < quiet.run);
+        assert_eq!(controller.allowance(Timestamp::default().after(GUEST_LINGER), 0), quiet);
+    }
+
+    #[test]
+    fn a_fixed_depth_is_kept() {
+        let mut controller = Controller::new(SweepDepth::Fixed(3), 65_536);
+        controller.on_guest(Timestamp::default());
+        assert_eq!(controller.allowance(Timestamp::default(), 0).clusters, 3);
+    }
+}

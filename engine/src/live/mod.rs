@@ -1,0 +1,56 @@
+//! Live disks: disks that are written while they are copied, as they were at one instant.
+//!
+//! A guest write copies before it, then takes a [`Permit`], and holds it until its data is on the source. The parts:
+//!
+//! | module | its idea |
+//! |---|---|
+//! | `gate`, `slot` | Permits are counted; guests are held back while t0 is taken. |
+//! | `jobs` | The list of the disk's jobs, which tells a guest what is still to be copied. |
+//! | `admission` | Asks the two in the order that makes t0 an instant. |
+//! | `carrier` | Guest I/O that the engine carries: a state machine on the ring thread. |
+//! | `reactor`, `starts` | The loop of the ring thread over many disks and jobs; the start of jobs. |
+//! | `controller` | How much of the sweep is in flight. |
+//! | `command`, `ask`, `memory` | What other threads ask for, how they get answers, who has which part of the arena. |
+//! | `engine`, `disk`, `backup` | The handles. |
+//! | `latency` | What guests felt. |
+
+mod admission;
+mod ask;
+mod backup;
+pub mod carrier;
+mod command;
+mod controller;
+mod disk;
+mod engine;
+mod gate;
+mod jobs;
+mod latency;
+mod memory;
+mod reactor;
+#[cfg(feature = "sim")]
+pub mod sim;
+mod slot;
+mod starts;
+#[cfg(all(test, not(loom)))]
+mod tests;
+
+pub use self::admission::Permit;
+pub use self::backup::{Backup, BackupOptions};
+pub use self::carrier::IoRequest;
+pub use self::command::GroupFailure;
+pub use self::controller::SweepDepth;
+pub use self::disk::{BeginWrite, Io, LiveDisk, read};
+pub use self::engine::{DiskOptions, Engine, EngineOptions};
+pub use self::latency::Latencies;
+// Not for embedders: for the engine's own benches and model checks, which are crates of their own.
+#[doc(hidden)]
+pub use self::{
+    admission::{Attempt, attempt, attempt_unnested},
+    gate::{Entry, Gate, WaitTicket},
+    jobs::{JobId, JobList, Watch},
+    slot::Pass,
+};
+
+/// Names a disk on an engine, for as long as that lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct DiskId(pub(crate) u64);

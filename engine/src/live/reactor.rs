@@ -1,0 +1,518 @@
+//! The loop of the ring thread of an engine with live disks: any number of disks and jobs on one ring.
+//!
+//! # Model
+//! Disks and jobs are state machines that take completions and give operations; each has its part of the arena, and its number in the
+//! upper half of every token of its operations. A turn takes the commands of other threads, moves a start that is under way
+//! (`starts`), lets the disks act (guests first), then the jobs, submits everything as one batch, waits, and hands the
+//! completions out. It never blocks but in that one wait.
+//!
+//! # Ordering
+//! A job that is ending is detached from its disk before its guests are answered, so a guest that looks again does not find it. A
+//! job's files are let go before its result is told.
+//!
+//! # Death
+//! When the ring breaks or anything panics, [`Reactor::die`] detaches all jobs, lets all barriers down for ever, answers every request
+//! with the error and ends every job as failed: nothing waits for a thread that is gone.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use slab::Slab;
+
+use super::DiskId;
+use super::admission::{Permit, attempt_unnested};
+use super::ask::Answer;
+use super::carrier::{
+    AdmissionHost, Attempt, Carrier, CarrierLimits, CarrierPlan, CopyWait, DiscardRule, IoId, IoOutcome,
+};
+use super::command::{Command, GroupFailure, Inbox, NewGroup};
+use super::controller::Controller;
+use super::disk::DiskShared;
+use super::jobs::{JobId, Watch};
+use super::memory::Memory;
+use super::starts::Raised;
+use crate::copier::guests::CbwId;
+use crate::copier::plan::Side;
+use crate::error::{Error, Operation, Refusal};
+use crate::job::runner::Runner;
+use crate::ring::{BufferRange, Completion, FileId, Op, Ring, RingFailure, Token, Wait};
+use crate::units::{ByteRange, ClusterRange, Timestamp};
+
+/// Who waits for a copy-before-write.
+enum Asker {
+    Guest(Answer<Result<(), Arc<Error>>>),
+    Carrier(CopyWait),
+}
+
+pub(super) struct Disk {
+    pub(super) shared: Arc<DiskShared>,
+    pub(super) side: Side,
+    carrier: Carrier<Permit>,
+    memory: BufferRange,
+    answers: BTreeMap<IoId, Answer<IoOutcome>>,
+    next_io: u64,
+    /// Its last handle is gone: it goes when nothing is left to do.
+    closing: bool,
+}
+
+pub(super) struct Job {
+    pub(super) disk: DiskId,
+    pub(super) runner: Runner,
+    pub(super) target: FileId,
+    pub(super) memory: BufferRange,
+    pub(super) watch: Arc<Watch>,
+    controller: Controller,
+    pub(super) attached: bool,
+    pub(super) group: u64,
+    pub(super) on_failure: GroupFailure,
+    asks: BTreeMap<CbwId, Asker>,
+    next_ask: u64,
+}
+
+/// See the module's header.
+pub(super) struct Reactor<R: Ring> {
+    pub(super) ring: R,
+    inbox: Arc<Inbox<R::File>>,
+    pub(super) memory: Memory,
+    pub(super) disks: BTreeMap<DiskId, Disk>,
+    pub(super) jobs: Slab<Job>,
+    pub(super) waiting: VecDeque<NewGroup<R::File>>,
+    pub(super) raised: Option<Raised>,
+    pub(super) next_group: u64,
+    pub(super) next_job: u64,
+    completions: Vec<Completion>,
+    ops: Vec<(Token, Op)>,
+    quit: bool,
+}
+
+/// Bytes of the arena that a carried disk gets.
+pub(super) const CARRIER_BYTES: u32 = 4 << 20;
+
+impl<R: Ring> Reactor<R> {
+    /// A loop over `ring`, whose arena it hands out to disks and jobs.
+    pub(super) fn new(ring: R) -> Self {
+        let bytes = u32::try_from(ring.arena().bytes()).expect("at most 1 GiB");
+        let inbox = Inbox::new(ring.waker());
+        Self {
+            ring,
+            inbox,
+            memory: Memory::new(bytes),
+            disks: BTreeMap::new(),
+            jobs: Slab::new(),
+            waiting: VecDeque::new(),
+            raised: None,
+            next_group: 0,
+            next_job: 0,
+            completions: Vec::new(),
+            ops: Vec::new(),
+            quit: false,
+        }
+    }
+
+    /// Where commands are left.
+    pub(super) fn inbox(&self) -> Arc<Inbox<R::File>> {
+        Arc::clone(&self.inbox)
+    }
+
+    /// The ring.
+    pub(super) fn ring(&self) -> &R {
+        &self.ring
+    }
+
+    /// Turn until the last handle is gone and everything is settled.
+    ///
+    /// # Errors
+    /// When the ring breaks.
+    pub(super) fn run(&mut self) -> Result<(), RingFailure> {
+        while !self.turn()? {}
+        Ok(())
+    }
+
+    /// One iteration; `true`: it is over.
+    ///
+    /// # Errors
+    /// When the ring breaks.
+    pub(super) fn turn(&mut self) -> Result<bool, RingFailure> {
+        match self.act() {
+            None => Ok(true),
+            Some(wait) => self.wait(wait).map(|()| false),
+        }
+    }
+
+    /// The first half of a turn: everything up to the wait, which is returned; `None`: it is over.
+    pub(super) fn act(&mut self) -> Option<Wait> {
+        let now = self.ring.now();
+        self.take_commands(now);
+        self.advance_start(now);
+        let mut more = self.poll_disks(now);
+        more |= self.poll_jobs(now);
+        self.conclude_jobs(now);
+        more |= self.remove_closed_disks();
+        if self.quit && self.jobs.is_empty() && self.disks.is_empty() {
+            return None;
+        }
+        Some(if more { Wait::Poll } else { self.next_deadline(now).map_or(Wait::Forever, Wait::Until) })
+    }
+
+    /// The second half: submit, wait, and hand out what has completed.
+    pub(super) fn wait(&mut self, wait: Wait) -> Result<(), RingFailure> {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.ring.wait(wait, &mut completions)?;
+        let now = self.ring.now();
+        for completion in completions.drain(..) {
+            self.dispatch(completion, now);
+        }
+        self.completions = completions;
+        Ok(())
+    }
+
+    fn next_deadline(&self, now: Timestamp) -> Option<Timestamp> {
+        let jobs = self.jobs.iter().filter_map(|(_, job)| job.runner.copier.next_deadline(now));
+        let disks = self.disks.values().filter_map(|disk| disk.carrier.next_deadline(now));
+        let start = self.raised.as_ref().map(Raised::deadline);
+        jobs.chain(disks).chain(start).min()
+    }
+
+    fn take_commands(&mut self, now: Timestamp) {
+        while let Some(command) = self.inbox.take() {
+            match command {
+                Command::AddDisk { file, direct_alignment, disk, memory, answer } => {
+                    let added = self.add_disk(file, direct_alignment, disk, memory);
+                    answer.give(added);
+                }
+                Command::RemoveDisk { disk } => {
+                    if let Some(disk) = self.disks.get_mut(&disk) {
+                        disk.closing = true;
+                    }
+                }
+                Command::Io { disk, request, answer } => self.submit(disk, request, answer, now),
+                Command::Copy { job, clusters, answer } => {
+                    self.copy_before_write(job, clusters, Asker::Guest(answer), now);
+                }
+                Command::Start(group) => self.waiting.push_back(group),
+                Command::Quit => self.quit = true,
+            }
+        }
+    }
+
+    fn add_disk(
+        &mut self,
+        file: R::File,
+        direct_alignment: Option<u32>,
+        shared: Arc<DiskShared>,
+        memory: u32,
+    ) -> Result<(), Error> {
+        let refused = |reason: &'static str| {
+            Error::refused(Refusal::Unavailable, Operation::OpenSource, shared.name().to_string(), reason)
+                .advise("give the engine more memory, or close other disks")
+        };
+        let memory =
+            self.memory.take(memory).ok_or_else(|| refused("the engine has no memory left for it"))?;
+        let file = match self.ring.add_file(file) {
+            Ok(file) => file,
+            Err(failure) => {
+                self.memory.give_back(memory);
+                return Err(refused("the engine carries as many disks as it can").because(failure));
+            }
+        };
+        let side = Side { file, name: shared.name(), direct_alignment };
+        let plan = CarrierPlan {
+            file: side.clone(),
+            length: shared.length(),
+            buffers: memory,
+            limits: CarrierLimits::default(),
+        };
+        let disk = Disk {
+            side,
+            carrier: Carrier::new(plan),
+            memory,
+            answers: BTreeMap::new(),
+            next_io: 0,
+            closing: false,
+            shared,
+        };
+        self.disks.insert(disk.shared.id(), disk);
+        Ok(())
+    }
+
+    fn submit(
+        &mut self,
+        disk: DiskId,
+        request: super::carrier::IoRequest,
+        answer: Answer<IoOutcome>,
+        now: Timestamp,
+    ) {
+        let Some(disk) = self.disks.get_mut(&disk) else { return drop(answer) };
+        let id = IoId(disk.next_io);
+        disk.next_io += 1;
+        disk.answers.insert(id, answer);
+        disk.carrier.submit(id, request, now);
+        let id = disk.shared.id();
+        for (_, job) in &mut self.jobs {
+            if job.disk == id {
+                job.controller.on_guest(now);
+            }
+        }
+    }
+
+    fn copy_before_write(&mut self, job: JobId, clusters: ClusterRange, asker: Asker, now: Timestamp) {
+        ask_job(&mut self.jobs, job, clusters, asker, now);
+    }
+
+    /// Let the disks act; `true`: there is more to do at once.
+    fn poll_disks(&mut self, now: Timestamp) -> bool {
+        let mut more = false;
+        for (&id, disk) in &mut self.disks {
+            let room = self.ring.capacity() - self.ring.in_flight();
+            let mut host = Host { disk: &disk.shared, jobs: &mut self.jobs };
+            more |= disk.carrier.poll(now, room, self.ring.arena_mut(), &mut host, &mut self.ops);
+            for (token, op) in self.ops.drain(..) {
+                self.ring.push(token_of(Owner::Disk(id), token), op);
+            }
+            for (id, outcome) in disk.carrier.take_outcomes() {
+                let answer = disk.answers.remove(&id).expect("every request has its answer");
+                answer.give(outcome);
+            }
+        }
+        more
+    }
+
+    /// Let the jobs act; `true`: there is more to do at once.
+    fn poll_jobs(&mut self, now: Timestamp) -> bool {
+        let mut more = false;
+        let mut failed_groups = Vec::new();
+        for (index, job) in &mut self.jobs {
+            let room = self.ring.capacity() - self.ring.in_flight();
+            let allowance = job.controller.allowance(now, job.runner.copier.counters().done);
+            job.runner.copier.set_sweep_limit(allowance.clusters, allowance.run);
+            more |= job.runner.poll(now, room, &mut self.ops);
+            for (token, op) in self.ops.drain(..) {
+                self.ring.push(token_of(Owner::Job(index), token), op);
+            }
+            let disk = self.disks.get_mut(&job.disk).expect("a job's disk stays until it is over");
+            if job.attached && job.runner.copier.is_ending() {
+                disk.shared.jobs().detach(job.watch.id());
+                job.attached = false;
+                if job.on_failure == GroupFailure::FailAll && !job.runner.copier.is_complete() {
+                    failed_groups.push(job.group);
+                }
+            }
+            for (id, outcome) in job.runner.copier.take_cbw_outcomes() {
+                match job.asks.remove(&id).expect("every request has its asker") {
+                    Asker::Guest(answer) => answer.give(outcome),
+                    Asker::Carrier(wait) => {
+                        disk.carrier.copied(wait, outcome);
+                        more = true;
+                    }
+                }
+            }
+        }
+        for group in failed_groups {
+            for (_, job) in &mut self.jobs {
+                if job.group == group && !job.runner.copier.is_ending() {
+                    more = true;
+                    job.runner.cancel();
+                }
+            }
+        }
+        more
+    }
+
+    fn conclude_jobs(&mut self, now: Timestamp) {
+        let over: Vec<usize> = self
+            .jobs
+            .iter()
+            .filter(|(_, job)| job.runner.copier.is_finished() && job.asks.is_empty())
+            .map(|(index, _)| index)
+            .collect();
+        for index in over {
+            let engine = self.ring.name();
+            let Some(result) = self.jobs[index].runner.conclusion(now, engine) else { continue };
+            let job = self.jobs.remove(index);
+            self.ring.remove_file(job.target);
+            self.memory.give_back(job.memory);
+            job.runner.conclude(result);
+        }
+    }
+
+    /// Whether a disk was removed.
+    fn remove_closed_disks(&mut self) -> bool {
+        let jobs = &self.jobs;
+        let used = |id: DiskId| jobs.iter().any(|(_, job)| job.disk == id);
+        let gone: Vec<DiskId> = self
+            .disks
+            .iter()
+            .filter(|(id, disk)| disk.closing && disk.carrier.is_idle() && !used(**id))
+            .map(|(&id, _)| id)
+            .collect();
+        for id in &gone {
+            let disk = self.disks.remove(id).expect("it is there");
+            self.ring.remove_file(disk.side.file);
+            self.memory.give_back(disk.memory);
+        }
+        !gone.is_empty()
+    }
+
+    fn dispatch(&mut self, completion: Completion, now: Timestamp) {
+        let (owner, token) = owner_of(completion.token);
+        let completion = Completion { token, result: completion.result };
+        match owner {
+            Owner::Disk(id) => {
+                let disk = self.disks.get_mut(&id).expect("a disk stays until its operations have ended");
+                disk.carrier.on_completion(completion, self.ring.arena_mut(), now);
+            }
+            Owner::Job(index) => {
+                self.jobs[index].runner.on_completion(completion, self.ring.arena(), now);
+            }
+        }
+    }
+
+    /// The barrier of the disks of a start is down again.
+    pub(super) fn barrier_lowered(&mut self, disks: &[DiskId]) {
+        for id in disks {
+            if let Some(disk) = self.disks.get_mut(id) {
+                disk.shared.gate().lower();
+                disk.carrier.barrier_lowered();
+            }
+        }
+    }
+
+    /// A job that was attached to its disk gets its place.
+    pub(super) fn put_job(&mut self, job: NewlyMade) {
+        let NewlyMade { disk, runner, controller, target, memory, watch, group, on_failure } = job;
+        let entry = Job {
+            disk,
+            runner,
+            target,
+            memory,
+            watch,
+            controller,
+            attached: true,
+            group,
+            on_failure,
+            asks: BTreeMap::new(),
+            next_ask: 0,
+        };
+        self.jobs.insert(entry);
+    }
+
+    /// It is over, and nobody has a handle.
+    pub(super) fn close(self) {
+        self.inbox.close();
+    }
+
+    /// The ring is broken or something has panicked: let everybody go. See the module's header.
+    pub(super) fn die(mut self, reason: &str) {
+        let error = Arc::new(Error::engine_died("engine", reason.to_owned()));
+        let engine = self.ring.name();
+        for disk in self.disks.values_mut() {
+            for (_, job) in &self.jobs {
+                disk.shared.jobs().detach(job.watch.id());
+            }
+            disk.shared.gate().poison();
+            disk.answers.clear();
+        }
+        // Only now: one whose request is dropped looks again, and must find no job any more.
+        self.inbox.close();
+        self.raised = None;
+        self.waiting.clear();
+        let jobs: Vec<Job> = self.jobs.drain().collect();
+        // The ring goes first, and with it what is in flight.
+        drop(self);
+        for mut job in jobs {
+            let at_end = job.runner.take_at_end();
+            job.runner.shared().died(engine, Arc::clone(&error), |result| {
+                if let Some(at_end) = at_end {
+                    at_end(result);
+                }
+            });
+        }
+    }
+}
+
+/// A job that was made and has no place yet.
+pub(super) struct NewlyMade {
+    pub(super) disk: DiskId,
+    pub(super) runner: Runner,
+    pub(super) controller: Controller,
+    pub(super) target: FileId,
+    pub(super) memory: BufferRange,
+    pub(super) watch: Arc<Watch>,
+    pub(super) group: u64,
+    pub(super) on_failure: GroupFailure,
+}
+
+/// Have `clusters` copied by a job for a guest that has asked at `since`.
+fn ask_job(jobs: &mut Slab<Job>, id: JobId, clusters: ClusterRange, asker: Asker, since: Timestamp) {
+    let job = jobs.iter_mut().map(|(_, job)| job).find(|job| job.watch.id() == id && job.attached);
+    let Some(job) = job else {
+        // It has ended meanwhile: the asker looks again and does not find it.
+        return match asker {
+            Asker::Guest(answer) => answer.give(Ok(())),
+            Asker::Carrier(_) => unreachable!("the carrier has just found it"),
+        };
+    };
+    let ask = CbwId(job.next_ask);
+    job.next_ask += 1;
+    job.asks.insert(ask, asker);
+    job.controller.on_guest(since);
+    job.runner.copier.copy_before_write(ask, clusters, since);
+}
+
+/// What a disk's carrier finds around it.
+struct Host<'a> {
+    disk: &'a DiskShared,
+    jobs: &'a mut Slab<Job>,
+}
+
+impl AdmissionHost for Host<'_> {
+    type Permit = Permit;
+
+    fn attempt(&mut self, range: ByteRange) -> Attempt<Permit> {
+        use super::admission::Attempt as Found;
+        match attempt_unnested(self.disk.gate(), self.disk.jobs(), range) {
+            Found::Granted(permit) => Attempt::Granted(permit),
+            Found::AtBarrier => Attempt::AtBarrier,
+            Found::Copy(job, clusters) => Attempt::Copy(job, clusters),
+        }
+    }
+
+    fn copy(&mut self, job: JobId, clusters: ClusterRange, wait: CopyWait) {
+        ask_job(self.jobs, job, clusters, Asker::Carrier(wait), wait.since);
+    }
+
+    fn discards(&mut self, range: ByteRange) -> DiscardRule {
+        DiscardRule { now: self.disk.jobs().first_done(range) }
+    }
+}
+
+/// Whose operation a token names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owner {
+    Disk(DiskId),
+    Job(usize),
+}
+
+const JOB_BIT: u64 = 1 << 63;
+const OWNER_SHIFT: u32 = 32;
+const LOCAL: u64 = (1 << OWNER_SHIFT) - 1;
+
+fn token_of(owner: Owner, local: Token) -> Token {
+    assert!(local.0 <= LOCAL, "{local:?} of {owner:?}");
+    let (bit, number) = match owner {
+        Owner::Disk(id) => (0, id.0),
+        Owner::Job(index) => (JOB_BIT, index as u64),
+    };
+    assert!(number < 1 << 31, "{owner:?}");
+    Token(bit | number << OWNER_SHIFT | local.0)
+}
+
+fn owner_of(token: Token) -> (Owner, Token) {
+    let number = (token.0 & !JOB_BIT) >> OWNER_SHIFT;
+    let owner = if token.0 & JOB_BIT == 0 {
+        Owner::Disk(DiskId(number))
+    } else {
+        Owner::Job(usize::try_from(number).expect("31 bits"))
+    };
+    (owner, Token(token.0 & LOCAL))
+}

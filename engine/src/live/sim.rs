@@ -1,0 +1,174 @@
+//! A live engine over the simulated ring, turned by hand: for tests.
+//!
+//! It is the product's own reactor; the only difference is that whoever drives it stands between its turns, where guests come
+//! and go, and between the two halves of a turn, where t0 can be observed before any later write has completed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::DiskId;
+use super::admission::{Attempt, attempt_unnested};
+use super::ask::{Asked, ask};
+use super::carrier::{IoOutcome, IoRequest};
+use super::command::{Command, GroupFailure, NewGroup, NewJob};
+use super::controller::SweepDepth;
+use super::disk::DiskShared;
+use super::jobs::JobId;
+use super::reactor::{CARRIER_BYTES, Reactor};
+use crate::copier::plan::{Plan, Side};
+use crate::error::Error;
+use crate::interval_set::IntervalSet;
+use crate::job::handle::Shared;
+use crate::job::runner::empty_progress;
+use crate::job::{JobHandle, Lifecycle};
+use crate::ring::sim::SimRing;
+use crate::ring::{BufferRange, FileId, Ring, Wait};
+use crate::units::{ByteRange, ClusterRange, Geometry, Length, Timestamp};
+
+/// A disk of a [`SimEngine`].
+#[derive(Clone)]
+pub struct SimDisk(Arc<DiskShared>);
+
+/// A job for a [`SimEngine`].
+pub struct SimJob {
+    /// The live disk.
+    pub disk: SimDisk,
+    /// The target's number in the world.
+    pub target: usize,
+    /// Length and cluster size.
+    pub geometry: Geometry,
+    /// Slots that the plan asks for.
+    pub slots: u32,
+    /// What the sweep may have in flight.
+    pub depth: SweepDepth,
+    /// The plan, given its source, the target's place on the ring, and its part of the arena.
+    pub plan: Box<dyn FnOnce(Side, FileId, BufferRange) -> Plan + Send>,
+}
+
+/// Something asked for, whose answer comes in a later turn.
+pub struct Pending<T>(Asked<T>);
+
+impl<T> Pending<T> {
+    /// The answer, once.
+    #[must_use]
+    pub fn take(&self) -> Option<T> {
+        self.0.try_take()
+    }
+}
+
+/// See the module's header.
+pub struct SimEngine {
+    reactor: Option<Reactor<SimRing>>,
+    next_disk: u64,
+}
+
+impl SimEngine {
+    /// An engine over `ring`.
+    #[must_use]
+    pub fn new(ring: SimRing) -> Self {
+        Self { reactor: Some(Reactor::new(ring)), next_disk: 0 }
+    }
+
+    fn reactor(&self) -> &Reactor<SimRing> {
+        self.reactor.as_ref().expect("it has not died")
+    }
+
+    fn send(&self, command: Command<usize>) {
+        self.reactor().inbox().send(command);
+    }
+
+    /// Carry disk `file` of the world.
+    pub fn add_disk(
+        &mut self,
+        file: usize,
+        length: Length,
+        direct_alignment: Option<u32>,
+    ) -> (SimDisk, Pending<Result<(), Error>>) {
+        let id = DiskId(self.next_disk);
+        self.next_disk += 1;
+        let waker = self.reactor().ring().waker();
+        let disk = DiskShared::new(id, Arc::from(format!("disk{file}")), length, waker);
+        let (answer, asked) = ask();
+        let command = Command::AddDisk {
+            file,
+            direct_alignment,
+            disk: Arc::clone(&disk),
+            memory: CARRIER_BYTES,
+            answer,
+        };
+        self.send(command);
+        (SimDisk(disk), Pending(asked))
+    }
+
+    /// Start jobs at one instant.
+    pub fn start(
+        &mut self,
+        jobs: Vec<SimJob>,
+        on_failure: GroupFailure,
+        timeout: Duration,
+    ) -> (Vec<JobHandle>, Pending<Result<(), Error>>) {
+        let mut handles = Vec::new();
+        let make = |job: SimJob| {
+            let SimJob { disk, target, geometry, slots, depth, plan } = job;
+            let shared = Shared::new(Lifecycle::new(true, false), empty_progress(geometry.length().0), None);
+            handles.push(JobHandle::new(Arc::clone(&shared)));
+            let set = Arc::new(IntervalSet::new(geometry.clusters()).expect("memory for a test"));
+            let memory = u64::from(slots) * geometry.cluster_size().bytes();
+            let memory = u32::try_from(memory).expect("a small test");
+            NewJob { disk: disk.0.id(), target, geometry, set, shared, memory, depth, plan, at_end: None }
+        };
+        let jobs = jobs.into_iter().map(make).collect();
+        let (answer, asked) = ask();
+        self.send(Command::Start(NewGroup { jobs, on_failure, timeout, answer }));
+        (handles, Pending(asked))
+    }
+
+    /// A guest's request that the engine carries.
+    #[must_use]
+    pub fn io(&self, disk: &SimDisk, request: IoRequest) -> Pending<IoOutcome> {
+        let (answer, asked) = ask();
+        self.send(Command::Io { disk: disk.0.id(), request, answer });
+        Pending(asked)
+    }
+
+    /// A guest with an I/O path of its own tries to get its permit.
+    pub fn attempt(&self, disk: &SimDisk, range: ByteRange) -> Attempt {
+        attempt_unnested(disk.0.gate(), disk.0.jobs(), range)
+    }
+
+    /// Such a guest has clusters copied.
+    #[must_use]
+    pub fn copy(&self, job: JobId, clusters: ClusterRange) -> Pending<Result<(), Arc<Error>>> {
+        let (answer, asked) = ask();
+        self.send(Command::Copy { job, clusters, answer });
+        Pending(asked)
+    }
+
+    /// The first half of a turn: everything up to the wait.
+    #[must_use]
+    pub fn act(&mut self) -> Option<Wait> {
+        self.reactor.as_mut().expect("it has not died").act()
+    }
+
+    /// The second half.
+    pub fn wait(&mut self, wait: Wait) {
+        self.reactor.as_mut().expect("it has not died").wait(wait).expect("a simulated ring does not break");
+    }
+
+    /// The ring's clock.
+    #[must_use]
+    pub fn now(&self) -> Timestamp {
+        self.reactor().ring().now()
+    }
+
+    /// Operations pushed so far.
+    #[must_use]
+    pub fn pushed(&self) -> u64 {
+        self.reactor().ring().pushed()
+    }
+
+    /// The ring thread dies.
+    pub fn die(&mut self) {
+        self.reactor.take().expect("it dies once").die("killed by a test");
+    }
+}
