@@ -144,6 +144,9 @@ impl Copier {
             return self.release_guests();
         }
         self.time_out_guests(now);
+        if self.ending.is_some() {
+            return self.release_guests();
+        }
         while let Some(&id) = self.guests.ready.first() {
             if !self.serve(id, now) {
                 break;

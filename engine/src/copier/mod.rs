@@ -375,6 +375,13 @@ impl Copier {
         self.finished
     }
 
+    /// Clusters that the sweep has in flight.
+    #[cfg(feature = "sim")]
+    #[must_use]
+    pub fn sweep_in_flight(&self) -> u32 {
+        self.sweep_slots
+    }
+
     /// What has happened since the last call.
     pub fn take_events(&mut self) -> Vec<Event> {
         std::mem::take(&mut self.events)

@@ -158,6 +158,12 @@ pub enum PlantedBug {
     WakeUpLost,
     /// The last cluster that a guest's write touches is not copied first.
     TailForgotten,
+    /// A guest's discard is carried out at once, copied first or not.
+    DiscardNotCopied,
+    /// t0 is taken although a permit is out.
+    PermitOutAtT0,
+    /// A guest that had clusters copied for one job does not look at the jobs again.
+    NoSecondLook,
 }
 
 impl Plan {

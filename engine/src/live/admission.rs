@@ -43,6 +43,15 @@ pub fn attempt_unnested(gate: &Gate, jobs: &JobList, range: ByteRange) -> Attemp
     decide(gate.enter_unnested(), jobs, range)
 }
 
+/// A bug for tests to catch: a permit from one who does not ask what is copied.
+#[cfg(feature = "sim")]
+pub(super) fn attempt_without_a_look(gate: &Gate) -> Attempt {
+    match gate.enter_unnested() {
+        Entry::Admitted(pass) => Attempt::Granted(Permit { _pass: pass }),
+        Entry::AtBarrier => Attempt::AtBarrier,
+    }
+}
+
 #[inline]
 fn decide(entry: Entry, jobs: &JobList, range: ByteRange) -> Attempt {
     let Entry::Admitted(pass) = entry else { return Attempt::AtBarrier };

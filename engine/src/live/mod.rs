@@ -26,6 +26,8 @@ mod gate;
 mod jobs;
 mod latency;
 mod memory;
+#[cfg(feature = "sim")]
+mod planted;
 mod reactor;
 #[cfg(feature = "sim")]
 pub mod sim;

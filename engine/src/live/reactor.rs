@@ -24,12 +24,15 @@ use super::admission::{Permit, attempt_unnested};
 use super::ask::Answer;
 use super::carrier::{
     AdmissionHost, Attempt, Carrier, CarrierLimits, CarrierPlan, CopyWait, DiscardRule, IoId, IoOutcome,
+    IoRequest,
 };
 use super::command::{Command, GroupFailure, Inbox, NewGroup};
 use super::controller::Controller;
 use super::disk::DiskShared;
 use super::jobs::{JobId, Watch};
 use super::memory::Memory;
+#[cfg(feature = "sim")]
+use super::planted::Planted;
 use super::starts::Raised;
 use crate::copier::guests::CbwId;
 use crate::copier::plan::Side;
@@ -51,8 +54,27 @@ pub(super) struct Disk {
     memory: BufferRange,
     answers: BTreeMap<IoId, Answer<IoOutcome>>,
     next_io: u64,
+    /// More than the carrier takes at a time, in the order in which they came. Their buffers are their askers'.
+    surplus: VecDeque<(IoId, IoRequest, Timestamp)>,
     /// Its last handle is gone: it goes when nothing is left to do.
     closing: bool,
+}
+
+impl Disk {
+    /// Hand the carrier as many requests as it takes; `true`: there were some.
+    fn let_in(&mut self) -> bool {
+        let before = self.surplus.len();
+        while self.carrier.has_room()
+            && let Some((id, request, since)) = self.surplus.pop_front()
+        {
+            self.carrier.submit(id, request, since);
+        }
+        self.surplus.len() < before
+    }
+
+    fn is_idle(&self) -> bool {
+        self.carrier.is_idle() && self.surplus.is_empty()
+    }
 }
 
 pub(super) struct Job {
@@ -67,6 +89,8 @@ pub(super) struct Job {
     pub(super) on_failure: GroupFailure,
     asks: BTreeMap<CbwId, Asker>,
     next_ask: u64,
+    /// Operations on the ring.
+    in_flight: usize,
 }
 
 /// See the module's header.
@@ -83,10 +107,19 @@ pub(super) struct Reactor<R: Ring> {
     completions: Vec<Completion>,
     ops: Vec<(Token, Op)>,
     quit: bool,
+    /// Bounds of the carriers of disks to come.
+    pub(super) carrier_limits: CarrierLimits,
+    /// A bug put in on purpose, to see that the tests catch it.
+    #[cfg(feature = "sim")]
+    pub(super) planted: Planted,
 }
 
 /// Bytes of the arena that a carried disk gets.
 pub(super) const CARRIER_BYTES: u32 = 4 << 20;
+
+/// The part of the ring's places that jobs leave to the requests of guests, and the most that one job has.
+const DISKS_PART: usize = 4;
+const JOB_PART: usize = 8;
 
 impl<R: Ring> Reactor<R> {
     /// A loop over `ring`, whose arena it hands out to disks and jobs.
@@ -106,6 +139,9 @@ impl<R: Ring> Reactor<R> {
             completions: Vec::new(),
             ops: Vec::new(),
             quit: false,
+            carrier_limits: CarrierLimits::default(),
+            #[cfg(feature = "sim")]
+            planted: Planted::default(),
         }
     }
 
@@ -220,7 +256,7 @@ impl<R: Ring> Reactor<R> {
             file: side.clone(),
             length: shared.length(),
             buffers: memory,
-            limits: CarrierLimits::default(),
+            limits: self.carrier_limits,
         };
         let disk = Disk {
             side,
@@ -228,6 +264,7 @@ impl<R: Ring> Reactor<R> {
             memory,
             answers: BTreeMap::new(),
             next_io: 0,
+            surplus: VecDeque::new(),
             closing: false,
             shared,
         };
@@ -235,18 +272,13 @@ impl<R: Ring> Reactor<R> {
         Ok(())
     }
 
-    fn submit(
-        &mut self,
-        disk: DiskId,
-        request: super::carrier::IoRequest,
-        answer: Answer<IoOutcome>,
-        now: Timestamp,
-    ) {
+    fn submit(&mut self, disk: DiskId, request: IoRequest, answer: Answer<IoOutcome>, now: Timestamp) {
         let Some(disk) = self.disks.get_mut(&disk) else { return drop(answer) };
         let id = IoId(disk.next_io);
         disk.next_io += 1;
         disk.answers.insert(id, answer);
-        disk.carrier.submit(id, request, now);
+        disk.surplus.push_back((id, request, now));
+        disk.let_in();
         let id = disk.shared.id();
         for (_, job) in &mut self.jobs {
             if job.disk == id {
@@ -264,7 +296,12 @@ impl<R: Ring> Reactor<R> {
         let mut more = false;
         for (&id, disk) in &mut self.disks {
             let room = self.ring.capacity() - self.ring.in_flight();
-            let mut host = Host { disk: &disk.shared, jobs: &mut self.jobs };
+            let mut host = Host {
+                disk: &disk.shared,
+                jobs: &mut self.jobs,
+                #[cfg(feature = "sim")]
+                planted: &mut self.planted,
+            };
             more |= disk.carrier.poll(now, room, self.ring.arena_mut(), &mut host, &mut self.ops);
             for (token, op) in self.ops.drain(..) {
                 self.ring.push(token_of(Owner::Disk(id), token), op);
@@ -273,6 +310,7 @@ impl<R: Ring> Reactor<R> {
                 let answer = disk.answers.remove(&id).expect("every request has its answer");
                 answer.give(outcome);
             }
+            more |= disk.let_in();
         }
         more
     }
@@ -281,11 +319,15 @@ impl<R: Ring> Reactor<R> {
     fn poll_jobs(&mut self, now: Timestamp) -> bool {
         let mut more = false;
         let mut failed_groups = Vec::new();
+        let capacity = self.ring.capacity();
         for (index, job) in &mut self.jobs {
-            let room = self.ring.capacity() - self.ring.in_flight();
+            // Whatever a job's target does not answer leaves places on the ring to the guests and to the other jobs.
+            let left = (capacity - capacity / DISKS_PART).saturating_sub(self.ring.in_flight());
+            let room = (capacity / JOB_PART).max(1).saturating_sub(job.in_flight).min(left);
             let allowance = job.controller.allowance(now, job.runner.copier.counters().done);
             job.runner.copier.set_sweep_limit(allowance.clusters, allowance.run);
             more |= job.runner.poll(now, room, &mut self.ops);
+            job.in_flight += self.ops.len();
             for (token, op) in self.ops.drain(..) {
                 self.ring.push(token_of(Owner::Job(index), token), op);
             }
@@ -338,11 +380,14 @@ impl<R: Ring> Reactor<R> {
     /// Whether a disk was removed.
     fn remove_closed_disks(&mut self) -> bool {
         let jobs = &self.jobs;
-        let used = |id: DiskId| jobs.iter().any(|(_, job)| job.disk == id);
+        let raised = self.raised.as_ref();
+        let used = |id: DiskId| {
+            jobs.iter().any(|(_, job)| job.disk == id) || raised.is_some_and(|raised| raised.needs(id))
+        };
         let gone: Vec<DiskId> = self
             .disks
             .iter()
-            .filter(|(id, disk)| disk.closing && disk.carrier.is_idle() && !used(**id))
+            .filter(|(id, disk)| disk.closing && disk.is_idle() && !used(**id))
             .map(|(&id, _)| id)
             .collect();
         for id in &gone {
@@ -362,6 +407,7 @@ impl<R: Ring> Reactor<R> {
                 disk.carrier.on_completion(completion, self.ring.arena_mut(), now);
             }
             Owner::Job(index) => {
+                self.jobs[index].in_flight -= 1;
                 self.jobs[index].runner.on_completion(completion, self.ring.arena(), now);
             }
         }
@@ -392,6 +438,7 @@ impl<R: Ring> Reactor<R> {
             on_failure,
             asks: BTreeMap::new(),
             next_ask: 0,
+            in_flight: 0,
         };
         self.jobs.insert(entry);
     }
@@ -463,6 +510,8 @@ fn ask_job(jobs: &mut Slab<Job>, id: JobId, clusters: ClusterRange, asker: Asker
 struct Host<'a> {
     disk: &'a DiskShared,
     jobs: &'a mut Slab<Job>,
+    #[cfg(feature = "sim")]
+    planted: &'a mut Planted,
 }
 
 impl AdmissionHost for Host<'_> {
@@ -470,10 +519,18 @@ impl AdmissionHost for Host<'_> {
 
     fn attempt(&mut self, range: ByteRange) -> Attempt<Permit> {
         use super::admission::Attempt as Found;
-        match attempt_unnested(self.disk.gate(), self.disk.jobs(), range) {
+        #[cfg(feature = "sim")]
+        let planted = self.planted.pass(self.disk.id(), self.disk.gate(), range);
+        #[cfg(not(feature = "sim"))]
+        let planted = None;
+        match planted.unwrap_or_else(|| attempt_unnested(self.disk.gate(), self.disk.jobs(), range)) {
             Found::Granted(permit) => Attempt::Granted(permit),
             Found::AtBarrier => Attempt::AtBarrier,
-            Found::Copy(job, clusters) => Attempt::Copy(job, clusters),
+            Found::Copy(job, clusters) => {
+                #[cfg(feature = "sim")]
+                self.planted.looked(self.disk.id(), range);
+                Attempt::Copy(job, clusters)
+            }
         }
     }
 
@@ -482,6 +539,10 @@ impl AdmissionHost for Host<'_> {
     }
 
     fn discards(&mut self, range: ByteRange) -> DiscardRule {
+        #[cfg(feature = "sim")]
+        if self.planted.discards(range) {
+            return DiscardRule { now: Some(range) };
+        }
         DiscardRule { now: self.disk.jobs().first_done(range) }
     }
 }

@@ -9,13 +9,13 @@ use std::time::Duration;
 use super::DiskId;
 use super::admission::{Attempt, attempt_unnested};
 use super::ask::{Asked, ask};
-use super::carrier::{IoOutcome, IoRequest};
+use super::carrier::{CarrierLimits, IoOutcome, IoRequest};
 use super::command::{Command, GroupFailure, NewGroup, NewJob};
 use super::controller::SweepDepth;
 use super::disk::DiskShared;
 use super::jobs::JobId;
 use super::reactor::{CARRIER_BYTES, Reactor};
-use crate::copier::plan::{Plan, Side};
+use crate::copier::plan::{Plan, PlantedBug, Side};
 use crate::error::Error;
 use crate::interval_set::IntervalSet;
 use crate::job::handle::Shared;
@@ -60,13 +60,29 @@ impl<T> Pending<T> {
 pub struct SimEngine {
     reactor: Option<Reactor<SimRing>>,
     next_disk: u64,
+    carrier_bytes: u32,
 }
 
 impl SimEngine {
     /// An engine over `ring`.
     #[must_use]
     pub fn new(ring: SimRing) -> Self {
-        Self { reactor: Some(Reactor::new(ring)), next_disk: 0 }
+        Self { reactor: Some(Reactor::new(ring)), next_disk: 0, carrier_bytes: CARRIER_BYTES }
+    }
+
+    /// Put a bug in, or none.
+    pub fn plant(&mut self, bug: Option<PlantedBug>) {
+        self.reactor_mut().planted.bug = bug;
+    }
+
+    /// Bounds, and bytes of the arena, of the carriers of disks to come.
+    pub fn set_carrier(&mut self, limits: CarrierLimits, bytes: u32) {
+        self.reactor_mut().carrier_limits = limits;
+        self.carrier_bytes = bytes;
+    }
+
+    fn reactor_mut(&mut self) -> &mut Reactor<SimRing> {
+        self.reactor.as_mut().expect("it has not died")
     }
 
     fn reactor(&self) -> &Reactor<SimRing> {
@@ -93,7 +109,7 @@ impl SimEngine {
             file,
             direct_alignment,
             disk: Arc::clone(&disk),
-            memory: CARRIER_BYTES,
+            memory: self.carrier_bytes,
             answer,
         };
         self.send(command);
@@ -131,9 +147,34 @@ impl SimEngine {
         Pending(asked)
     }
 
-    /// A guest with an I/O path of its own tries to get its permit.
-    pub fn attempt(&self, disk: &SimDisk, range: ByteRange) -> Attempt {
-        attempt_unnested(disk.0.gate(), disk.0.jobs(), range)
+    /// A guest with an I/O path of its own tries to get its permit. Goes on when the engine has died.
+    pub fn attempt(&mut self, disk: &SimDisk, range: ByteRange) -> Attempt {
+        let gate = disk.0.gate();
+        let planted = self.reactor.as_mut().map(|reactor| &mut reactor.planted);
+        let Some(planted) = planted else { return attempt_unnested(gate, disk.0.jobs(), range) };
+        if let Some(attempt) = planted.pass(disk.0.id(), gate, range) {
+            return attempt;
+        }
+        let attempt = attempt_unnested(gate, disk.0.jobs(), range);
+        if matches!(attempt, Attempt::Copy(..)) {
+            planted.looked(disk.0.id(), range);
+        }
+        attempt
+    }
+
+    /// The last handle of a disk is gone.
+    pub fn remove_disk(&self, disk: &SimDisk) {
+        self.send(Command::RemoveDisk { disk: disk.0.id() });
+    }
+
+    /// The last handle of the engine is gone.
+    pub fn quit(&self) {
+        self.send(Command::Quit);
+    }
+
+    /// Of each job, by its target's number: clusters that its sweep has in flight.
+    pub fn sweeps(&self) -> impl Iterator<Item = (usize, u32)> {
+        self.reactor().sweeps()
     }
 
     /// Such a guest has clusters copied.
@@ -147,12 +188,12 @@ impl SimEngine {
     /// The first half of a turn: everything up to the wait.
     #[must_use]
     pub fn act(&mut self) -> Option<Wait> {
-        self.reactor.as_mut().expect("it has not died").act()
+        self.reactor_mut().act()
     }
 
     /// The second half.
     pub fn wait(&mut self, wait: Wait) {
-        self.reactor.as_mut().expect("it has not died").wait(wait).expect("a simulated ring does not break");
+        self.reactor_mut().wait(wait).expect("a simulated ring does not break");
     }
 
     /// The ring's clock.
@@ -167,8 +208,20 @@ impl SimEngine {
         self.reactor().ring().pushed()
     }
 
+    /// Operations in flight.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.reactor().ring().in_flight()
+    }
+
     /// The ring thread dies.
     pub fn die(&mut self) {
         self.reactor.take().expect("it dies once").die("killed by a test");
+    }
+}
+
+impl Reactor<SimRing> {
+    fn sweeps(&self) -> impl Iterator<Item = (usize, u32)> {
+        self.jobs.iter().map(|(_, job)| (self.ring.disk_of(job.target), job.runner.copier.sweep_in_flight()))
     }
 }

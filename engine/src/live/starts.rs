@@ -37,6 +37,11 @@ impl Raised {
     pub(super) fn deadline(&self) -> Timestamp {
         self.deadline
     }
+
+    /// Whether one of its jobs is to copy `disk`.
+    pub(super) fn needs(&self, disk: DiskId) -> bool {
+        self.disks.contains(&disk)
+    }
 }
 
 impl<R: Ring> Reactor<R> {
@@ -45,6 +50,8 @@ impl<R: Ring> Reactor<R> {
         loop {
             if let Some(raised) = self.raised.take() {
                 let drained = raised.disks.iter().all(|disk| self.disks[disk].shared.gate().is_drained());
+                #[cfg(feature = "sim")]
+                let drained = drained || self.planted.has(crate::copier::plan::PlantedBug::PermitOutAtT0);
                 if drained {
                     self.take_t0(raised);
                 } else if now >= raised.deadline {
@@ -92,7 +99,10 @@ impl<R: Ring> Reactor<R> {
         now: Timestamp,
     ) -> Result<NewlyMade, Error> {
         let NewJob { disk: id, target, geometry, set, shared, memory, depth, plan, at_end } = job;
-        let Some(disk) = self.disks.get(&id) else { return Err(super::command::gone()) };
+        let Some(disk) = self.disks.get(&id) else {
+            let reason = "its disk has left the engine";
+            return Err(Error::refused(Refusal::Unavailable, Operation::Copy, "disk", reason));
+        };
         let name = disk.shared.name().to_string();
         let refused = |reason: &'static str| {
             Error::refused(Refusal::Unavailable, Operation::Copy, name.clone(), reason)

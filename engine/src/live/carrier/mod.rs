@@ -249,7 +249,7 @@ impl<P> Carrier<P> {
     /// # Panics
     /// If there are too many, or a read's buffer is not as long as its range.
     pub fn submit(&mut self, id: IoId, request: IoRequest, now: Timestamp) {
-        assert!(self.requests_under_way() < self.plan.limits.requests, "the caller bounds its requests");
+        assert!(self.has_room(), "the caller bounds its requests");
         let (body, mut range) = match request {
             IoRequest::Read { range, buffer } => (Body::Read(buffer), range),
             IoRequest::Write { offset, data } => {
@@ -363,6 +363,12 @@ impl<P> Carrier<P> {
     #[must_use]
     pub fn requests_under_way(&self) -> usize {
         self.requests.len() - usize::from(self.background.running)
+    }
+
+    /// Whether one more request may be submitted.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.requests_under_way() < self.plan.limits.requests
     }
 
     /// Bytes of discards that were put off and not carried out yet.

@@ -1,0 +1,95 @@
+//! What random runs seldom meet, or would not notice.
+
+use std::time::Duration;
+
+use engine::live::SweepDepth;
+use engine::modes::CbwErrorPolicy;
+
+use crate::run::{Ended, run};
+use crate::scenario::{JobSpec, Operator, Path, Scenario, Stuck};
+
+fn ended(scenario: &Scenario) -> Ended {
+    run(scenario).unwrap_or_else(|wrong| panic!("{wrong}"))
+}
+
+/// A scenario in which guests meet a job that gets nowhere.
+fn busy(seed: u64, path: Path) -> Scenario {
+    let mut scenario = Scenario::plain(seed, path);
+    scenario.disks[0].requests = 60;
+    scenario.starts[0].at = Duration::ZERO;
+    scenario
+}
+
+#[test]
+fn guests_do_not_wait_for_a_sweep_that_is_throttled() {
+    for (seed, path) in [(41, Path::Carried), (42, Path::Own)] {
+        let mut scenario = busy(seed, path);
+        // A cluster every 80 s.
+        scenario.starts[0].jobs[0].speed = Some(100);
+        scenario.starts[0].jobs[0].cancel_at = Some(Duration::from_secs(5));
+        let ended = ended(&scenario);
+        assert!(ended.longest < Duration::from_millis(400), "{:?}", ended.longest);
+        // Guests have copied it all, or it was far from its end.
+        assert!(ended.seen.cancelled + ended.seen.complete == 1, "{:?}", ended.seen);
+    }
+}
+
+#[test]
+fn guests_are_served_while_the_sweep_is_paused() {
+    for (seed, path) in [(43, Path::Carried), (44, Path::Own)] {
+        let mut scenario = busy(seed, path);
+        scenario.operator = Operator::Pauses;
+        let ended = ended(&scenario);
+        assert!(ended.longest < Duration::from_millis(400), "{:?}", ended.longest);
+        assert!(ended.seen.complete == 1 && ended.seen.complete_late == 1, "{:?}", ended.seen);
+    }
+}
+
+/// A target that does not answer, and a source of which every second block is a hole, so that each cluster is many operations.
+#[test]
+fn a_target_that_is_stuck_leaves_places_on_the_ring_to_guests_of_others() {
+    let mut scenario = busy(45, Path::Carried);
+    scenario.disks[0].length = 64 * 65_536;
+    scenario.disks[0].crumbled = true;
+    scenario.disks.push(scenario.disks[0].clone());
+    scenario.disks[0].requests = 0;
+    let job = |disk| JobSpec {
+        slots: 16,
+        max_run: 4,
+        depth: SweepDepth::Fixed(14),
+        ..JobSpec::plain(disk, 65_536)
+    };
+    let stuck = Stuck { from: Duration::ZERO, until: None };
+    let cancel_at = Some(Duration::from_secs(20));
+    scenario.starts[0].jobs = vec![JobSpec { stuck: Some(stuck), cancel_at, ..job(0) }, job(1)];
+    scenario.capacity = 64;
+    let ended = ended(&scenario);
+    assert!(ended.longest < Duration::from_secs(2), "{:?}", ended.longest);
+    assert!(ended.seen.complete == 1, "{:?}", ended.seen);
+}
+
+#[test]
+fn a_guest_outlasts_a_target_that_is_stuck() {
+    for (seed, on_cbw_error) in [(46, CbwErrorPolicy::BreakGuestWrite), (47, CbwErrorPolicy::BreakSnapshot)] {
+        let mut scenario = busy(seed, Path::Both);
+        let job = &mut scenario.starts[0].jobs[0];
+        job.stuck = Some(Stuck { from: Duration::from_millis(1), until: None });
+        job.on_cbw_error = on_cbw_error;
+        job.cbw_timeout = Some(Duration::from_millis(100));
+        job.cancel_at = Some(Duration::from_secs(100));
+        let ended = ended(&scenario);
+        let broken = ended.seen.failed + ended.seen.refused;
+        assert_eq!(broken > 0, on_cbw_error == CbwErrorPolicy::BreakGuestWrite, "{:?}", ended.seen);
+    }
+}
+
+#[test]
+fn a_disk_may_be_let_go_while_its_copy_starts() {
+    let mut scenario = Scenario::plain(48, Path::Own);
+    scenario.disks[0].requests = 1;
+    scenario.disks[0].leaves_early = true;
+    for at in 0..60 {
+        scenario.starts[0].at = Duration::from_micros(10 * at);
+        ended(&scenario);
+    }
+}

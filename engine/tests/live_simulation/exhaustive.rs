@@ -1,0 +1,99 @@
+//! One fault at every single operation, one cancel or death at every single turn, with guests writing.
+
+use std::time::Duration;
+
+use engine::copy::ErrorPolicy;
+use engine::modes::CbwErrorPolicy;
+use engine::ring::sim::{Fault, FaultPlan};
+use nix::errno::Errno;
+
+use crate::run::{Ended, Script, run, run_script};
+use crate::scenario::{Path, Scenario};
+
+const FAULTS: [Fault; 7] = [
+    Fault::Short,
+    Fault::Errno(Errno::EIO),
+    Fault::Errno(Errno::ENOSPC),
+    Fault::Errno(Errno::EAGAIN),
+    Fault::Errno(Errno::EINTR),
+    Fault::Errno(Errno::ECANCELED),
+    Fault::Errno(Errno::EOPNOTSUPP),
+];
+
+/// A small disk under guests, and a copy that starts early.
+fn small(path: Path, seed: u64) -> Scenario {
+    let mut scenario = Scenario::plain(seed, path);
+    scenario.disks[0].requests = 14;
+    scenario.disks[0].pace = Duration::from_micros(200);
+    scenario.disks[0].length = 15 * 8192 + 1536 + 7;
+    scenario.starts[0].at = Duration::from_micros(500);
+    scenario
+}
+
+fn scenarios() -> Vec<Scenario> {
+    let mut all = vec![small(Path::Carried, 31), small(Path::Own, 32), small(Path::Both, 33)];
+    all[0].starts[0].jobs[0].target_is_zero = false;
+    all[0].starts[0].jobs[0].target.fixed_length = true;
+    all[1].starts[0].jobs[0].target.direct_alignment = None;
+    let second = all[2].starts[0].jobs[0].clone();
+    all[2].starts[0].jobs.push(second);
+    all
+}
+
+fn calm(scenario: &Scenario) -> Ended {
+    let ended = run(scenario).unwrap_or_else(|wrong| panic!("{wrong}"));
+    assert!(ended.operations > 25 && ended.seen.complete_late > 0, "a run of some substance: {ended:?}");
+    ended
+}
+
+#[test]
+fn every_single_fault_at_every_operation() {
+    for scenario in scenarios() {
+        let operations = calm(&scenario).operations;
+        let policies = [
+            (ErrorPolicy::Report, CbwErrorPolicy::BreakSnapshot),
+            (ErrorPolicy::Stop, CbwErrorPolicy::BreakGuestWrite),
+            (ErrorPolicy::Ignore, CbwErrorPolicy::BreakGuestWrite),
+        ];
+        for (policy, on_cbw_error) in policies {
+            for (operation, fault) in (0..operations).flat_map(|at| FAULTS.map(|fault| (at, fault))) {
+                let mut scenario = scenario.clone();
+                for job in &mut scenario.starts[0].jobs {
+                    job.source_policy = policy;
+                    job.target_policy = policy;
+                    job.on_cbw_error = on_cbw_error;
+                }
+                scenario.faults = FaultPlan::single(operation, fault);
+                let ended = run(&scenario);
+                let ended = ended.unwrap_or_else(|wrong| panic!("{fault:?} at {operation}: {wrong}"));
+                let failed = ended.seen.failed_jobs + ended.seen.failed + ended.seen.refused;
+                assert!(failed <= 2, "{fault:?} at {operation}: one fault, {:?}", ended.seen);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_cancel_at_every_turn() {
+    for scenario in scenarios() {
+        let turns = calm(&scenario).turns;
+        let mut cancelled = 0;
+        for turn in 0..turns {
+            let script = Script { cancel_at: Some(turn), ..Script::default() };
+            let ended = run_script(&scenario, script);
+            cancelled += ended.unwrap_or_else(|wrong| panic!("cancelled at {turn}: {wrong}")).seen.cancelled;
+        }
+        assert!(cancelled > 20, "{cancelled} of {turns}");
+    }
+}
+
+#[test]
+fn a_death_at_every_turn() {
+    for scenario in scenarios() {
+        let turns = calm(&scenario).turns;
+        for turn in 0..turns {
+            let script = Script { die_at: Some(turn), ..Script::default() };
+            run_script(&scenario, script).unwrap_or_else(|wrong| panic!("dead at {turn}: {wrong}"));
+        }
+    }
+}

@@ -1,0 +1,409 @@
+//! The guests of a live disk: those whose I/O the engine carries, and those who take permits and write by themselves.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use engine::error::Error;
+use engine::live::carrier::{IoOutcome, IoRequest};
+use engine::live::sim::{Pending, SimDisk, SimEngine};
+use engine::live::{Attempt, Permit};
+use engine::ring::sim::SharedWorld;
+use engine::units::{ByteRange, Timestamp};
+use fastrand::Rng;
+
+use crate::scenario::{BLOCK, DiskSpec, Path};
+use crate::seen::Seen;
+use crate::shadow::{Content, RequestId, Shadow, data};
+
+/// What a guest waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Read,
+    /// Also zeros.
+    Write,
+    Discard,
+    Flush,
+}
+
+/// A request that the engine carries.
+struct Carried {
+    kind: Kind,
+    pending: Pending<IoOutcome>,
+    since: Timestamp,
+}
+
+/// What one who writes by himself does once he may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Act {
+    Write,
+    /// Whole blocks become holes.
+    Punch,
+    /// He changes his mind.
+    Nothing,
+}
+
+enum Stage {
+    /// Tries to get his permit, not before this.
+    Trying(Timestamp),
+    Copying(Pending<Result<(), Arc<Error>>>),
+    /// Writes at that time.
+    Holding {
+        _permit: Permit,
+        until: Timestamp,
+    },
+}
+
+struct Own {
+    id: RequestId,
+    range: ByteRange,
+    act: Act,
+    stage: Stage,
+    since: Timestamp,
+}
+
+/// The guests of one disk. See the module's header.
+pub(crate) struct Guests {
+    pub(crate) disk: SimDisk,
+    number: usize,
+    spec: DiskSpec,
+    rng: Rng,
+    shadow: Shadow,
+    carried: BTreeMap<RequestId, Carried>,
+    own: Vec<Own>,
+    submitted: u64,
+    next_at: Timestamp,
+    /// Whether a flush that succeeds has brought everything to the medium.
+    pub(crate) flushes_hold: bool,
+    /// Longest wait of a request.
+    pub(crate) longest: Duration,
+}
+
+impl Guests {
+    pub(crate) fn new(disk: SimDisk, number: usize, spec: &DiskSpec, initial: Vec<u8>, seed: u64) -> Self {
+        Self {
+            disk,
+            number,
+            spec: spec.clone(),
+            rng: Rng::with_seed(seed),
+            shadow: Shadow::new(initial),
+            carried: BTreeMap::new(),
+            own: Vec::new(),
+            submitted: 0,
+            next_at: Timestamp::default(),
+            flushes_hold: true,
+            longest: Duration::ZERO,
+        }
+    }
+
+    fn under_way(&self) -> usize {
+        self.carried.len() + self.own.len()
+    }
+
+    fn may_submit(&self) -> bool {
+        self.submitted < self.spec.requests && self.under_way() < self.spec.at_a_time
+    }
+
+    /// Whether they have done all that they want.
+    pub(crate) fn are_gone(&self) -> bool {
+        self.submitted == self.spec.requests && self.under_way() == 0
+    }
+
+    /// When they do something next of their own accord.
+    pub(crate) fn next_event(&self) -> Option<Timestamp> {
+        let own = self.own.iter().filter_map(|own| match own.stage {
+            Stage::Trying(at) | Stage::Holding { until: at, .. } => Some(at),
+            Stage::Copying(_) => None,
+        });
+        own.chain(self.may_submit().then_some(self.next_at)).min()
+    }
+
+    /// Do what is due at `now`, before the engine's turn.
+    pub(crate) fn act(
+        &mut self,
+        engine: &mut SimEngine,
+        world: &SharedWorld,
+        now: Timestamp,
+        seen: &mut Seen,
+    ) {
+        while self.may_submit() && self.next_at <= now {
+            self.next_at = now.after(self.random_time(self.spec.pace * 2));
+            self.submit(engine, now);
+        }
+        let mut at = 0;
+        while at < self.own.len() {
+            if self.step(at, engine, world, now, seen) {
+                at += 1;
+            } else {
+                self.own.swap_remove(at);
+            }
+        }
+        self.leave(seen);
+    }
+
+    fn random_time(&mut self, most: Duration) -> Duration {
+        Duration::from_nanos(self.rng.u64(..=u64::try_from(most.as_nanos()).unwrap()))
+    }
+
+    /// Somebody goes without waiting for his answer; what he asked for may happen or not.
+    fn leave(&mut self, seen: &mut Seen) {
+        if self.rng.u8(..200) > 0 || self.carried.is_empty() {
+            return;
+        }
+        let at = self.rng.usize(..self.carried.len());
+        let id = *self.carried.keys().nth(at).expect("so many");
+        let gone = self.carried.remove(&id).expect("just seen");
+        seen.left += 1;
+        if matches!(gone.kind, Kind::Read | Kind::Flush) {
+            self.shadow.looked(id, None).expect("nothing was found");
+        }
+    }
+
+    /// A range of this kind's part of the disk.
+    fn range(&mut self, own: bool) -> ByteRange {
+        let split = self.spec.length / 2 / BLOCK * BLOCK;
+        let part = match (self.spec.path, own) {
+            (Path::Both, true) => ByteRange::between(split, self.spec.length),
+            (Path::Both, false) => ByteRange::between(0, split),
+            _ => ByteRange::between(0, self.spec.length),
+        };
+        let rng = &mut self.rng;
+        let most = [700, 5000, 20_000, 80_000][rng.usize(..4)].min(part.length);
+        let start = part.offset + rng.u64(..part.length.max(1));
+        let mut range = ByteRange::new(start, rng.u64(..=most));
+        if rng.u8(..3) == 0 {
+            let unit = [512, BLOCK][rng.usize(..2)];
+            range = ByteRange::new(start / unit * unit, range.length.next_multiple_of(unit));
+        }
+        ByteRange::between(range.offset.min(part.end()), range.end().min(part.end()))
+    }
+
+    fn submit(&mut self, engine: &SimEngine, now: Timestamp) {
+        let id = RequestId(self.submitted);
+        self.submitted += 1;
+        let own = match self.spec.path {
+            Path::Carried => false,
+            Path::Own => true,
+            Path::Both => self.rng.bool(),
+        };
+        let range = self.range(own);
+        if own {
+            return self.submit_own(id, range, now);
+        }
+        let bytes = usize::try_from(range.length).unwrap();
+        let (kind, request) = match self.rng.u8(..20) {
+            0..9 => (Kind::Write, IoRequest::Write { offset: range.offset, data: data(id, range) }),
+            9..13 => (Kind::Read, IoRequest::Read { range, buffer: vec![0xEE; bytes] }),
+            13..16 => (Kind::Discard, IoRequest::Discard { range }),
+            16..19 => (Kind::Write, IoRequest::WriteZeroes { range, may_unmap: self.rng.bool() }),
+            _ => (Kind::Flush, IoRequest::Flush),
+        };
+        match (kind, &request) {
+            (Kind::Write, IoRequest::Write { .. }) => self.shadow.change(id, range, Content::Data(id)),
+            (Kind::Write, _) => self.shadow.change(id, range, Content::Zeros),
+            (Kind::Discard, _) => self.shadow.change(id, range, Content::Undefined),
+            (Kind::Read, _) => self.shadow.look(id, range),
+            (Kind::Flush, _) => self.shadow.look(id, ByteRange::new(0, self.spec.length)),
+        }
+        let pending = engine.io(&self.disk, request);
+        self.carried.insert(id, Carried { kind, pending, since: now });
+    }
+
+    fn submit_own(&mut self, id: RequestId, mut range: ByteRange, now: Timestamp) {
+        let act = match self.rng.u8(..8) {
+            0 => Act::Nothing,
+            1 | 2 => Act::Punch,
+            _ => Act::Write,
+        };
+        if act == Act::Punch {
+            let start = range.offset.next_multiple_of(BLOCK);
+            range = ByteRange::between(start, (range.end() / BLOCK * BLOCK).max(start));
+        }
+        if !range.is_empty() {
+            self.own.push(Own { id, range, act, stage: Stage::Trying(now), since: now });
+        }
+    }
+
+    /// One who writes by himself does what he can; `false`: he is through.
+    fn step(
+        &mut self,
+        at: usize,
+        engine: &mut SimEngine,
+        world: &SharedWorld,
+        now: Timestamp,
+        seen: &mut Seen,
+    ) -> bool {
+        let hold = self.random_time(self.spec.hold);
+        let pause = Duration::from_micros(self.rng.u64(10..500));
+        let gives_up = self.rng.u16(..500) == 0;
+        let own = &mut self.own[at];
+        match &mut own.stage {
+            Stage::Trying(due) if *due <= now => match engine.attempt(&self.disk, own.range) {
+                Attempt::Granted(permit) => {
+                    seen.granted += 1;
+                    own.stage = Stage::Holding { _permit: permit, until: now.after(hold) };
+                }
+                Attempt::AtBarrier => {
+                    seen.at_barrier += 1;
+                    own.stage = Stage::Trying(now.after(pause));
+                }
+                Attempt::Copy(job, clusters) => {
+                    seen.copies += 1;
+                    own.stage = Stage::Copying(engine.copy(job, clusters));
+                }
+            },
+            // He does not wait; the copy goes on.
+            Stage::Copying(_) if gives_up => return false,
+            Stage::Holding { until, .. } if *until <= now => {
+                let Own { id, range, act, .. } = *own;
+                Self::write(&mut self.shadow, self.number, world, id, range, act);
+                self.longest = self.longest.max(now.since(own.since));
+                return false;
+            }
+            Stage::Trying(_) | Stage::Copying(_) | Stage::Holding { .. } => {}
+        }
+        true
+    }
+
+    fn write(
+        shadow: &mut Shadow,
+        number: usize,
+        world: &SharedWorld,
+        id: RequestId,
+        range: ByteRange,
+        act: Act,
+    ) {
+        let mut world = world.borrow_mut();
+        let disk = world.disk(number);
+        match act {
+            Act::Write => {
+                disk.fill(range.offset, &data(id, range));
+                shadow.change_now(id, range, Content::Data(id));
+            }
+            Act::Punch => {
+                disk.punch(range.offset / BLOCK..range.end() / BLOCK);
+                shadow.change_now(id, range, Content::Zeros);
+            }
+            Act::Nothing => {}
+        }
+    }
+
+    /// Take in the answers that the engine has given by `now`. `may_fail`: whether anything was made to fail.
+    pub(crate) fn take_answers(
+        &mut self,
+        world: &SharedWorld,
+        now: Timestamp,
+        may_fail: bool,
+        seen: &mut Seen,
+    ) -> Result<(), String> {
+        let ids: Vec<RequestId> = self.carried.keys().copied().collect();
+        for id in ids {
+            let Some(outcome) = self.carried[&id].pending.take() else { continue };
+            let Carried { kind, since, .. } = self.carried.remove(&id).expect("just seen");
+            self.longest = self.longest.max(now.since(since));
+            self.take_outcome(id, kind, outcome, world, may_fail, seen)
+                .map_err(|wrong| format!("disk {}, {kind:?} {id:?}: {wrong}", self.number))?;
+        }
+        for own in &mut self.own {
+            let Stage::Copying(pending) = &own.stage else { continue };
+            match pending.take() {
+                None => {}
+                Some(Ok(())) => own.stage = Stage::Trying(now),
+                Some(Err(_)) if may_fail => {
+                    seen.refused += 1;
+                    // He does without.
+                    own.stage = Stage::Trying(now);
+                    own.range = ByteRange::new(own.range.offset, 0);
+                }
+                Some(Err(error)) => return Err(format!("a copy for {} failed: {error}", own.range)),
+            }
+        }
+        self.own.retain(|own| !own.range.is_empty());
+        Ok(())
+    }
+
+    fn take_outcome(
+        &mut self,
+        id: RequestId,
+        kind: Kind,
+        outcome: IoOutcome,
+        world: &SharedWorld,
+        may_fail: bool,
+        seen: &mut Seen,
+    ) -> Result<(), String> {
+        let result = outcome.result;
+        if let Err(error) = &result {
+            seen.failed += 1;
+            if !may_fail {
+                return Err(format!("failed for no reason: {error}"));
+            }
+        }
+        match kind {
+            Kind::Write | Kind::Discard => self.shadow.changed(id, result.is_ok()),
+            Kind::Read => {
+                seen.read += u64::from(result.is_ok());
+                self.shadow.looked(id, result.ok().as_deref())?;
+            }
+            Kind::Flush => {
+                let whole = result.is_ok() && self.flushes_hold;
+                seen.flushed += u64::from(whole);
+                let medium = whole.then(|| world.borrow_mut().disk(self.number).medium().to_vec());
+                self.shadow.looked(id, medium.as_deref())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The engine has died: everybody has an answer, and whoever writes by himself goes on.
+    pub(crate) fn outlive(
+        &mut self,
+        engine: &mut SimEngine,
+        world: &SharedWorld,
+        now: Timestamp,
+        seen: &mut Seen,
+    ) -> Result<(), String> {
+        let copying = self.own.iter().filter(|own| matches!(own.stage, Stage::Copying(_))).count();
+        let carried = self.carried.len();
+        for (id, Carried { kind, pending, .. }) in std::mem::take(&mut self.carried) {
+            let outcome = pending.take().ok_or_else(|| format!("{kind:?} {id:?} waits for the dead"))?;
+            // What had ended before may be told yet.
+            self.take_outcome(id, kind, outcome, world, true, seen)?;
+        }
+        let own_before = self.own.len();
+        self.take_answers(world, now, true, seen)?;
+        if self.own.iter().any(|own| matches!(own.stage, Stage::Copying(_))) {
+            return Err("a copy waits for the dead".into());
+        }
+        seen.orphaned += (carried + copying) as u64;
+        if own_before != self.own.len() {
+            return Err("a copy that nobody makes any more keeps a guest from writing".into());
+        }
+        for mut own in std::mem::take(&mut self.own) {
+            if !matches!(own.stage, Stage::Holding { .. }) {
+                let Attempt::Granted(permit) = engine.attempt(&self.disk, own.range) else {
+                    return Err(format!("{} waits for the dead", own.range));
+                };
+                own.stage = Stage::Holding { _permit: permit, until: now };
+            }
+            Self::write(&mut self.shadow, self.number, world, own.id, own.range, own.act);
+        }
+        Ok(())
+    }
+
+    /// Whether the disk holds what the guests left there.
+    pub(crate) fn check(&mut self, world: &SharedWorld) -> Result<(), String> {
+        let view = world.borrow_mut().disk(self.number).view().to_vec();
+        self.shadow.check(&view).map_err(|wrong| format!("disk {}: {wrong}", self.number))
+    }
+
+    /// Who still waits, for messages.
+    pub(crate) fn tell(&self) -> String {
+        let carried: Vec<_> = self.carried.iter().map(|(id, carried)| (id, carried.kind)).collect();
+        let own = self.own.iter().map(|own| match &own.stage {
+            Stage::Trying(_) => format!("{} tries", own.range),
+            Stage::Copying(_) => format!("{} copies", own.range),
+            Stage::Holding { .. } => format!("{} holds", own.range),
+        });
+        format!("disk {}: {carried:?} {:?}", self.number, own.collect::<Vec<_>>())
+    }
+}

@@ -1,0 +1,179 @@
+//! Whether a job's word is true.
+
+use std::time::Duration;
+
+use engine::job::{JobHandle, JobResult, Outcome, Status};
+use engine::live::SweepDepth;
+use engine::ring::sim::SharedWorld;
+use engine::units::{ByteRange, Timestamp};
+
+use crate::scenario::{JobSpec, Scenario};
+use crate::seen::Seen;
+
+/// A job that was asked for, and what is known of it.
+pub(crate) struct Job {
+    pub(crate) spec: JobSpec,
+    pub(crate) handle: JobHandle,
+    /// Its target's number in the world.
+    pub(crate) target: usize,
+    /// What the target held before.
+    before: Vec<u8>,
+    /// The disk at t0, once that was taken.
+    pub(crate) t0: Option<Vec<u8>>,
+    pub(crate) ended: bool,
+    /// Never starts: its start was refused.
+    pub(crate) refused: bool,
+    /// Somebody has asked for its end, or for that of its group.
+    pub(crate) cancel_asked: bool,
+    /// Another of its group may take it along.
+    pub(crate) may_be_taken_along: bool,
+    done: u64,
+}
+
+impl Job {
+    pub(crate) fn new(spec: JobSpec, handle: JobHandle, target: usize, before: Vec<u8>) -> Self {
+        Self {
+            spec,
+            handle,
+            target,
+            before,
+            t0: None,
+            ended: false,
+            refused: false,
+            cancel_asked: false,
+            may_be_taken_along: false,
+            done: 0,
+        }
+    }
+
+    /// Whether it is under way.
+    pub(crate) fn runs(&self) -> bool {
+        self.t0.is_some() && !self.ended
+    }
+
+    /// Whether nothing more is to be expected of it at `now`.
+    pub(crate) fn is_over(&self, now: Timestamp) -> bool {
+        self.refused || self.ended || (self.is_lost(now) && self.cancel_asked)
+    }
+
+    fn is_lost(&self, now: Timestamp) -> bool {
+        self.t0.is_some() && self.spec.stuck.is_some_and(|stuck| stuck.until.is_none() && stuck.from <= now.0)
+    }
+
+    /// The start has failed: nothing may have changed.
+    pub(crate) fn check_refused(&mut self, world: &SharedWorld) -> Result<(), String> {
+        self.refused = true;
+        let same = world.borrow_mut().disk(self.target).view() == self.before;
+        if same { Ok(()) } else { Err("a start that failed has changed its target".into()) }
+    }
+
+    /// While it runs; `sweep`: clusters that its sweep has in flight.
+    pub(crate) fn check_running(&mut self, sweep: u32) -> Result<(), String> {
+        if let SweepDepth::Fixed(limit) = self.spec.depth
+            && sweep > limit.max(1)
+        {
+            return Err(format!("{sweep} clusters of the sweep are in flight, the limit is {limit}"));
+        }
+        if sweep > self.spec.slots - self.spec.reserved {
+            return Err(format!("the sweep has {sweep} slots of {}", self.spec.slots));
+        }
+        let progress = self.handle.progress();
+        if progress.status == Status::Paused && sweep > 0 {
+            return Err(format!("paused with {sweep} clusters in flight"));
+        }
+        if progress.done < self.done || progress.done + progress.skipped > progress.total {
+            return Err(format!("progress goes from {} to {progress:?}", self.done));
+        }
+        self.done = progress.done;
+        Ok(())
+    }
+
+    /// Take its result, if it has ended.
+    pub(crate) fn check_ended(
+        &mut self,
+        scenario: &Scenario,
+        world: &SharedWorld,
+        may_fail: bool,
+        seen: &mut Seen,
+    ) -> Result<(), String> {
+        if !self.runs() {
+            return Ok(());
+        }
+        let Some(result) = self.handle.wait_timeout(Duration::ZERO) else { return Ok(()) };
+        self.ended = true;
+        self.check_result(scenario, world, &result, may_fail, seen)
+            .map_err(|wrong| format!("{wrong}\n{result:?}\n{:?}", self.spec))
+    }
+
+    fn check_result(
+        &self,
+        scenario: &Scenario,
+        world: &SharedWorld,
+        result: &JobResult,
+        may_fail: bool,
+        seen: &mut Seen,
+    ) -> Result<(), String> {
+        let listed: u64 = result.skipped.iter().map(|skipped| skipped.range.length).sum();
+        match &result.outcome {
+            Outcome::Failed(_) if may_fail => seen.failed_jobs += 1,
+            Outcome::Failed(error) => return Err(format!("it failed for no reason: {error}")),
+            Outcome::Cancelled if self.cancel_asked || self.may_be_taken_along => seen.cancelled += 1,
+            Outcome::Cancelled => return Err("cancelled, and nobody asked for it".into()),
+            Outcome::Complete | Outcome::CompleteWithSkipped => {
+                let progress = &result.progress;
+                if progress.done + progress.skipped != progress.total || listed != progress.skipped {
+                    return Err(format!("{listed} bytes are listed as skipped"));
+                }
+                if matches!(result.outcome, Outcome::Complete) != result.skipped.is_empty() {
+                    return Err("the outcome contradicts the list of skipped ranges".into());
+                }
+                seen.complete += 1;
+                seen.skipped += u64::from(listed > 0);
+                self.check_copy(scenario, world, result, seen)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The target holds the disk as it was at t0.
+    fn check_copy(
+        &self,
+        scenario: &Scenario,
+        world: &SharedWorld,
+        result: &JobResult,
+        seen: &mut Seen,
+    ) -> Result<(), String> {
+        let t0 = self.t0.as_ref().expect("it has started");
+        let mut world = world.borrow_mut();
+        seen.complete_late += u64::from(world.disk(self.spec.disk).view() != *t0);
+        let target = world.disk(self.target);
+        for (name, bytes) in [("view", target.view()), ("medium", target.medium())] {
+            if bytes.len() < t0.len() {
+                return Err(format!("the target's {name} has {} bytes of {}", bytes.len(), t0.len()));
+            }
+            let skipped = |at: usize| {
+                let byte = ByteRange::new(at as u64, 1);
+                result.skipped.iter().any(|skipped| skipped.range.intersection(byte).is_some())
+            };
+            let wrong = (0..t0.len()).find(|&at| bytes[at] != t0[at] && !skipped(at));
+            if let Some(at) = wrong {
+                let cluster = at as u64 / self.spec.cluster;
+                let (is, was) = (bytes[at], t0[at]);
+                return Err(format!(
+                    "byte {at} (cluster {cluster}) of the target's {name} is {is}, was {was} at t0"
+                ));
+            }
+            let beyond = if self.spec.target_is_zero { &[][..] } else { &self.before[t0.len()..] };
+            if bytes[t0.len()..] != *beyond {
+                return Err(format!("the target's {name} has changed beyond the disk's end"));
+            }
+        }
+        // Where zeros can only be made by writing them they count as zeros all the same.
+        let traits = self.spec.target;
+        let counted = self.spec.target_is_zero || (traits.unmaps && traits.zeroes);
+        if scenario.is_sound() && counted && target.written_bytes() != result.progress.copied {
+            return Err(format!("{} bytes written", target.written_bytes()));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,63 @@
+//! Bugs put in on purpose: each is caught by the seeds that pass without it.
+
+use engine::copier::plan::PlantedBug;
+
+use crate::run::run;
+use crate::scenario::Scenario;
+
+/// Those that `seeded` runs by default.
+const SEEDS: u64 = 1500;
+
+fn expect_caught(bug: PlantedBug) {
+    let caught = (0..SEEDS).find_map(|seed| {
+        let scenario = Scenario { planted: Some(bug), ..Scenario::random(seed) };
+        match std::panic::catch_unwind(|| run(&scenario)) {
+            Ok(Ok(_)) => None,
+            Ok(Err(wrong)) => Some((seed, wrong)),
+            Err(_) => Some((seed, "it panicked".to_owned())),
+        }
+    });
+    let (seed, wrong) = caught.unwrap_or_else(|| panic!("{bug:?} was not caught"));
+    run(&Scenario::random(seed)).unwrap_or_else(|wrong| panic!("without {bug:?}: {wrong}"));
+    println!("{bug:?} is caught by seed {seed}: {}", wrong.lines().next().unwrap_or_default());
+}
+
+#[test]
+fn a_cluster_done_before_it_is_written() {
+    expect_caught(PlantedBug::DoneBeforeWrite);
+}
+
+#[test]
+fn a_guest_that_is_not_woken() {
+    expect_caught(PlantedBug::WakeUpLost);
+}
+
+#[test]
+fn a_last_cluster_that_is_not_copied_first() {
+    expect_caught(PlantedBug::TailForgotten);
+}
+
+#[test]
+fn a_discard_that_is_not_copied_first() {
+    expect_caught(PlantedBug::DiscardNotCopied);
+}
+
+#[test]
+fn t0_taken_with_a_permit_out() {
+    expect_caught(PlantedBug::PermitOutAtT0);
+}
+
+#[test]
+fn a_permit_without_a_second_look_at_the_jobs() {
+    expect_caught(PlantedBug::NoSecondLook);
+}
+
+#[test]
+fn a_short_write_taken_as_whole() {
+    expect_caught(PlantedBug::ShortWriteIsWhole);
+}
+
+#[test]
+fn a_failed_write_taken_as_done() {
+    expect_caught(PlantedBug::FailedWriteIsDone);
+}

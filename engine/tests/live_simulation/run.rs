@@ -1,0 +1,474 @@
+//! Running a scenario: the engine's turns, and between them guests, starts, and the operator at the console.
+
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+use engine::error::Error;
+use engine::job::{IoStatus, Status};
+use engine::live::GroupFailure;
+use engine::live::sim::{Pending, SimEngine};
+use engine::ring::Wait;
+use engine::ring::sim::{SharedWorld, SimRing};
+use engine::units::{Length, Speed, Timestamp};
+use fastrand::Rng;
+
+use crate::guests::Guests;
+use crate::oracle::Job;
+use crate::scenario::{JobSpec, Operator, Scenario};
+use crate::seen::Seen;
+
+/// More turns than any run takes.
+const MAX_TURNS: u64 = 300_000;
+/// More turns than any takes during which nothing at all happens.
+const MAX_IDLE_TURNS: u64 = 200;
+/// More than any run takes in the engine's time.
+const MAX_TIME: Duration = Duration::from_secs(600);
+/// How late the ring thread may be.
+const SLACK: Duration = Duration::from_millis(50);
+
+/// Jobs that were asked for together.
+struct Start {
+    /// Which jobs, in the list of all.
+    jobs: std::ops::Range<usize>,
+    pending: Option<Pending<Result<(), Error>>>,
+    answer_by: Timestamp,
+}
+
+/// What the operator does at given points, for exhaustive runs.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Script {
+    /// Cancel the first job before this turn.
+    pub(crate) cancel_at: Option<u64>,
+    /// The ring thread dies before this turn.
+    pub(crate) die_at: Option<u64>,
+}
+
+/// A run's end.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) seen: Seen,
+    pub(crate) operations: u64,
+    pub(crate) turns: u64,
+    /// Longest wait of a guest.
+    pub(crate) longest: Duration,
+}
+
+struct Run<'a> {
+    scenario: &'a Scenario,
+    script: Script,
+    rng: Rng,
+    world: SharedWorld,
+    engine: SimEngine,
+    guests: Vec<Guests>,
+    added: Vec<Pending<Result<(), Error>>>,
+    starts: Vec<Start>,
+    jobs: Vec<Job>,
+    removed: Vec<bool>,
+    fidget_at: Timestamp,
+    mended: bool,
+    seen: Seen,
+    turns: u64,
+    /// Since which turn nothing has happened, and how it stood then: the time, operations pushed.
+    idle: (u64, Timestamp, u64),
+    operations: u64,
+}
+
+/// Run `scenario` to its end.
+pub(crate) fn run(scenario: &Scenario) -> Result<Ended, String> {
+    run_script(scenario, Script::default())
+}
+
+/// Run `scenario` to its end, with `script`.
+pub(crate) fn run_script(scenario: &Scenario, script: Script) -> Result<Ended, String> {
+    let mut run = Run::new(scenario, script);
+    run.go().map_err(|wrong| {
+        let guests: Vec<String> = run.guests.iter().map(Guests::tell).collect();
+        format!("{wrong}\nturn {}, {guests:?}\n{scenario:?}", run.turns)
+    })
+}
+
+impl<'a> Run<'a> {
+    fn new(scenario: &'a Scenario, script: Script) -> Self {
+        let world = scenario.world();
+        let seed = scenario.seed;
+        let ring = SimRing::new(
+            world.clone(),
+            scenario.arena(),
+            scenario.capacity,
+            seed ^ 0x1217,
+            scenario.faults.clone(),
+        );
+        let mut engine = SimEngine::new(ring);
+        engine.set_carrier(scenario.carrier, scenario.carrier_bytes);
+        engine.plant(scenario.planted);
+        let mut guests = Vec::new();
+        let mut added = Vec::new();
+        for (number, spec) in scenario.disks.iter().enumerate() {
+            let alignment = spec.traits.direct_alignment;
+            let (disk, pending) = engine.add_disk(number, Length(spec.length), alignment);
+            let initial = world.borrow_mut().disk(number).view().to_vec();
+            let mut guest = Guests::new(disk, number, spec, initial, seed ^ (0x6E57 + number as u64));
+            let flushes = &scenario.faults;
+            guest.flushes_hold = flushes.rates.flush == 0 && flushes.exact.is_empty();
+            guests.push(guest);
+            added.push(pending);
+        }
+        Self {
+            scenario,
+            script,
+            rng: Rng::with_seed(seed ^ 0x09E7),
+            world,
+            engine,
+            removed: vec![false; guests.len()],
+            guests,
+            added,
+            starts: Vec::new(),
+            jobs: Vec::new(),
+            fidget_at: Timestamp::default(),
+            mended: false,
+            seen: Seen::default(),
+            turns: 0,
+            idle: (0, Timestamp::default(), 0),
+            operations: 0,
+        }
+    }
+
+    fn go(&mut self) -> Result<Ended, String> {
+        loop {
+            let now = self.engine.now();
+            let dies =
+                self.scenario.die_at.is_some_and(|at| at <= now.0) || self.script.die_at == Some(self.turns);
+            if dies {
+                self.die()?;
+                break;
+            }
+            self.events(now);
+            if self.is_over(now) {
+                self.finish()?;
+                break;
+            }
+            self.turn()?;
+        }
+        for guests in &mut self.guests {
+            guests.check(&self.world)?;
+        }
+        Ok(Ended {
+            seen: self.seen,
+            operations: self.operations,
+            turns: self.turns,
+            longest: self.guests.iter().map(|guests| guests.longest).max().unwrap_or_default(),
+        })
+    }
+
+    fn guests_are_gone(&self) -> bool {
+        self.guests.iter().all(Guests::are_gone)
+    }
+
+    fn is_over(&self, now: Timestamp) -> bool {
+        self.starts.len() == self.scenario.starts.len()
+            && self.starts.iter().all(|start| start.pending.is_none())
+            && self.guests_are_gone()
+            && self.jobs.iter().all(|job| job.is_over(now))
+    }
+
+    /// Everything that happens between two turns.
+    fn events(&mut self, now: Timestamp) {
+        if !self.mended && now.0 >= self.scenario.mended_at {
+            self.mended = true;
+            self.mend();
+        }
+        self.stick(now);
+        self.start(now);
+        self.operate(now);
+        for guests in &mut self.guests {
+            guests.act(&mut self.engine, &self.world, now, &mut self.seen);
+        }
+        for (number, spec) in self.scenario.disks.iter().enumerate() {
+            if spec.leaves_early
+                && self.guests[number].are_gone()
+                && !self.removed[number]
+                && self.all_asked(number)
+            {
+                self.removed[number] = true;
+                self.engine.remove_disk(&self.guests[number].disk);
+            }
+        }
+    }
+
+    /// Whether every start with a job on disk `number` was asked for.
+    fn all_asked(&self, number: usize) -> bool {
+        let left = &self.scenario.starts[self.starts.len()..];
+        left.iter().flat_map(|start| &start.jobs).all(|job| job.disk != number)
+    }
+
+    /// Nothing is broken any more.
+    fn mend(&mut self) {
+        let mut world = self.world.borrow_mut();
+        for disk in 0..self.scenario.disks.len() + self.scenario.jobs().count() {
+            world.disk(disk).repair();
+        }
+    }
+
+    /// Targets get stuck and come free.
+    fn stick(&mut self, now: Timestamp) {
+        let disks = self.scenario.disks.len();
+        for (number, job) in self.scenario.jobs().enumerate() {
+            let Some(stuck) = job.stuck else { continue };
+            let mut world = self.world.borrow_mut();
+            if stuck.until.is_some_and(|until| until <= now.0) {
+                world.disk(disks + number).set_free();
+            } else if stuck.from <= now.0 {
+                world.disk(disks + number).set_stuck();
+            }
+        }
+    }
+
+    fn start(&mut self, now: Timestamp) {
+        while let Some(spec) = self.scenario.starts.get(self.starts.len()).filter(|spec| spec.at <= now.0) {
+            let first = self.jobs.len();
+            let mut asked = Vec::new();
+            let mut befores = Vec::new();
+            for (number, job) in spec.jobs.iter().enumerate() {
+                let target = self.scenario.disks.len() + first + number;
+                befores.push((target, self.world.borrow_mut().disk(target).view().to_vec()));
+                asked.push(job.job(self.scenario, self.guests[job.disk].disk.clone(), target));
+            }
+            let (handles, pending) = self.engine.start(asked, spec.on_failure, spec.timeout);
+            let together = spec.on_failure == GroupFailure::FailAll;
+            let one_fails = !self.scenario.is_sound() || spec.jobs.iter().any(JobSpec::is_impatient);
+            for ((job, handle), (target, before)) in spec.jobs.iter().zip(handles).zip(befores) {
+                handle.set_speed(job.speed()).expect("not started yet");
+                let mut job = Job::new(job.clone(), handle, target, before);
+                job.may_be_taken_along = together && one_fails;
+                self.jobs.push(job);
+            }
+            // One after the other.
+            let waits =
+                self.starts.iter().filter(|start| start.pending.is_some()).map(|start| start.answer_by);
+            let answer_by = waits.max().unwrap_or(now).max(now).after(spec.timeout + SLACK);
+            let jobs = first..self.jobs.len();
+            self.starts.push(Start { jobs, pending: Some(pending), answer_by });
+        }
+    }
+
+    /// What the operator does.
+    fn operate(&mut self, now: Timestamp) {
+        if self.script.cancel_at == Some(self.turns) && !self.jobs.is_empty() {
+            self.cancel(0);
+        }
+        let fidgets = self.scenario.operator == Operator::Fidgets && self.fidget_at <= now;
+        let gone = self.guests_are_gone();
+        for number in 0..self.jobs.len() {
+            let job = &self.jobs[number];
+            if !job.runs() {
+                continue;
+            }
+            if job.spec.cancel_at.is_some_and(|at| at <= now.0) && !job.cancel_asked {
+                self.cancel(number);
+                continue;
+            }
+            let progress = job.handle.progress();
+            if progress.status == Status::Paused && progress.io_status != IoStatus::Ok {
+                // The operator mends what is broken before going on.
+                self.mend();
+                drop(self.jobs[number].handle.resume());
+            } else if gone {
+                drop(job.handle.resume());
+            } else if fidgets {
+                self.fidget(number);
+            }
+        }
+        if fidgets {
+            self.fidget_at = now.after(Duration::from_micros(self.rng.u64(100..8000)));
+        }
+    }
+
+    fn fidget(&mut self, number: usize) {
+        let handle = &self.jobs[number].handle;
+        match self.rng.u8(0..6) {
+            0 => drop(handle.pause()),
+            1 | 2 => drop(handle.resume()),
+            3 => drop(handle.set_speed(NonZeroU64::new(self.rng.u64(0..40_000_000)).map(Speed))),
+            _ => {}
+        }
+    }
+
+    fn cancel(&mut self, number: usize) {
+        // Too late, perhaps.
+        drop(self.jobs[number].handle.cancel());
+        self.jobs[number].cancel_asked = true;
+        let start =
+            self.starts.iter().position(|start| start.jobs.contains(&number)).expect("it was asked for");
+        if self.scenario.starts[start].on_failure == GroupFailure::FailAll {
+            for other in self.starts[start].jobs.clone() {
+                self.jobs[other].cancel_asked = true;
+            }
+        }
+    }
+
+    /// When something happens next that the engine does not know of.
+    fn next_event(&self) -> Option<Timestamp> {
+        let scenario = self.scenario;
+        let start = scenario.starts.get(self.starts.len()).map(|start| start.at);
+        let mend = (!self.mended).then_some(scenario.mended_at);
+        let now = self.engine.now();
+        let jobs = scenario.jobs().flat_map(|job| {
+            let stuck = job.stuck.map(|stuck| [Some(stuck.from), stuck.until]);
+            stuck.into_iter().flatten().flatten().chain(job.cancel_at)
+        });
+        let fixed = start.into_iter().chain(mend).chain(scenario.die_at).chain(jobs);
+        let fixed = fixed.filter(|&at| at > now.0).map(Timestamp);
+        let fidgets = scenario.operator == Operator::Fidgets && self.jobs.iter().any(Job::runs);
+        let fidget = (fidgets && !self.guests_are_gone()).then_some(self.fidget_at);
+        let guests = self.guests.iter().filter_map(Guests::next_event);
+        fixed.chain(fidget).chain(guests).min()
+    }
+
+    fn turn(&mut self) -> Result<(), String> {
+        let wait = self.engine.act();
+        self.observe()?;
+        let Some(wait) = wait else { return Err("the engine has ended by itself".into()) };
+        let now = self.engine.now();
+        let wait = match (wait, self.next_event()) {
+            (Wait::Poll, _) => Wait::Poll,
+            (wait, None) => wait,
+            (_, Some(event)) if event <= now => Wait::Poll,
+            (Wait::Until(until), Some(event)) => Wait::Until(until.min(event)),
+            (Wait::Forever, Some(event)) => Wait::Until(event),
+        };
+        self.engine.wait(wait);
+        self.turns += 1;
+        self.operations = self.engine.pushed();
+        let (since, at, pushed) = self.idle;
+        if at != self.engine.now() || pushed != self.engine.pushed() {
+            self.idle = (self.turns, self.engine.now(), self.engine.pushed());
+        } else if self.turns - since > MAX_IDLE_TURNS {
+            return Err(format!("hangs in {wait:?}"));
+        }
+        if self.turns > MAX_TURNS || self.engine.now().0 > MAX_TIME {
+            return Err(format!("never ends: {:?}", self.engine.now()));
+        }
+        Ok(())
+    }
+
+    /// Whether anything of job `number` was made to fail, or may.
+    fn job_may_fail(&self, number: usize) -> bool {
+        let job = &self.jobs[number].spec;
+        !self.scenario.is_sound() || job.is_impatient()
+    }
+
+    /// Look at everything after the first half of a turn. What is seen of a disk then is what t0 was, if that was taken just now.
+    fn observe(&mut self) -> Result<(), String> {
+        let now = self.engine.now();
+        for added in &self.added {
+            if let Some(Err(error)) = added.take() {
+                return Err(format!("a disk was refused: {error}"));
+            }
+        }
+        self.observe_starts(now)?;
+        let sweeps: Vec<(usize, u32)> = self.engine.sweeps().collect();
+        for (target, sweep) in sweeps {
+            let job = self.jobs.iter_mut().find(|job| job.target == target).expect("a job has its target");
+            job.check_running(sweep).map_err(|wrong| format!("{wrong}: {:?}", job.spec))?;
+        }
+        let may_fail: Vec<bool> = (0..self.jobs.len()).map(|number| self.job_may_fail(number)).collect();
+        for (number, job) in self.jobs.iter_mut().enumerate() {
+            job.check_ended(self.scenario, &self.world, may_fail[number], &mut self.seen)?;
+        }
+        let any = may_fail.iter().any(|&may| may) || !self.scenario.is_sound();
+        for guests in &mut self.guests {
+            guests.take_answers(&self.world, now, any, &mut self.seen)?;
+        }
+        Ok(())
+    }
+
+    fn observe_starts(&mut self, now: Timestamp) -> Result<(), String> {
+        for (number, start) in self.starts.iter_mut().enumerate() {
+            let Some(pending) = &start.pending else { continue };
+            let Some(answer) = pending.take() else {
+                if now > start.answer_by {
+                    return Err(format!(
+                        "start {number} waits since before {:?}, now {now:?}",
+                        start.answer_by
+                    ));
+                }
+                continue;
+            };
+            start.pending = None;
+            match answer {
+                Ok(()) => {
+                    self.seen.started += 1;
+                    for job in &mut self.jobs[start.jobs.clone()] {
+                        job.t0 = Some(self.world.borrow_mut().disk(job.spec.disk).view().to_vec());
+                        if self.scenario.operator == Operator::Pauses {
+                            drop(job.handle.pause());
+                        }
+                    }
+                }
+                Err(error) => {
+                    self.seen.not_started += 1;
+                    let refused = error.is_refusal() && self.scenario.tight;
+                    let late = error.to_string().contains("no point in time");
+                    let left =
+                        error.to_string().contains("has left") && self.removed.iter().any(|&left| left);
+                    if !refused && !late && !left {
+                        return Err(format!("start {number} failed for no reason: {error}"));
+                    }
+                    for job in &mut self.jobs[start.jobs.clone()] {
+                        job.check_refused(&self.world)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// All is over but what never ends: close everything.
+    fn finish(&mut self) -> Result<(), String> {
+        if self.jobs.iter().any(|job| !job.refused && !job.ended) {
+            self.seen.lost += 1;
+            return self.die();
+        }
+        for (number, guests) in self.guests.iter().enumerate() {
+            if !self.removed[number] {
+                self.engine.remove_disk(&guests.disk);
+            }
+        }
+        self.engine.quit();
+        for _ in 0..10_000 {
+            let Some(wait) = self.engine.act() else {
+                return if self.engine.in_flight() == 0 {
+                    Ok(())
+                } else {
+                    Err("it ends in mid-flight".into())
+                };
+            };
+            self.engine.wait(wait);
+        }
+        Err("an engine that nobody uses does not end".into())
+    }
+
+    /// The ring thread dies: everybody is told.
+    fn die(&mut self) -> Result<(), String> {
+        let now = self.engine.now();
+        self.engine.die();
+        self.seen.died += 1;
+        for (number, start) in self.starts.iter_mut().enumerate() {
+            if let Some(pending) = start.pending.take()
+                && !matches!(pending.take(), Some(Err(_)))
+            {
+                return Err(format!("start {number} does not know that the engine has died"));
+            }
+        }
+        for job in &mut self.jobs {
+            job.check_ended(self.scenario, &self.world, true, &mut self.seen)?;
+            if job.runs() {
+                return Err("a job does not know that the engine has died".into());
+            }
+        }
+        for guests in &mut self.guests {
+            guests.outlive(&mut self.engine, &self.world, now, &mut self.seen)?;
+        }
+        Ok(())
+    }
+}

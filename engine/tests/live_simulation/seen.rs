@@ -1,0 +1,60 @@
+//! What has happened, over all runs: a test in which nothing happens proves nothing.
+
+/// Counts.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) granted: u64,
+    pub(crate) at_barrier: u64,
+    pub(crate) copies: u64,
+    pub(crate) refused: u64,
+    pub(crate) failed: u64,
+    pub(crate) read: u64,
+    pub(crate) flushed: u64,
+    pub(crate) left: u64,
+    pub(crate) orphaned: u64,
+    pub(crate) started: u64,
+    pub(crate) not_started: u64,
+    pub(crate) complete: u64,
+    pub(crate) complete_late: u64,
+    pub(crate) skipped: u64,
+    pub(crate) failed_jobs: u64,
+    pub(crate) cancelled: u64,
+    pub(crate) died: u64,
+    pub(crate) lost: u64,
+}
+
+impl Seen {
+    fn counts(&mut self) -> [&mut u64; 18] {
+        [
+            &mut self.granted,
+            &mut self.at_barrier,
+            &mut self.copies,
+            &mut self.refused,
+            &mut self.failed,
+            &mut self.read,
+            &mut self.flushed,
+            &mut self.left,
+            &mut self.orphaned,
+            &mut self.started,
+            &mut self.not_started,
+            &mut self.complete,
+            &mut self.complete_late,
+            &mut self.skipped,
+            &mut self.failed_jobs,
+            &mut self.cancelled,
+            &mut self.died,
+            &mut self.lost,
+        ]
+    }
+
+    pub(crate) fn add(&mut self, mut other: Self) {
+        for (sum, count) in self.counts().into_iter().zip(other.counts()) {
+            *sum += *count;
+        }
+    }
+
+    /// The least of all counts.
+    pub(crate) fn least(&mut self) -> u64 {
+        self.counts().into_iter().map(|count| *count).min().expect("there are some")
+    }
+}
