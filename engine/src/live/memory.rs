@@ -51,6 +51,12 @@ impl Memory {
         self.taken.remove(at);
     }
 
+    /// How many parts are handed out.
+    #[cfg(feature = "sim")]
+    pub(super) fn parts(&self) -> usize {
+        self.taken.len()
+    }
+
     /// Bytes in the largest part that could be had.
     #[cfg(test)]
     fn largest(&self) -> u32 {

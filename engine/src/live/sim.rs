@@ -45,6 +45,17 @@ pub struct SimJob {
     pub plan: Box<dyn FnOnce(Side, FileId, BufferRange) -> Plan + Send>,
 }
 
+/// What is to be seen of a job under way.
+#[derive(Clone, Copy, Debug)]
+pub struct SimJobState {
+    /// Its target's number in the world.
+    pub target: usize,
+    /// Clusters that its sweep has in flight.
+    pub sweep: u32,
+    /// Whether guests still copy for it before they write.
+    pub attached: bool,
+}
+
 /// Something asked for, whose answer comes in a later turn.
 pub struct Pending<T>(Asked<T>);
 
@@ -172,9 +183,15 @@ impl SimEngine {
         self.send(Command::Quit);
     }
 
-    /// Of each job, by its target's number: clusters that its sweep has in flight.
-    pub fn sweeps(&self) -> impl Iterator<Item = (usize, u32)> {
-        self.reactor().sweeps()
+    /// The jobs under way.
+    pub fn jobs(&self) -> impl Iterator<Item = SimJobState> {
+        self.reactor().job_states()
+    }
+
+    /// Parts of the arena and places on the ring that are taken.
+    #[must_use]
+    pub fn taken(&self) -> (usize, usize) {
+        (self.reactor().memory.parts(), self.reactor().ring.files())
     }
 
     /// Such a guest has clusters copied.
@@ -221,7 +238,11 @@ impl SimEngine {
 }
 
 impl Reactor<SimRing> {
-    fn sweeps(&self) -> impl Iterator<Item = (usize, u32)> {
-        self.jobs.iter().map(|(_, job)| (self.ring.disk_of(job.target), job.runner.copier.sweep_in_flight()))
+    fn job_states(&self) -> impl Iterator<Item = SimJobState> {
+        self.jobs.iter().map(|(_, job)| SimJobState {
+            target: self.ring.disk_of(job.target),
+            sweep: job.runner.copier.sweep_in_flight(),
+            attached: job.attached,
+        })
     }
 }

@@ -79,6 +79,7 @@ fn a_guest_outlasts_a_target_that_is_stuck() {
         job.cancel_at = Some(Duration::from_secs(100));
         let ended = ended(&scenario);
         let broken = ended.seen.failed + ended.seen.refused;
+        assert!(ended.longest < Duration::from_millis(400), "{:?}", ended.longest);
         assert_eq!(broken > 0, on_cbw_error == CbwErrorPolicy::BreakGuestWrite, "{:?}", ended.seen);
     }
 }
@@ -86,10 +87,27 @@ fn a_guest_outlasts_a_target_that_is_stuck() {
 #[test]
 fn a_disk_may_be_let_go_while_its_copy_starts() {
     let mut scenario = Scenario::plain(48, Path::Own);
-    scenario.disks[0].requests = 1;
+    scenario.disks[0].requests = 3;
+    scenario.disks[0].hold = Duration::from_millis(2);
     scenario.disks[0].leaves_early = true;
-    for at in 0..60 {
-        scenario.starts[0].at = Duration::from_micros(10 * at);
-        ended(&scenario);
+    let mut started = 0;
+    for at in 0..100 {
+        scenario.starts[0].at = Duration::from_micros(20 * at);
+        started += ended(&scenario).seen.started;
     }
+    assert_eq!(started, 100, "what was asked for comes to be");
+}
+
+#[test]
+fn a_group_that_does_not_fit_is_refused_as_a_whole() {
+    let mut scenario = Scenario::plain(49, Path::Both);
+    // With the disk one more than a ring has places.
+    scenario.starts[0].jobs = vec![scenario.starts[0].jobs[0].clone(); 64];
+    let mut small = scenario.starts[0].clone();
+    small.jobs.truncate(2);
+    scenario.starts.push(small);
+    scenario.tight = true;
+    let ended = ended(&scenario);
+    assert_eq!((ended.seen.not_started, ended.seen.started), (1, 1));
+    assert_eq!(ended.seen.complete, 2);
 }

@@ -12,6 +12,7 @@ use engine::ring::sim::SharedWorld;
 use engine::units::{ByteRange, Timestamp};
 use fastrand::Rng;
 
+use crate::oracle::Job;
 use crate::scenario::{BLOCK, DiskSpec, Path};
 use crate::seen::Seen;
 use crate::shadow::{Content, RequestId, Shadow, data};
@@ -109,6 +110,12 @@ impl Guests {
         self.submitted == self.spec.requests && self.under_way() == 0
     }
 
+    /// Whether they ask nothing more of the engine. Permits may be out: those need no disk.
+    pub(crate) fn need_no_disk(&self) -> bool {
+        let holds = |own: &Own| matches!(own.stage, Stage::Holding { .. });
+        self.submitted == self.spec.requests && self.carried.is_empty() && self.own.iter().all(holds)
+    }
+
     /// When they do something next of their own accord.
     pub(crate) fn next_event(&self) -> Option<Timestamp> {
         let own = self.own.iter().filter_map(|own| match own.stage {
@@ -123,22 +130,29 @@ impl Guests {
         &mut self,
         engine: &mut SimEngine,
         world: &SharedWorld,
+        jobs: &[Job],
         now: Timestamp,
         seen: &mut Seen,
-    ) {
+    ) -> Result<(), String> {
         while self.may_submit() && self.next_at <= now {
             self.next_at = now.after(self.random_time(self.spec.pace * 2));
             self.submit(engine, now);
         }
         let mut at = 0;
         while at < self.own.len() {
-            if self.step(at, engine, world, now, seen) {
+            if self.step(at, engine, now, seen) {
                 at += 1;
-            } else {
-                self.own.swap_remove(at);
+                continue;
+            }
+            let Own { id, range, act, stage, since } = self.own.swap_remove(at);
+            if matches!(stage, Stage::Holding { .. }) {
+                self.longest = self.longest.max(now.since(since));
+                jobs.iter().try_for_each(|job| job.check_copied(self.number, range, world))?;
+                self.write(world, id, range, act);
             }
         }
         self.leave(seen);
+        Ok(())
     }
 
     fn random_time(&mut self, most: Duration) -> Duration {
@@ -225,14 +239,7 @@ impl Guests {
     }
 
     /// One who writes by himself does what he can; `false`: he is through.
-    fn step(
-        &mut self,
-        at: usize,
-        engine: &mut SimEngine,
-        world: &SharedWorld,
-        now: Timestamp,
-        seen: &mut Seen,
-    ) -> bool {
+    fn step(&mut self, at: usize, engine: &mut SimEngine, now: Timestamp, seen: &mut Seen) -> bool {
         let hold = self.random_time(self.spec.hold);
         let pause = Duration::from_micros(self.rng.u64(10..500));
         let gives_up = self.rng.u16(..500) == 0;
@@ -254,35 +261,23 @@ impl Guests {
             },
             // He does not wait; the copy goes on.
             Stage::Copying(_) if gives_up => return false,
-            Stage::Holding { until, .. } if *until <= now => {
-                let Own { id, range, act, .. } = *own;
-                Self::write(&mut self.shadow, self.number, world, id, range, act);
-                self.longest = self.longest.max(now.since(own.since));
-                return false;
-            }
+            Stage::Holding { until, .. } if *until <= now => return false,
             Stage::Trying(_) | Stage::Copying(_) | Stage::Holding { .. } => {}
         }
         true
     }
 
-    fn write(
-        shadow: &mut Shadow,
-        number: usize,
-        world: &SharedWorld,
-        id: RequestId,
-        range: ByteRange,
-        act: Act,
-    ) {
+    fn write(&mut self, world: &SharedWorld, id: RequestId, range: ByteRange, act: Act) {
         let mut world = world.borrow_mut();
-        let disk = world.disk(number);
+        let disk = world.disk(self.number);
         match act {
             Act::Write => {
                 disk.fill(range.offset, &data(id, range));
-                shadow.change_now(id, range, Content::Data(id));
+                self.shadow.change_now(id, range, Content::Data(id));
             }
             Act::Punch => {
                 disk.punch(range.offset / BLOCK..range.end() / BLOCK);
-                shadow.change_now(id, range, Content::Zeros);
+                self.shadow.change_now(id, range, Content::Zeros);
             }
             Act::Nothing => {}
         }
@@ -385,7 +380,7 @@ impl Guests {
                 };
                 own.stage = Stage::Holding { _permit: permit, until: now };
             }
-            Self::write(&mut self.shadow, self.number, world, own.id, own.range, own.act);
+            self.write(world, own.id, own.range, own.act);
         }
         Ok(())
     }

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use engine::job::{JobHandle, JobResult, Outcome, Status};
 use engine::live::SweepDepth;
-use engine::ring::sim::SharedWorld;
+use engine::live::sim::SimJobState;
+use engine::ring::sim::{SharedWorld, World};
 use engine::units::{ByteRange, Timestamp};
 
 use crate::scenario::{JobSpec, Scenario};
@@ -21,6 +22,10 @@ pub(crate) struct Job {
     /// The disk at t0, once that was taken.
     pub(crate) t0: Option<Vec<u8>>,
     pub(crate) ended: bool,
+    /// How, and when it was told.
+    pub(crate) ended_as: Option<(Outcome, Timestamp)>,
+    /// Whether guests copy for it, as was seen last.
+    attached: bool,
     /// Never starts: its start was refused.
     pub(crate) refused: bool,
     /// Somebody has asked for its end, or for that of its group.
@@ -39,6 +44,8 @@ impl Job {
             before,
             t0: None,
             ended: false,
+            ended_as: None,
+            attached: false,
             refused: false,
             cancel_asked: false,
             may_be_taken_along: false,
@@ -67,8 +74,14 @@ impl Job {
         if same { Ok(()) } else { Err("a start that failed has changed its target".into()) }
     }
 
-    /// While it runs; `sweep`: clusters that its sweep has in flight.
-    pub(crate) fn check_running(&mut self, sweep: u32) -> Result<(), String> {
+    /// While it runs; with the `world` to look at all of it.
+    pub(crate) fn check_running(
+        &mut self,
+        state: SimJobState,
+        world: Option<&SharedWorld>,
+    ) -> Result<(), String> {
+        let sweep = state.sweep;
+        self.attached = state.attached;
         if let SweepDepth::Fixed(limit) = self.spec.depth
             && sweep > limit.max(1)
         {
@@ -85,7 +98,56 @@ impl Job {
             return Err(format!("progress goes from {} to {progress:?}", self.done));
         }
         self.done = progress.done;
-        Ok(())
+        match (&self.t0, world) {
+            (Some(t0), Some(world)) if state.attached && progress.skipped == 0 => {
+                self.check_kept(t0, &mut world.borrow_mut())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whatever of the disk is not as it was at t0 is on the target already.
+    fn check_kept(&self, t0: &[u8], world: &mut World) -> Result<(), String> {
+        let size = usize::try_from(self.spec.cluster).unwrap();
+        let changed = |at: &usize| {
+            let now = &world.disk(self.spec.disk).view()[*at..];
+            now[..now.len().min(size)] != t0[*at..t0.len().min(*at + size)]
+        };
+        let changed: Vec<usize> = (0..t0.len()).step_by(size).filter(changed).collect();
+        let target = world.disk(self.target).view();
+        let lost = changed.into_iter().find(|&at| {
+            let bytes = at..t0.len().min(at + size);
+            target.get(bytes.clone()) != Some(&t0[bytes])
+        });
+        match lost {
+            None => Ok(()),
+            Some(at) => Err(format!("cluster {} has changed and is not on the target", at / size)),
+        }
+    }
+
+    /// A guest changes `range` of the disk now: its old contents are on the target, or nobody needs them.
+    pub(crate) fn check_copied(
+        &self,
+        disk: usize,
+        range: ByteRange,
+        world: &SharedWorld,
+    ) -> Result<(), String> {
+        let progress = self.handle.progress();
+        let Some(t0) = self.t0.as_ref().filter(|_| self.spec.disk == disk && self.runs() && self.attached)
+        else {
+            return Ok(());
+        };
+        if progress.skipped > 0 || range.is_empty() {
+            return Ok(());
+        }
+        let cluster = self.spec.cluster;
+        let end = range.end().next_multiple_of(cluster).min(t0.len() as u64);
+        let bytes = usize::try_from(range.offset / cluster * cluster).unwrap()..usize::try_from(end).unwrap();
+        let mut world = world.borrow_mut();
+        if world.disk(self.target).view().get(bytes.clone()) == Some(&t0[bytes]) {
+            return Ok(());
+        }
+        Err(format!("{range} is changed before it is on target {}", self.target))
     }
 
     /// Take its result, if it has ended.
@@ -94,6 +156,7 @@ impl Job {
         scenario: &Scenario,
         world: &SharedWorld,
         may_fail: bool,
+        now: Timestamp,
         seen: &mut Seen,
     ) -> Result<(), String> {
         if !self.runs() {
@@ -101,6 +164,7 @@ impl Job {
         }
         let Some(result) = self.handle.wait_timeout(Duration::ZERO) else { return Ok(()) };
         self.ended = true;
+        self.ended_as = Some((result.outcome.clone(), now));
         self.check_result(scenario, world, &result, may_fail, seen)
             .map_err(|wrong| format!("{wrong}\n{result:?}\n{:?}", self.spec))
     }

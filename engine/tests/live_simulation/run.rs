@@ -4,7 +4,7 @@ use std::num::NonZeroU64;
 use std::time::Duration;
 
 use engine::error::Error;
-use engine::job::{IoStatus, Status};
+use engine::job::{IoStatus, Outcome, Refusal, Status};
 use engine::live::GroupFailure;
 use engine::live::sim::{Pending, SimEngine};
 use engine::ring::Wait;
@@ -23,6 +23,10 @@ const MAX_TURNS: u64 = 300_000;
 const MAX_IDLE_TURNS: u64 = 200;
 /// More than any run takes in the engine's time.
 const MAX_TIME: Duration = Duration::from_secs(600);
+/// More than anything makes a guest wait that is made to happen here: slow disks, stuck targets, starts.
+const MAX_WAIT: Duration = Duration::from_secs(3);
+/// One in so many turns all of a job is looked at.
+const LOOKS: u8 = 12;
 /// How late the ring thread may be.
 const SLACK: Duration = Duration::from_millis(50);
 
@@ -87,6 +91,9 @@ pub(crate) fn run_script(scenario: &Scenario, script: Script) -> Result<Ended, S
     })
 }
 
+/// What the operator asks for may be refused: too late, or done already.
+fn perhaps(_: Result<(), Refusal>) {}
+
 impl<'a> Run<'a> {
     fn new(scenario: &'a Scenario, script: Script) -> Self {
         let world = scenario.world();
@@ -142,7 +149,7 @@ impl<'a> Run<'a> {
                 self.die()?;
                 break;
             }
-            self.events(now);
+            self.events(now)?;
             if self.is_over(now) {
                 self.finish()?;
                 break;
@@ -152,12 +159,11 @@ impl<'a> Run<'a> {
         for guests in &mut self.guests {
             guests.check(&self.world)?;
         }
-        Ok(Ended {
-            seen: self.seen,
-            operations: self.operations,
-            turns: self.turns,
-            longest: self.guests.iter().map(|guests| guests.longest).max().unwrap_or_default(),
-        })
+        let longest = self.guests.iter().map(|guests| guests.longest).max().unwrap_or_default();
+        if longest > MAX_WAIT {
+            return Err(format!("a guest has waited for {longest:?}"));
+        }
+        Ok(Ended { seen: self.seen, operations: self.operations, turns: self.turns, longest })
     }
 
     fn guests_are_gone(&self) -> bool {
@@ -172,7 +178,7 @@ impl<'a> Run<'a> {
     }
 
     /// Everything that happens between two turns.
-    fn events(&mut self, now: Timestamp) {
+    fn events(&mut self, now: Timestamp) -> Result<(), String> {
         if !self.mended && now.0 >= self.scenario.mended_at {
             self.mended = true;
             self.mend();
@@ -181,18 +187,16 @@ impl<'a> Run<'a> {
         self.start(now);
         self.operate(now);
         for guests in &mut self.guests {
-            guests.act(&mut self.engine, &self.world, now, &mut self.seen);
+            guests.act(&mut self.engine, &self.world, &self.jobs, now, &mut self.seen)?;
         }
         for (number, spec) in self.scenario.disks.iter().enumerate() {
-            if spec.leaves_early
-                && self.guests[number].are_gone()
-                && !self.removed[number]
-                && self.all_asked(number)
-            {
+            let leaves = spec.leaves_early && self.guests[number].need_no_disk();
+            if leaves && !self.removed[number] && self.all_asked(number) {
                 self.removed[number] = true;
                 self.engine.remove_disk(&self.guests[number].disk);
             }
         }
+        Ok(())
     }
 
     /// Whether every start with a job on disk `number` was asked for.
@@ -271,9 +275,9 @@ impl<'a> Run<'a> {
             if progress.status == Status::Paused && progress.io_status != IoStatus::Ok {
                 // The operator mends what is broken before going on.
                 self.mend();
-                drop(self.jobs[number].handle.resume());
+                perhaps(self.jobs[number].handle.resume());
             } else if gone {
-                drop(job.handle.resume());
+                perhaps(job.handle.resume());
             } else if fidgets {
                 self.fidget(number);
             }
@@ -286,16 +290,15 @@ impl<'a> Run<'a> {
     fn fidget(&mut self, number: usize) {
         let handle = &self.jobs[number].handle;
         match self.rng.u8(0..6) {
-            0 => drop(handle.pause()),
-            1 | 2 => drop(handle.resume()),
-            3 => drop(handle.set_speed(NonZeroU64::new(self.rng.u64(0..40_000_000)).map(Speed))),
+            0 => perhaps(handle.pause()),
+            1 | 2 => perhaps(handle.resume()),
+            3 => perhaps(handle.set_speed(NonZeroU64::new(self.rng.u64(0..40_000_000)).map(Speed))),
             _ => {}
         }
     }
 
     fn cancel(&mut self, number: usize) {
-        // Too late, perhaps.
-        drop(self.jobs[number].handle.cancel());
+        perhaps(self.jobs[number].handle.cancel());
         self.jobs[number].cancel_asked = true;
         let start =
             self.starts.iter().position(|start| start.jobs.contains(&number)).expect("it was asked for");
@@ -366,18 +369,47 @@ impl<'a> Run<'a> {
             }
         }
         self.observe_starts(now)?;
-        let sweeps: Vec<(usize, u32)> = self.engine.sweeps().collect();
-        for (target, sweep) in sweeps {
-            let job = self.jobs.iter_mut().find(|job| job.target == target).expect("a job has its target");
-            job.check_running(sweep).map_err(|wrong| format!("{wrong}: {:?}", job.spec))?;
+        for state in self.engine.jobs() {
+            let job =
+                self.jobs.iter_mut().find(|job| job.target == state.target).expect("a job has its target");
+            let looks = self.rng.u8(..LOOKS) == 0;
+            job.check_running(state, looks.then_some(&self.world))
+                .map_err(|wrong| format!("{wrong}: {:?}", job.spec))?;
         }
         let may_fail: Vec<bool> = (0..self.jobs.len()).map(|number| self.job_may_fail(number)).collect();
         for (number, job) in self.jobs.iter_mut().enumerate() {
-            job.check_ended(self.scenario, &self.world, may_fail[number], &mut self.seen)?;
+            job.check_ended(self.scenario, &self.world, may_fail[number], now, &mut self.seen)?;
         }
+        self.check_groups()?;
         let any = may_fail.iter().any(|&may| may) || !self.scenario.is_sound();
         for guests in &mut self.guests {
             guests.take_answers(&self.world, now, any, &mut self.seen)?;
+        }
+        Ok(())
+    }
+
+    /// Of a group that is worth something as a whole only, no job goes on to its end when another has failed.
+    fn check_groups(&self) -> Result<(), String> {
+        for (start, spec) in self.starts.iter().zip(&self.scenario.starts) {
+            let jobs = &self.jobs[start.jobs.clone()];
+            if spec.on_failure == GroupFailure::GoOn || jobs.len() < 2 {
+                continue;
+            }
+            let failed =
+                |job: &Job| matches!(job.ended_as, Some((Outcome::Failed(_) | Outcome::Cancelled, _)));
+            let first = jobs
+                .iter()
+                .filter(|job| failed(job))
+                .filter_map(|job| job.ended_as.as_ref())
+                .map(|(_, at)| at);
+            let Some(&first) = first.min() else { continue };
+            // One that was just being told of its end may be.
+            let late = jobs.iter().filter(|job| !failed(job)).filter_map(|job| job.ended_as.as_ref());
+            for (_, at) in late {
+                if at.since(first) > SLACK {
+                    return Err(format!("complete at {at:?}, and another had failed at {first:?}"));
+                }
+            }
         }
         Ok(())
     }
@@ -401,7 +433,7 @@ impl<'a> Run<'a> {
                     for job in &mut self.jobs[start.jobs.clone()] {
                         job.t0 = Some(self.world.borrow_mut().disk(job.spec.disk).view().to_vec());
                         if self.scenario.operator == Operator::Pauses {
-                            drop(job.handle.pause());
+                            perhaps(job.handle.pause());
                         }
                     }
                 }
@@ -437,11 +469,8 @@ impl<'a> Run<'a> {
         self.engine.quit();
         for _ in 0..10_000 {
             let Some(wait) = self.engine.act() else {
-                return if self.engine.in_flight() == 0 {
-                    Ok(())
-                } else {
-                    Err("it ends in mid-flight".into())
-                };
+                let left = (self.engine.in_flight(), self.engine.taken());
+                return if left == (0, (0, 0)) { Ok(()) } else { Err(format!("{left:?} are left behind")) };
             };
             self.engine.wait(wait);
         }
@@ -461,7 +490,7 @@ impl<'a> Run<'a> {
             }
         }
         for job in &mut self.jobs {
-            job.check_ended(self.scenario, &self.world, true, &mut self.seen)?;
+            job.check_ended(self.scenario, &self.world, true, now, &mut self.seen)?;
             if job.runs() {
                 return Err("a job does not know that the engine has died".into());
             }

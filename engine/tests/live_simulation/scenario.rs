@@ -385,7 +385,7 @@ impl Scenario {
             seed,
             operator: pick(rng, &[Operator::Watches, Operator::Fidgets, Operator::Fidgets, Operator::Pauses]),
             // What never ends must leave room for the rest.
-            capacity: if stuck { 1024 } else { rng.usize(2..40) },
+            capacity: if stuck { 1024 } else { pick(rng, &[2, 7, 30, 100, 500]) },
             tight: rng.u8(..20) == 0,
             carrier: CarrierLimits {
                 requests: rng.usize(1..12),

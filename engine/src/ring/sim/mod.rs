@@ -124,6 +124,12 @@ impl SimRing {
         self.pushed
     }
 
+    /// Storages that were added and not removed.
+    #[must_use]
+    pub fn files(&self) -> usize {
+        self.files.iter().flatten().count()
+    }
+
     /// The power goes: writes in flight are torn, what was not flushed is kept or lost sector by sector. The ring is gone.
     pub fn crash(mut self) {
         let mut world = self.world.borrow_mut();
