@@ -112,6 +112,8 @@ pub struct Counters {
     pub verified: u64,
     /// See [`crate::job::Progress`].
     pub retries: u64,
+    /// See [`crate::job::Progress`].
+    pub in_flight: u64,
     /// Bytes handed to the target as data, retries included.
     pub written: u64,
 }
@@ -395,6 +397,7 @@ impl Copier {
             skipped: self.skipped_bytes,
             verified: self.verified,
             retries: self.retry_count,
+            in_flight: u64::from(self.slots.in_use()) * self.plan.geometry.cluster_size().bytes(),
             written: self.written,
         }
     }

@@ -115,6 +115,7 @@ impl<R: Ring> Reactor<R> {
     }
 
     /// The ring.
+    #[cfg(feature = "sim")]
     pub(super) fn ring(&self) -> &R {
         &self.ring
     }
