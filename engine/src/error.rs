@@ -123,6 +123,8 @@ pub enum Operation {
     Copy,
     /// Copying the old contents of what a guest is about to change.
     CopyBeforeWrite,
+    /// Reading the disk as it was at t0.
+    ReadSnapshot,
 }
 
 impl Operation {
@@ -149,6 +151,7 @@ impl Operation {
             Self::WriteMap => "write map file",
             Self::Remove => "remove",
             Self::Copy => "copy",
+            Self::ReadSnapshot => "read the snapshot of",
             Self::CopyBeforeWrite => "copy the old contents before a guest's write to",
         }
     }

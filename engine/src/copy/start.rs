@@ -23,6 +23,7 @@ use crate::job::handle::{CompletionCallback, Shared};
 use crate::job::runner::{AtEnd, empty_progress};
 use crate::job::{JobHandle, JobResult, Lifecycle, Outcome};
 use crate::map::{Map, MapFile, MapHeader};
+use crate::modes::SyncMode;
 use crate::ring::select::{self, OpenedRing, RingConfig, SetupError};
 use crate::ring::{Arena, DocumentId, FileId, Ring};
 use crate::storage::locator::Place;
@@ -80,6 +81,11 @@ pub fn start_with(options: &CopyOptions, callback: Option<CompletionCallback>) -
 }
 
 fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<Checked, Error> {
+    if options.sync == SyncMode::None {
+        let reason = "sync mode none copies what guests are about to change, and nobody writes to the source of this copy";
+        return Err(Error::refused(Refusal::BadArgument, Operation::Copy, options.source.clone(), reason)
+            .advise("use full, or a live disk"));
+    }
     let source =
         open_source(&Locator::parse(&options.source)?, &SourceOptions { format: options.source_format })?;
     let target_locator = Locator::parse(&options.target)?;

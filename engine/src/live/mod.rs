@@ -35,7 +35,9 @@ mod starts;
 mod tests;
 
 pub use self::admission::Permit;
-pub use self::backup::{Backup, BackupOptions};
+pub use crate::modes::CbwErrorPolicy;
+
+pub use self::backup::{Backup, BackupOptions, Snapshot};
 pub use self::carrier::IoRequest;
 pub use self::command::GroupFailure;
 pub use self::controller::SweepDepth;

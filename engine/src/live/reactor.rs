@@ -33,7 +33,8 @@ use super::memory::Memory;
 use super::starts::Raised;
 use crate::copier::guests::CbwId;
 use crate::copier::plan::Side;
-use crate::error::{Error, Operation, Refusal};
+use crate::copier::snapshot::SnapshotId;
+use crate::error::{Error, ErrorKind, Operation, Refusal};
 use crate::job::runner::Runner;
 use crate::ring::{BufferRange, Completion, FileId, Op, Ring, RingFailure, Token, Wait};
 use crate::units::{ByteRange, ClusterRange, Timestamp};
@@ -66,6 +67,7 @@ pub(super) struct Job {
     pub(super) group: u64,
     pub(super) on_failure: GroupFailure,
     asks: BTreeMap<CbwId, Asker>,
+    reads: BTreeMap<SnapshotId, Answer<IoOutcome>>,
     next_ask: u64,
 }
 
@@ -190,6 +192,7 @@ impl<R: Ring> Reactor<R> {
                 Command::Copy { job, clusters, answer } => {
                     self.copy_before_write(job, clusters, Asker::Guest(answer), now);
                 }
+                Command::Snapshot { job, range, answer } => self.read_snapshot(job, range, answer),
                 Command::Start(group) => self.waiting.push_back(group),
                 Command::Quit => self.quit = true,
             }
@@ -260,6 +263,22 @@ impl<R: Ring> Reactor<R> {
         ask_job(&mut self.jobs, job, clusters, asker, now);
     }
 
+    fn read_snapshot(&mut self, id: JobId, range: ByteRange, answer: Answer<IoOutcome>) {
+        let Some(job) = self.jobs.iter_mut().map(|(_, job)| job).find(|job| job.watch.id() == id) else {
+            let error = Error::new(
+                ErrorKind::Io(nix::errno::Errno::ESTALE),
+                Operation::ReadSnapshot,
+                "the disk",
+                "the job has ended, and with it the snapshot",
+            );
+            return answer.give(IoOutcome { result: Err(error.at(range)) });
+        };
+        let read = SnapshotId(job.next_ask);
+        job.next_ask += 1;
+        job.reads.insert(read, answer);
+        job.runner.copier.read_snapshot(read, range);
+    }
+
     /// Let the disks act; `true`: there is more to do at once.
     fn poll_disks(&mut self, now: Timestamp) -> bool {
         let mut more = false;
@@ -297,6 +316,9 @@ impl<R: Ring> Reactor<R> {
                 if job.on_failure == GroupFailure::FailAll && !job.runner.copier.is_complete() {
                     failed_groups.push(job.group);
                 }
+            }
+            for (id, result) in job.runner.copier.take_snapshot_outcomes() {
+                job.reads.remove(&id).expect("every read has its answer").give(IoOutcome { result });
             }
             for (id, outcome) in job.runner.copier.take_cbw_outcomes() {
                 match job.asks.remove(&id).expect("every request has its asker") {
@@ -392,6 +414,7 @@ impl<R: Ring> Reactor<R> {
             group,
             on_failure,
             asks: BTreeMap::new(),
+            reads: BTreeMap::new(),
             next_ask: 0,
         };
         self.jobs.insert(entry);

@@ -106,7 +106,7 @@ impl SimEngine {
         jobs: Vec<SimJob>,
         on_failure: GroupFailure,
         timeout: Duration,
-    ) -> (Vec<JobHandle>, Pending<Result<(), Error>>) {
+    ) -> (Vec<JobHandle>, Pending<Result<Vec<JobId>, Error>>) {
         let mut handles = Vec::new();
         let make = |job: SimJob| {
             let SimJob { disk, target, geometry, slots, depth, plan } = job;
@@ -141,6 +141,14 @@ impl SimEngine {
     pub fn copy(&self, job: JobId, clusters: ClusterRange) -> Pending<Result<(), Arc<Error>>> {
         let (answer, asked) = ask();
         self.send(Command::Copy { job, clusters, answer });
+        Pending(asked)
+    }
+
+    /// Read a range as it was at the t0 of a job.
+    #[must_use]
+    pub fn read_snapshot(&self, job: JobId, range: ByteRange) -> Pending<IoOutcome> {
+        let (answer, asked) = ask();
+        self.send(Command::Snapshot { job, range, answer });
         Pending(asked)
     }
 
