@@ -10,6 +10,7 @@ pub mod copy;
 pub mod error;
 pub mod interval_set;
 pub mod job;
+pub mod live;
 pub mod map;
 pub mod modes;
 pub mod ring;

@@ -78,6 +78,7 @@ use crate::units::{ClusterCount, ClusterIndex, ClusterRange};
 
 pub use self::claim::{Claim, ClaimClusters};
 use self::waiters::Table;
+pub(crate) use self::waiters::{Parker, Woken};
 pub use self::waiters::{Ticket, Waiter};
 pub use self::waiting::{Cancellation, Registration, Waited};
 use self::word::{CLUSTERS, Mask, Outcome, Span, Word, first_span, spans, word_of};

@@ -21,7 +21,8 @@ use crate::units::ClusterIndex;
 /// A power of two. Models have two, to see both the same and different shards.
 const SHARDS: usize = if cfg!(loom) { 2 } else { 64 };
 
-/// Whom to wake when a cluster is released; woken at most once, by the thread that releases the cluster.
+/// Whom to wake when what it waits for has come: a cluster is released, or a barrier is lowered. Woken at most once, by
+/// the thread that releases or lowers.
 ///
 /// It runs on the thread that completes copies, which serves every guest: it must be quick, never block and not panic
 /// (should one panic all the same, the others are woken first). It may call into the set: no lock is held.
@@ -46,11 +47,12 @@ impl Waiter {
         Self(Kind::Callback(Box::new(call)))
     }
 
-    pub(super) fn thread(parker: Arc<Parker>) -> Self {
+    /// The thread that made `parker`.
+    pub(crate) fn thread(parker: Arc<Parker>) -> Self {
         Self(Kind::Thread(parker))
     }
 
-    fn wake(self) {
+    pub(crate) fn wake(self) {
         match self.0 {
             Kind::Task(waker) => waker.wake(),
             Kind::Callback(call) => call(),
@@ -70,13 +72,13 @@ impl fmt::Debug for Waiter {
 }
 
 /// A thread that sleeps until it is woken; made by that thread, for one wait.
-pub(super) struct Parker {
+pub(crate) struct Parker {
     thread: Parking,
     woken: AtomicBool,
 }
 
 impl Parker {
-    pub(super) fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self { thread: Parking::current(), woken: AtomicBool::new(false) })
     }
 
@@ -88,7 +90,7 @@ impl Parker {
     }
 
     /// Whether it was woken before `timeout` was over.
-    pub(super) fn sleep(&self, timeout: Option<Duration>) -> bool {
+    pub(crate) fn sleep(&self, timeout: Option<Duration>) -> bool {
         // A deadline too far to be told is none.
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         while !self.woken.load(Ordering::Acquire) {
@@ -158,9 +160,10 @@ impl Shard {
 
     /// Takes out all waiters of the clusters that `released` picks, in order of arrival.
     pub(super) fn take(&mut self, released: impl Fn(ClusterIndex) -> bool) -> Woken {
-        let taken: Vec<_> = self.entries.extract_if(.., |entry| released(entry.cluster)).collect();
+        let taken = self.entries.extract_if(.., |entry| released(entry.cluster)).map(|entry| entry.waiter);
+        let taken = Woken::new(taken.collect());
         debug_assert!(!self.entries.iter().any(|entry| released(entry.cluster)));
-        Woken(taken.into_iter())
+        taken
     }
 
     /// Takes out all waiters and refuses new ones; `each` is told every cluster that was waited for, once.
@@ -174,14 +177,18 @@ impl Shard {
     }
 }
 
-/// Waiters that are out of the table and are owed a wake-up; to be woken after the shard's lock is let go.
+/// Waiters that are out of their table and are owed a wake-up; to be woken after the table's lock is let go.
 #[must_use = "these waiters are owed a wake-up"]
-pub(super) struct Woken(std::vec::IntoIter<Entry>);
+pub(crate) struct Woken(std::vec::IntoIter<Waiter>);
 
 impl Woken {
-    pub(super) fn wake(mut self) {
-        for entry in self.0.by_ref() {
-            entry.waiter.wake();
+    pub(crate) fn new(waiters: Vec<Waiter>) -> Self {
+        Self(waiters.into_iter())
+    }
+
+    pub(crate) fn wake(mut self) {
+        for waiter in self.0.by_ref() {
+            waiter.wake();
         }
     }
 }
@@ -189,8 +196,8 @@ impl Woken {
 /// A waiter that panics must not cost the others their wake-up.
 impl Drop for Woken {
     fn drop(&mut self) {
-        for entry in self.0.by_ref() {
-            entry.waiter.wake();
+        for waiter in self.0.by_ref() {
+            waiter.wake();
         }
     }
 }

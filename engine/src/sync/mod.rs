@@ -3,8 +3,11 @@
 //! Model checking needs every atomic, lock and park of the checked code to go through loom, so the code under test
 //! imports from here and nowhere else. Built with `--cfg loom`, such a type works only inside `loom::model`.
 
+mod published;
+
 #[cfg(loom)]
 pub(crate) use self::modelled::{AtomicU64, Mutex, MutexGuard, Parking};
+pub(crate) use self::published::Published;
 #[cfg(not(loom))]
 pub(crate) use self::real::{Mutex, MutexGuard, Parking};
 #[cfg(loom)]
@@ -78,6 +81,10 @@ mod modelled {
             self.take_turn().load(order)
         }
 
+        pub(crate) fn swap(&self, value: u64, order: Ordering) -> u64 {
+            self.take_turn().swap(value, order)
+        }
+
         pub(crate) fn compare_exchange_weak(
             &self,
             current: u64,
@@ -94,6 +101,10 @@ mod modelled {
 
         pub(crate) fn fetch_and(&self, bits: u64, order: Ordering) -> u64 {
             self.take_turn().fetch_and(bits, order)
+        }
+
+        pub(crate) fn fetch_sub(&self, amount: u64, order: Ordering) -> u64 {
+            self.take_turn().fetch_sub(amount, order)
         }
 
         pub(crate) fn fetch_xor(&self, bits: u64, order: Ordering) -> u64 {
