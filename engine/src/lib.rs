@@ -12,6 +12,7 @@ pub mod interval_set;
 pub mod job;
 pub mod map;
 pub mod modes;
+mod piece;
 pub mod ring;
 pub mod storage;
 mod sync;

@@ -14,7 +14,7 @@
 
 use nix::errno::Errno;
 
-use super::plan::Side;
+use crate::copier::plan::Side;
 use crate::ring::{BufferRange, IoPath, Op, Output};
 use crate::units::ByteRange;
 
@@ -25,7 +25,7 @@ const MAX_SUBSECTOR_READS: u32 = 2;
 
 /// Direction of a piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Direction {
+pub(crate) enum Direction {
     /// Storage to arena.
     Read,
     /// Arena to storage.
@@ -34,7 +34,7 @@ pub(super) enum Direction {
 
 /// Why an operation on a cluster failed for good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fault {
+pub(crate) enum Fault {
     /// The kernel said so.
     Errno(Errno),
     /// The storage ended before the length that it had when it was opened.
@@ -47,7 +47,7 @@ pub(super) enum Fault {
 
 /// What follows from a result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Step {
+pub(crate) enum Step {
     /// The whole range is there.
     Finished,
     /// Go on with [`Piece::op`].
@@ -58,7 +58,7 @@ pub(super) enum Step {
 
 /// A read or write under way. See the module's header.
 #[derive(Clone, Debug)]
-pub(super) struct Piece {
+pub(crate) struct Piece {
     direction: Direction,
     range: ByteRange,
     /// Where `range` starts in the arena.
@@ -70,22 +70,22 @@ pub(super) struct Piece {
 
 impl Piece {
     /// A piece for `range`, which starts on a sector of the side and whose bytes are at `buffer` in the arena.
-    pub(super) fn new(direction: Direction, range: ByteRange, buffer: u32) -> Self {
+    pub(crate) fn new(direction: Direction, range: ByteRange, buffer: u32) -> Self {
         assert!(!range.is_empty(), "a piece has bytes");
         assert!(u32::try_from(range.length).is_ok(), "a piece fits the arena");
         Self { direction, range, buffer, done: 0, stalls: 0 }
     }
 
-    pub(super) fn range(&self) -> ByteRange {
+    pub(crate) fn range(&self) -> ByteRange {
         self.range
     }
 
-    pub(super) fn direction(&self) -> Direction {
+    pub(crate) fn direction(&self) -> Direction {
         self.direction
     }
 
     /// The next operation, for `side`.
-    pub(super) fn op(&self, side: &Side) -> Op {
+    pub(crate) fn op(&self, side: &Side) -> Op {
         let offset = self.range.offset + self.done;
         let left = self.range.length - self.done;
         assert!(left > 0, "a finished piece has no operation");
@@ -104,7 +104,7 @@ impl Piece {
     }
 
     /// Take in the result of the last operation.
-    pub(super) fn on_result(&mut self, result: Result<Output, Errno>, side: &Side) -> Step {
+    pub(crate) fn on_result(&mut self, result: Result<Output, Errno>, side: &Side) -> Step {
         match result {
             Ok(Output::Bytes(bytes)) => self.advance(u64::from(bytes), side),
             Ok(other) => panic!("a read or write completes with bytes, not {other:?}"),
