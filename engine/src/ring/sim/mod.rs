@@ -220,7 +220,9 @@ impl SimRing {
             }
             Op::Discard { file, range } => {
                 check_not_empty(*range)?;
-                world.disk(self.files[file.0 as usize]).write_zeroes(*range, ZeroMethod::Unmap);
+                let disk = world.disk(self.files[file.0 as usize]);
+                disk.may_zero(ZeroMethod::Unmap)?;
+                disk.write_zeroes(*range, ZeroMethod::Unmap);
                 Ok(Output::Done)
             }
             Op::Allocate { file, ranges } => {
