@@ -10,6 +10,8 @@ pub mod copy;
 pub mod error;
 pub mod interval_set;
 pub mod job;
+#[doc(hidden)]
+pub mod live;
 pub mod map;
 pub mod modes;
 mod piece;

@@ -1,0 +1,150 @@
+//! What a carrier is given: its disk, its bounds, the requests of guests, and whom it asks for leave to write.
+
+use std::time::Duration;
+
+use crate::copier::plan::Side;
+use crate::error::Error;
+use crate::ring::BufferRange;
+use crate::units::{ByteRange, ClusterRange, Length, Timestamp};
+
+/// Names a job of the engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct JobId(pub u32);
+
+/// Names a request from its submission to its outcome. Chosen by the caller; unique among those under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct IoId(pub u64);
+
+/// What a guest asks for. Any alignment, any length; a request beyond the disk's end is refused with an outcome.
+#[derive(Debug)]
+pub enum IoRequest {
+    /// Read `range` into `buffer`, which is as long.
+    Read {
+        /// Which bytes.
+        range: ByteRange,
+        /// Where they go; comes back filled.
+        buffer: Vec<u8>,
+    },
+    /// Write `data` at `offset`.
+    Write {
+        /// First byte.
+        offset: u64,
+        /// Comes back as given.
+        data: Vec<u8>,
+    },
+    /// Bring to stable storage every write whose outcome was given out before.
+    Flush,
+    /// Contents of `range` are not needed any more, and undefined until written again.
+    Discard {
+        /// Which bytes.
+        range: ByteRange,
+    },
+    /// Make `range` read as zeros.
+    WriteZeroes {
+        /// Which bytes.
+        range: ByteRange,
+        /// Whether its space may be given back.
+        may_unmap: bool,
+    },
+}
+
+/// How a request ended.
+#[derive(Debug)]
+pub struct IoOutcome {
+    /// The request's buffer: filled for a read, as given for a write, empty for the others.
+    pub result: Result<Vec<u8>, Error>,
+}
+
+/// Names one copy-before-write that was asked for, until it is answered by [`super::Carrier::copied`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopyWait {
+    /// Never used twice by a carrier.
+    pub number: u64,
+    /// When the guest submitted the request that waits: a timeout counts from there.
+    pub since: Timestamp,
+}
+
+/// What comes of asking for a permit.
+#[derive(Debug)]
+pub enum Attempt<P> {
+    /// The range may be changed while the permit is held.
+    Granted(P),
+    /// A job is starting: ask again after [`super::Carrier::barrier_lowered`].
+    AtBarrier,
+    /// These clusters have to be copied for this job first; then ask again.
+    Copy(JobId, ClusterRange),
+}
+
+/// Which part of a range may be discarded now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiscardRule {
+    /// The first run of bytes of the range of which every cluster touched is done in all jobs; `None`: there is none.
+    pub now: Option<ByteRange>,
+}
+
+/// Decides when the disk may be changed. Answers at once; never calls back.
+pub trait AdmissionHost {
+    /// What is held while the disk is being changed; given back by dropping it.
+    type Permit;
+
+    /// Ask for leave to change `range`. The permits of a carrier never nest: at a raised barrier it waits.
+    fn attempt(&mut self, range: ByteRange) -> Attempt<Self::Permit>;
+
+    /// Have `clusters` copied for `job`. Answered by [`super::Carrier::copied`], later: never before this has returned.
+    fn copy(&mut self, job: JobId, clusters: ClusterRange, wait: CopyWait);
+
+    /// Which part of `range`, which is not empty, may be discarded now. Loads only.
+    fn discards(&mut self, range: ByteRange) -> DiscardRule;
+}
+
+/// What a carrier works with.
+#[derive(Clone, Debug)]
+pub struct CarrierPlan {
+    /// The disk.
+    pub file: Side,
+    /// Its length.
+    pub length: Length,
+    /// The carrier's part of the arena; starts on a page.
+    pub buffers: BufferRange,
+    /// Bounds.
+    pub limits: CarrierLimits,
+}
+
+/// Named bounds of a carrier.
+#[derive(Clone, Copy, Debug)]
+pub struct CarrierLimits {
+    /// Most requests under way; submitting one more is a bug of the caller.
+    pub requests: usize,
+    /// Unit in which the buffers are handed out, in bytes: whole pages.
+    pub slot_bytes: u32,
+    /// Most bytes of a request that are moved at a time: whole slots, not more than the buffers hold.
+    pub window_bytes: u64,
+    /// Most bytes made zero or discarded at a time where nothing has to be copied before.
+    pub wide_window_bytes: u64,
+    /// Most ranges of discards that are put off.
+    pub deferred_ranges: usize,
+    /// To what the ranges are rounded in when there are too many, in bytes.
+    pub deferred_grain: u64,
+    /// Most stretches of discards put off that are looked at before a pause.
+    pub discard_checks: u32,
+    /// That pause.
+    pub discard_pause: Duration,
+    /// Most requests looked at, and most operations given out, in one poll.
+    pub steps_a_poll: usize,
+}
+
+impl Default for CarrierLimits {
+    fn default() -> Self {
+        Self {
+            requests: 1024,
+            slot_bytes: 64 << 10,
+            window_bytes: 1 << 20,
+            wide_window_bytes: 32 << 20,
+            deferred_ranges: 1024,
+            deferred_grain: 64 << 10,
+            discard_checks: 16,
+            discard_pause: Duration::from_millis(20),
+            steps_a_poll: 128,
+        }
+    }
+}
