@@ -10,6 +10,7 @@
 
 mod host;
 mod oracle;
+mod planted;
 mod run;
 
 use host::Seen;
@@ -24,7 +25,7 @@ fn seeded() {
     let count = from_environment("SIM_SEEDS", 2000);
     let mut all = Seen::default();
     for seed in first..first + count {
-        match std::panic::catch_unwind(|| run::one_seed(seed)) {
+        match std::panic::catch_unwind(|| run::one_seed(seed, None)) {
             Ok(Ok(seen)) => add(&mut all, seen),
             Ok(Err(wrong)) => panic!("seed {seed}: {wrong}"),
             Err(panic) => {

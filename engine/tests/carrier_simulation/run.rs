@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use engine::copier::plan::Side;
 use engine::error::{Error, ErrorKind};
-use engine::live::carrier::{Carrier, CarrierLimits, CarrierPlan, IoId, IoOutcome, IoRequest};
+use engine::live::carrier::{Carrier, CarrierBug, CarrierLimits, CarrierPlan, IoId, IoOutcome, IoRequest};
 use engine::ring::sim::{Disk, DiskTraits, FaultPlan, Rates, SharedWorld, SimRing, World};
 use engine::ring::{BufferRange, FileId, Op, Ring, Token, Wait};
 use engine::units::{ByteRange, ClusterSize, Geometry, Length};
@@ -46,6 +46,8 @@ struct Scenario {
     faults: FaultPlan,
     failing_copies: u8,
     starts_jobs: bool,
+    /// The engine dies before this turn.
+    dies_at: Option<u64>,
 }
 
 impl Scenario {
@@ -91,6 +93,7 @@ impl Scenario {
             faults: if faulty { FaultPlan { rates, ..FaultPlan::default() } } else { FaultPlan::default() },
             failing_copies: [0, 0, 20][rng.usize(..3)],
             starts_jobs: rng.u8(..5) > 0,
+            dies_at: (rng.u8(..12) == 0).then(|| rng.u64(..200)),
         }
     }
 }
@@ -109,15 +112,19 @@ struct Run {
     submitted: u64,
     /// Turns since the barrier was raised.
     barrier_turns: u64,
+    dead: bool,
 }
 
 /// Run one seed to its end.
-pub(crate) fn one_seed(seed: u64) -> Result<Seen, String> {
+pub(crate) fn one_seed(seed: u64, planted: Option<CarrierBug>) -> Result<Seen, String> {
     let mut rng = Rng::with_seed(seed ^ 0xCA44);
     let scenario = Scenario::random(&mut rng);
-    let mut run = Run::new(scenario, seed, rng);
+    let mut run = Run::new(scenario, planted, seed, rng);
     let mut turns = 0;
     while run.submitted < run.scenario.requests || !run.carrier.is_idle() || run.host.barrier {
+        if run.scenario.dies_at == Some(turns) {
+            run.die()?;
+        }
         run.guests();
         run.jobs()?;
         run.turn()?;
@@ -145,7 +152,7 @@ pub(crate) fn one_seed(seed: u64) -> Result<Seen, String> {
 }
 
 impl Run {
-    fn new(scenario: Scenario, seed: u64, mut rng: Rng) -> Self {
+    fn new(scenario: Scenario, planted: Option<CarrierBug>, seed: u64, mut rng: Rng) -> Self {
         let mut contents = vec![0; usize::try_from(scenario.length).unwrap()];
         rng.fill(&mut contents);
         let world = World::shared();
@@ -159,6 +166,7 @@ impl Run {
             length: Length(scenario.length),
             buffers: BufferRange { start: 4096, length: scenario.buffers },
             limits: scenario.limits,
+            planted,
         });
         let geometry = Geometry::new(Length(scenario.length), ClusterSize::new(scenario.cluster).unwrap());
         Self {
@@ -173,11 +181,20 @@ impl Run {
             waiting: BTreeMap::new(),
             submitted: 0,
             barrier_turns: 0,
+            dead: false,
         }
     }
 
     fn view(&self) -> Vec<u8> {
         self.world.borrow_mut().disk(0).view().to_vec()
+    }
+
+    /// The engine dies: everybody is told at once, and nothing more reaches the disk than what is in flight.
+    fn die(&mut self) -> Result<(), String> {
+        self.dead = true;
+        self.carrier.fail_all(&Error::engine_died("disk", "it was told to"));
+        self.outcomes()?;
+        if self.waiting.is_empty() { Ok(()) } else { Err(format!("not told: {:?}", self.waiting)) }
     }
 
     /// Guests submit and cancel.
@@ -291,6 +308,9 @@ impl Run {
         let room = self.ring.capacity() - self.ring.in_flight();
         let mut ops = Vec::new();
         let more = self.carrier.poll(now, room, self.ring.arena_mut(), &mut self.host, &mut ops);
+        if self.dead && !ops.is_empty() {
+            return Err(format!("{ops:?} after the end"));
+        }
         if ops.len() > room {
             return Err(format!("{} operations for room of {room}", ops.len()));
         }
@@ -363,6 +383,7 @@ impl Run {
         let rates = &self.scenario.faults.rates;
         let text = error.to_string();
         let meant = match error.kind() {
+            ErrorKind::EngineDied => self.dead,
             _ if kind == Kind::Beyond => {
                 text.contains("the disk ends at byte") || text.ends_with("cancelled")
             }
@@ -372,7 +393,7 @@ impl Run {
             ErrorKind::NoSpace => rates.nospace > 0,
             // Several short results within a block in a row count as the end of the disk.
             ErrorKind::Io(nix::errno::Errno::EIO) => {
-                rates.eio > 0 || (rates.short > 0 && self.scenario.alignment == Some(4096))
+                rates.eio > 0 || (rates.short > 0 && self.scenario.alignment.is_some())
             }
             _ => false,
         };
