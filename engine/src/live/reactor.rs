@@ -225,6 +225,8 @@ impl<R: Ring> Reactor<R> {
             length: shared.length(),
             buffers: memory,
             limits: CarrierLimits::default(),
+            #[cfg(feature = "sim")]
+            planted: None,
         };
         let disk = Disk {
             side,

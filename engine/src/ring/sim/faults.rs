@@ -40,7 +40,7 @@ pub struct Rates {
     pub nospace: u16,
     /// Of flushes.
     pub flush: u16,
-    /// `EOPNOTSUPP`, of zero operations and reservations.
+    /// `EOPNOTSUPP`, of zero operations, discards and reservations.
     pub unsupported: u16,
 }
 
@@ -86,14 +86,14 @@ impl FaultPlan {
                 hit(rates.eio).then_some(Fault::Errno(Errno::EIO))
             }
             Op::Flush { .. } | Op::DropCache { .. } => hit(rates.flush).then_some(Fault::Errno(Errno::EIO)),
-            Op::WriteZeroes { .. } | Op::Allocate { .. } => {
+            Op::WriteZeroes { .. } | Op::Discard { .. } | Op::Allocate { .. } => {
                 if hit(rates.unsupported) {
                     return Some(Fault::Errno(Errno::EOPNOTSUPP));
                 }
                 hit(rates.eio).then_some(Fault::Errno(Errno::EIO))
             }
             Op::Extents { .. } | Op::Publish { .. } => hit(rates.eio).then_some(Fault::Errno(Errno::EIO)),
-            Op::Discard { .. } | Op::Digest { .. } | Op::Cancel { .. } => None,
+            Op::Digest { .. } | Op::Cancel { .. } => None,
         }
     }
 }

@@ -222,7 +222,9 @@ impl SimRing {
             }
             Op::Discard { file, range } => {
                 check_not_empty(*range)?;
-                world.disk(self.disk_of(*file)).write_zeroes(*range, ZeroMethod::Unmap);
+                let disk = world.disk(self.disk_of(*file));
+                disk.may_zero(ZeroMethod::Unmap)?;
+                disk.write_zeroes(*range, ZeroMethod::Unmap);
                 Ok(Output::Done)
             }
             Op::Allocate { file, ranges } => {
