@@ -125,6 +125,8 @@ pub enum Operation {
     CopyBeforeWrite,
     /// Reading the disk as it was at t0.
     ReadSnapshot,
+    /// Taking a guest's request.
+    Queue,
 }
 
 impl Operation {
@@ -151,6 +153,7 @@ impl Operation {
             Self::WriteMap => "write map file",
             Self::Remove => "remove",
             Self::Copy => "copy",
+            Self::Queue => "take a request for",
             Self::ReadSnapshot => "read the snapshot of",
             Self::CopyBeforeWrite => "copy the old contents before a guest's write to",
         }

@@ -24,6 +24,7 @@ use super::admission::{Permit, attempt_unnested};
 use super::ask::Answer;
 use super::carrier::{
     AdmissionHost, Attempt, Carrier, CarrierLimits, CarrierPlan, CopyWait, DiscardRule, IoId, IoOutcome,
+    IoRequest,
 };
 use super::command::{Command, GroupFailure, Inbox, NewGroup};
 use super::controller::Controller;
@@ -51,9 +52,33 @@ pub(super) struct Disk {
     carrier: Carrier<Permit>,
     memory: BufferRange,
     answers: BTreeMap<IoId, Answer<IoOutcome>>,
+    /// Requests for which the carrier has no room yet.
+    queue: VecDeque<(IoRequest, Answer<IoOutcome>, Timestamp)>,
     next_io: u64,
     /// Its last handle is gone: it goes when nothing is left to do.
     closing: bool,
+}
+
+impl Disk {
+    /// Hand the carrier as many requests as it has room for; whether there were any.
+    fn feed(&mut self) -> bool {
+        let limit = CarrierLimits::default().requests;
+        let mut fed = false;
+        while self.carrier.requests_under_way() < limit {
+            let Some((request, answer, since)) = self.queue.pop_front() else { break };
+            let id = IoId(self.next_io);
+            self.next_io += 1;
+            self.answers.insert(id, answer);
+            self.carrier.submit(id, request, since);
+            fed = true;
+        }
+        fed
+    }
+
+    /// Whether nothing is left to do, discards that were put off included.
+    fn is_idle(&self) -> bool {
+        self.queue.is_empty() && self.carrier.is_idle() && self.carrier.deferred_bytes() == 0
+    }
 }
 
 pub(super) struct Job {
@@ -86,6 +111,10 @@ pub(super) struct Reactor<R: Ring> {
     ops: Vec<(Token, Op)>,
     quit: bool,
 }
+
+/// Most requests of a disk that wait for room in its carrier. Each has its own buffer, so this is a bound on memory for those who send
+/// without waiting.
+const MAX_QUEUED: usize = 16_384;
 
 /// Bytes of the arena that a carried disk gets.
 pub(super) const CARRIER_BYTES: u32 = 4 << 20;
@@ -233,6 +262,7 @@ impl<R: Ring> Reactor<R> {
             carrier: Carrier::new(plan),
             memory,
             answers: BTreeMap::new(),
+            queue: VecDeque::new(),
             next_io: 0,
             closing: false,
             shared,
@@ -241,18 +271,17 @@ impl<R: Ring> Reactor<R> {
         Ok(())
     }
 
-    fn submit(
-        &mut self,
-        disk: DiskId,
-        request: super::carrier::IoRequest,
-        answer: Answer<IoOutcome>,
-        now: Timestamp,
-    ) {
+    fn submit(&mut self, disk: DiskId, request: IoRequest, answer: Answer<IoOutcome>, now: Timestamp) {
         let Some(disk) = self.disks.get_mut(&disk) else { return drop(answer) };
-        let id = IoId(disk.next_io);
-        disk.next_io += 1;
-        disk.answers.insert(id, answer);
-        disk.carrier.submit(id, request, now);
+        if disk.queue.len() >= MAX_QUEUED {
+            let name = disk.shared.name().to_string();
+            let reason = format!("{MAX_QUEUED} requests are waiting already");
+            let error = Error::new(ErrorKind::Io(nix::errno::Errno::EAGAIN), Operation::Queue, name, reason)
+                .advise("send fewer requests at a time");
+            return answer.give(IoOutcome { result: Err(error) });
+        }
+        disk.queue.push_back((request, answer, now));
+        disk.feed();
         let id = disk.shared.id();
         for (_, job) in &mut self.jobs {
             if job.disk == id {
@@ -295,6 +324,7 @@ impl<R: Ring> Reactor<R> {
                 let answer = disk.answers.remove(&id).expect("every request has its answer");
                 answer.give(outcome);
             }
+            more |= disk.feed();
         }
         more
     }
@@ -367,7 +397,7 @@ impl<R: Ring> Reactor<R> {
         let gone: Vec<DiskId> = self
             .disks
             .iter()
-            .filter(|(id, disk)| disk.closing && disk.carrier.is_idle() && !used(**id))
+            .filter(|(id, disk)| disk.closing && disk.is_idle() && !used(**id))
             .map(|(&id, _)| id)
             .collect();
         for id in &gone {
@@ -437,6 +467,7 @@ impl<R: Ring> Reactor<R> {
             }
             disk.shared.gate().poison();
             disk.answers.clear();
+            disk.queue.clear();
         }
         // Only now: one whose request is dropped looks again, and must find no job any more.
         self.inbox.close();

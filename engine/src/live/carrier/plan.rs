@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use crate::copier::plan::Side;
 use super::super::jobs::JobId;
+use crate::copier::plan::Side;
 use crate::error::Error;
 use crate::ring::BufferRange;
 use crate::units::{ByteRange, ClusterRange, Length, Timestamp};

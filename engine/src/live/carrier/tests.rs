@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::*;
 use super::super::jobs::JobId;
+use super::*;
 use crate::copier::plan::Side;
 use crate::error::ErrorKind;
 use crate::ring::{Arena, Completion, FileId, IoPath, Output};
