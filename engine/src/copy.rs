@@ -2,6 +2,7 @@
 //!
 //! [`start`] checks everything before it touches anything of the target, then starts the ring thread and returns a handle.
 
+mod end;
 mod start;
 
 use std::path::PathBuf;

@@ -11,8 +11,8 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::kernel::{LoopDevice, is_root};
-use crate::support::{Running, code, dense, directory, same, stderr};
-use crate::{KIB, MIB, copied, copy, error_line, json as copy_json, same_start};
+use crate::support::{Running, code, dense, directory, has, same, stderr};
+use crate::{KIB, MIB, copied, copy, error_line, json as copy_json, limit_file_size, same_start};
 
 const LENGTH: usize = 4 * MIB;
 /// Within a cluster, so that only a part of it can be read.
@@ -242,6 +242,25 @@ fn a_source_that_changes_fails_the_copy_and_keeps_the_target() {
         assert_eq!(fs::metadata(there.path().join("b")).expect("kept").len(), 16 << 20);
         assert!(!there.path().join("m").exists());
     }
+}
+
+#[test]
+fn a_source_that_changes_takes_the_map_of_what_was_skipped_with_it() {
+    if !has("prlimit") {
+        return;
+    }
+    let there = directory();
+    let running = begun(there.path(), &["--map", "m", "--on-target-error", "ignore"]);
+    // The last megabyte cannot be written: the copy ends as complete but for that.
+    limit_file_size(running.id(), "15728640");
+    let source = File::options().write(true).open(there.path().join("a")).expect("open");
+    source.write_all_at(b"x", 0).expect("written");
+    let (code, output, messages) = running.end();
+    assert_eq!(code, 1, "{messages}");
+    assert!(output.contains("\"source_changed\"") && output.contains("\"resumable\":false"), "{output}");
+    assert!(messages.contains("skipped bytes 15728640..16777216"), "{messages}");
+    assert!(messages.contains("no run can go on from map file m: it was removed"), "{messages}");
+    assert!(!there.path().join("m").exists());
 }
 
 #[test]

@@ -5,29 +5,29 @@
 //! 2. On the new ring thread: the ring is opened (io_uring wants to be set up by the thread that uses it). Still nothing was changed.
 //! 3. The target is prepared, and with a map its first version published, so that from here on a killed copy can go on.
 //! 4. The caller gets its handle, and the loop runs.
-//! 5. At the end, before anybody is told: a source that changed meanwhile makes the copy a failure, and a new target file of a copy
-//!    that did not succeed and cannot go on is removed.
+//! 5. At the end, before anybody is told, [`super::end`] looks whether the source changed meanwhile, and clears up.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use crossbeam::channel::{Sender, bounded};
 
+use super::end::at_end;
 use super::{Copy, CopyOptions};
 use crate::copier::Copier;
 use crate::copier::plan::{Checkpoint, Limits, MapPlan, Plan, Side};
 use crate::error::{Error, ErrorKind, Operation, Refusal};
 use crate::interval_set::IntervalSet;
-use crate::job::driver::{AtEnd, Driver, empty_progress};
+use crate::job::driver::{Driver, empty_progress};
 use crate::job::handle::{CompletionCallback, Shared};
-use crate::job::{JobHandle, JobResult, Lifecycle, Outcome};
+use crate::job::{JobHandle, Lifecycle};
 use crate::map::{Map, MapFile, MapHeader};
 use crate::ring::select::{self, OpenedRing, RingConfig, SetupError};
 use crate::ring::{Arena, DocumentId, FileId, Ring};
 use crate::storage::locator::Place;
 use crate::storage::{
     Document, Locator, OpenedSource, OpenedTarget, Resume, SourceOptions, Storage, TargetOptions, TargetPlan,
-    open_source, plan_target, source_unchanged,
+    open_source, plan_target,
 };
 use crate::units::{ClusterRange, Geometry};
 
@@ -362,50 +362,4 @@ fn publish_first(map: &MapFile, header: &MapHeader, target: &OpenedTarget) -> Re
         }
         Error::io(Operation::WriteMap, map.path(), None, errno)
     })
-}
-
-/// What is to be done when the copy is over; see the module's header.
-fn at_end(source: OpenedSource, target: OpenedTarget, map: Option<Arc<MapFile>>) -> AtEnd {
-    Box::new(move |result: &mut JobResult| {
-        let complete = matches!(result.outcome, Outcome::Complete | Outcome::CompleteWithSkipped);
-        let unchanged = if complete || result.resumable { source_unchanged(&source) } else { Ok(()) };
-        match unchanged {
-            Err(error) if complete => {
-                let name = target.storage().name().to_owned();
-                result.notices.push(format!("{name} is kept, but it is no point in time"));
-                result.outcome = Outcome::Failed(Arc::new(error));
-                result.resumable = false;
-            }
-            // A file that was changed for certain: every later run would refuse the map. What is only out of reach (a device that dropped
-            // out, a server that is down) comes back, and the copy goes on.
-            Err(error) if error.kind() == ErrorKind::SourceChanged && source.identity().shows_changes() => {
-                tracing::info!(%error, "no later run can go on");
-                result.resumable = false;
-                result.notices.extend(map.as_deref().map(forget_map));
-            }
-            Err(error) => tracing::info!(%error, "whether the source has changed cannot be told"),
-            Ok(()) => {}
-        }
-        if !complete && !result.resumable {
-            match target.discard_new_file() {
-                Ok(true) => {
-                    result.notices.push(format!("the partial file {} was removed", target.storage().name()));
-                }
-                Ok(false) => {}
-                Err(error) => result.notices.push(error.to_string()),
-            }
-        }
-        drop(map);
-    })
-}
-
-/// Remove a map that every later run would refuse; says so.
-fn forget_map(map: &MapFile) -> String {
-    match map.publish(None) {
-        Ok(()) => format!(
-            "the source has changed, so no run can go on from map file {}: it was removed",
-            map.path()
-        ),
-        Err(errno) => Error::io(Operation::Remove, map.path(), None, errno).to_string(),
-    }
 }
