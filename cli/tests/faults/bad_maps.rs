@@ -94,4 +94,7 @@ fn in_a_place_where_no_map_can_be() {
     refused(place, &["--map", "dangling", "a", "b"], &["map file dangling", "symbolic link"]);
     refused(place, &["--map", "nowhere/m", "a", "b"], &["nowhere/m", "does not exist", "create it"]);
     refused(place, &["--map", "m", "a", "null:"], &["null:"]);
+    // The next version of a map is written under another name first.
+    fs::rename(place.join("a"), place.join(".m.engine-cli-new")).expect("renamed");
+    refused(place, &["--map", "m", ".m.engine-cli-new", "b"], &["map file m", "the source of the copy"]);
 }
