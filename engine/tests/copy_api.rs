@@ -62,6 +62,22 @@ fn the_callback_comes_once_and_before_the_waiters_are_told() {
 }
 
 #[test]
+fn a_callback_that_panics_changes_nothing_of_the_result() {
+    each_engine(|io_engine| {
+        let directory = tempfile::tempdir().unwrap();
+        let options = options(directory.path(), io_engine);
+        let copy = start_with(&options, Some(Box::new(|_| panic!("the listener's own mistake")))).unwrap();
+        let result = copy.job.wait();
+        assert!(matches!(result.outcome, Outcome::Complete), "{result:?}");
+        assert_eq!(result.progress.done, LENGTH as u64);
+        let told = "the completion callback panicked: the listener's own mistake";
+        assert!(result.notices.iter().any(|notice| notice == told), "{:?}", result.notices);
+        assert_eq!(copy.job.status(), Status::Concluded);
+        assert_eq!(std::fs::read(directory.path().join("target")).unwrap(), contents());
+    });
+}
+
+#[test]
 fn the_disks_are_free_the_moment_the_job_has_ended() {
     each_engine(|io_engine| {
         let directory = tempfile::tempdir().unwrap();

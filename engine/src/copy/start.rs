@@ -19,7 +19,7 @@ use crate::copier::plan::{Checkpoint, Limits, MapPlan, Plan, Side};
 use crate::error::{Error, ErrorKind, Operation, Refusal};
 use crate::interval_set::IntervalSet;
 use crate::job::driver::{Driver, empty_progress};
-use crate::job::handle::{CompletionCallback, Shared};
+use crate::job::handle::{CompletionCallback, Shared, panic_text};
 use crate::job::{JobHandle, Lifecycle};
 use crate::map::{Map, MapFile, MapHeader};
 use crate::ring::select::{self, OpenedRing, RingConfig, SetupError};
@@ -207,11 +207,6 @@ where
             at_end(result);
         }
     });
-}
-
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(ToString::to_string);
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
 }
 
 /// A driver that is ready to run.
