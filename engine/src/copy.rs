@@ -3,6 +3,7 @@
 //! [`start`] checks everything before it touches anything of the target, then starts the ring thread and returns a handle.
 
 mod end;
+mod sample;
 mod start;
 
 use std::path::PathBuf;

@@ -109,6 +109,27 @@ fn with_a_map_the_copy_goes_on_after_the_repair() {
 }
 
 #[test]
+fn what_was_readable_once_does_not_keep_a_copy_from_going_on() {
+    let Some(bad) = BadDevice::new() else { return };
+    let arguments = ["--map", "m", bad.device.text(), "b"];
+    let done = copy_json(bad.place(), &arguments, 1)["done"].clone();
+    // Nothing of it can be read any more, so nothing can be compared with what the map says.
+    let cut = File::options().write(true).open(bad.path("cut")).expect("open");
+    cut.set_len(0).expect("cut");
+    let object = copy_json(bad.place(), &arguments, 1);
+    assert_eq!((&object["error"]["errno"], &object["resumed"]), (&json!("EIO"), &done), "{object}");
+    assert_eq!(object["resumable"], true);
+    let notices = object["notices"].to_string();
+    assert!(notices.contains("could be compared: cannot read /dev/loop"), "{notices}");
+    cut.write_all_at(&fs::read(bad.path("good")).expect("read"), 0).expect("written");
+    cut.sync_all().expect("synced");
+    let object = copy_json(bad.place(), &arguments, 0);
+    assert_eq!(object["resumed"], done);
+    assert!(!object["notices"].to_string().contains("compared"), "{object}");
+    assert!(same(&bad.path("good"), &bad.path("b")));
+}
+
+#[test]
 fn stop_pauses_until_the_device_is_mended() {
     let Some(bad) = BadDevice::new() else { return };
     let arguments =

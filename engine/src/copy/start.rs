@@ -13,7 +13,7 @@ use std::sync::Arc;
 use crossbeam::channel::{Sender, bounded};
 
 use super::end::at_end;
-use super::{Copy, CopyOptions};
+use super::{Copy, CopyOptions, sample};
 use crate::copier::Copier;
 use crate::copier::plan::{Checkpoint, Limits, MapPlan, Plan, Side};
 use crate::error::{Error, ErrorKind, Operation, Refusal};
@@ -49,6 +49,8 @@ struct Checked {
     map: Option<Arc<MapFile>>,
     geometry: Geometry,
     slots: u32,
+    /// Why what the map says could not be compared.
+    uncompared: Option<String>,
     callback: Option<CompletionCallback>,
 }
 
@@ -115,7 +117,11 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
         resume,
     };
     let target = plan_target(&target_locator, &source, &target_options)?;
-    Ok(Checked { options: options.clone(), source, target, map, geometry, slots, callback })
+    let uncompared = match &map {
+        Some(map) => sample::compare(map, &source, &target)?,
+        None => None,
+    };
+    Ok(Checked { options: options.clone(), source, target, map, geometry, slots, uncompared, callback })
 }
 
 fn map_of_another(path: &str, side: &str, difference: &crate::storage::Difference) -> Error {
@@ -222,7 +228,7 @@ where
     R: Ring<File = Arc<dyn Storage>, Document = Arc<dyn Document>>,
 {
     fn new(mut ring: R, checked: Checked, notice: Option<String>) -> Result<Self, Error> {
-        let Checked { options, source, target, map, geometry, slots, callback } = checked;
+        let Checked { options, source, target, map, geometry, slots, uncompared, callback } = checked;
         let mut notices: Vec<String> = source.warnings().to_vec();
         notices.extend(notice);
         let set = IntervalSet::new(geometry.clusters()).map_err(|error| {
@@ -248,6 +254,7 @@ where
         };
         if let Some(map) = &map {
             notices.extend(going_on(map, geometry, &resumed));
+            notices.extend(uncompared);
             publish_first(map, &header, &target)?;
         }
         let broken = |failure: crate::ring::RingFailure| {
