@@ -222,7 +222,7 @@ fn carry_on<R: Ring<File = File>>(
     let reason = match ran {
         Ok(Ok(())) => return reactor.close(),
         Ok(Err(failure)) => failure.to_string(),
-        Err(panic) => format!("internal error: {}", crate::copy::panic_text(panic.as_ref())),
+        Err(panic) => format!("internal error: {}", crate::job::handle::panic_text(panic.as_ref())),
     };
     tracing::error!(reason, "the engine has died");
     if std::panic::catch_unwind(AssertUnwindSafe(|| reactor.die(&reason))).is_err() {
