@@ -126,7 +126,7 @@ impl State {
     }
 }
 
-/// See the [module](self).
+/// Counts the guest writes of a disk that are under way, and holds new ones back while t0 is taken.
 pub struct Gate {
     id: GateId,
     waker: Arc<dyn Wake>,
