@@ -156,7 +156,8 @@ pub(crate) struct CopyArgs {
     /// What to do when the target cannot be written
     #[arg(long, value_name = "POLICY", value_enum, default_value_t = Policy::Report)]
     on_target_error: Policy,
-    /// Keep in FILE how far the copy is, so that it can go on after an interruption
+    /// Keep in FILE how far the copy is, so that it can go on after an interruption; before it does, a sample of what is done is
+    /// compared
     #[arg(long, value_name = "FILE")]
     pub(crate) map: Option<PathBuf>,
     /// Read back what was written and compare it by checksum

@@ -248,6 +248,31 @@ impl Pair {
     }
 }
 
+/// Compares single ranges of two disks.
+pub(crate) struct Spots<'a> {
+    disks: [&'a dyn Storage; 2],
+    pair: Pair,
+}
+
+impl<'a> Spots<'a> {
+    /// With buffers of its own.
+    ///
+    /// # Errors
+    /// They cannot be had.
+    pub(crate) fn new(disks: [&'a dyn Storage; 2]) -> Result<Self, Error> {
+        Ok(Self { disks, pair: Pair::new(disks[0].name())? })
+    }
+
+    /// The first difference in `range`, of a long one in its first [`PIECE_BYTES`]. It begins where direct I/O may begin.
+    ///
+    /// # Errors
+    /// One of the disks cannot be read there.
+    pub(crate) fn first_difference(&mut self, range: ByteRange) -> Result<Option<Difference>, Error> {
+        let range = ByteRange::new(range.offset, range.length.min(u64::from(PIECE_BYTES)));
+        settle(self.disks, Piece { range, data: [true, true] }, &mut self.pair)
+    }
+}
+
 fn work(disks: [&dyn Storage; 2], plan: &Mutex<Plan<'_>>, found: &Found, watch: &Watch, pair: &mut Pair) {
     while !watch.is_stopped() {
         let Some(piece) = plan.lock().next() else { return };

@@ -2,6 +2,8 @@
 //!
 //! [`start`] checks everything before it touches anything of the target, then starts the ring thread and returns a handle.
 
+mod end;
+mod sample;
 mod start;
 
 use std::path::PathBuf;
@@ -10,7 +12,6 @@ use crate::job::JobHandle;
 pub use crate::modes::{ErrorPolicy, Format, SyncMode};
 pub use crate::ring::select::IoEngine;
 use crate::units::{ClusterSize, Speed};
-pub(crate) use start::panic_text;
 pub use start::{start, start_with};
 
 /// What to copy and how.

@@ -123,6 +123,10 @@ pub enum Operation {
     Copy,
     /// Copying the old contents of what a guest is about to change.
     CopyBeforeWrite,
+    /// Reading the disk as it was at t0.
+    ReadSnapshot,
+    /// Taking a guest's request.
+    Queue,
 }
 
 impl Operation {
@@ -149,6 +153,8 @@ impl Operation {
             Self::WriteMap => "write map file",
             Self::Remove => "remove",
             Self::Copy => "copy",
+            Self::Queue => "take a request for",
+            Self::ReadSnapshot => "read the snapshot of",
             Self::CopyBeforeWrite => "copy the old contents before a guest's write to",
         }
     }

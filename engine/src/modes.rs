@@ -5,6 +5,8 @@
 pub enum SyncMode {
     /// The whole disk.
     Full,
+    /// Of a live disk only what a guest is about to change, until the job is cancelled: then what was copied is flushed and kept.
+    None,
     /// What is allocated in the top layer of the source. A raw source has one layer, allocated as a whole.
     Top,
 }

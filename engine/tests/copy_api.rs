@@ -62,6 +62,22 @@ fn the_callback_comes_once_and_before_the_waiters_are_told() {
 }
 
 #[test]
+fn a_callback_that_panics_changes_nothing_of_the_result() {
+    each_engine(|io_engine| {
+        let directory = tempfile::tempdir().unwrap();
+        let options = options(directory.path(), io_engine);
+        let copy = start_with(&options, Some(Box::new(|_| panic!("the listener's own mistake")))).unwrap();
+        let result = copy.job.wait();
+        assert!(matches!(result.outcome, Outcome::Complete), "{result:?}");
+        assert_eq!(result.progress.done, LENGTH as u64);
+        let told = "the completion callback panicked: the listener's own mistake";
+        assert!(result.notices.iter().any(|notice| notice == told), "{:?}", result.notices);
+        assert_eq!(copy.job.status(), Status::Concluded);
+        assert_eq!(std::fs::read(directory.path().join("target")).unwrap(), contents());
+    });
+}
+
+#[test]
 fn the_disks_are_free_the_moment_the_job_has_ended() {
     each_engine(|io_engine| {
         let directory = tempfile::tempdir().unwrap();
@@ -128,6 +144,40 @@ fn a_cancelled_copy_with_a_map_goes_on() {
         assert_eq!(second.progress.resumed + second.progress.copied, LENGTH as u64);
         assert!(!map.exists(), "the map of a complete copy is removed");
         assert_eq!(std::fs::read(directory.path().join("target")).unwrap(), contents());
+    });
+}
+
+#[test]
+fn a_target_that_does_not_hold_what_the_map_says_is_refused_and_untouched() {
+    use std::os::unix::fs::FileExt;
+    each_engine(|io_engine| {
+        let directory = tempfile::tempdir().unwrap();
+        let with_map =
+            CopyOptions { map: Some(directory.path().join("map")), ..options(directory.path(), io_engine) };
+        let copy = start(&slow(with_map.clone())).unwrap();
+        while copy.job.progress().copied < 1 << 16 {
+            std::thread::yield_now();
+        }
+        copy.job.cancel().unwrap();
+        let first = copy.job.wait();
+        assert!(first.resumable, "{first:?}");
+        let target = std::fs::OpenOptions::new().write(true).open(directory.path().join("target")).unwrap();
+        // The first and the last byte of what is done: what another disk of the same name and length would not have.
+        for at in [0, first.progress.copied - 1] {
+            let right = contents()[usize::try_from(at).unwrap()];
+            target.write_all_at(&[!right], at).unwrap();
+            let before = std::fs::read(directory.path().join("target")).unwrap();
+            let error = start(&with_map).unwrap_err();
+            assert_eq!(error.kind(), engine::error::ErrorKind::MapRefused);
+            let told = format!("differs from the source at byte {at}");
+            assert!(error.to_string().contains(&told), "{error}");
+            assert_eq!(std::fs::read(directory.path().join("target")).unwrap(), before);
+            target.write_all_at(&[right], at).unwrap();
+        }
+        let second = start(&with_map).unwrap();
+        let result = second.job.wait();
+        assert!(matches!(result.outcome, Outcome::Complete), "{result:?}");
+        assert_eq!(result.progress.resumed, first.progress.copied);
     });
 }
 

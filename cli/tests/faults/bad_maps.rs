@@ -1,9 +1,11 @@
 //! Map files that are refused: of another pair, changed, damaged, or not to be understood.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
+use crate::kernel::{LoopDevice, is_root};
 use crate::support::{Running, dense, directory, same};
 use crate::{MIB, copied, refused};
 
@@ -52,6 +54,40 @@ fn of_a_source_that_changed() {
 }
 
 #[test]
+fn of_a_disk_that_passes_for_the_target() {
+    let there = directory();
+    let place = there.path();
+    dense(&place.join("a"), 16 * MIB, 0);
+    fs::write(place.join("disk"), vec![0xee; 16 * MIB]).expect("written");
+    let device = is_root().then(|| LoopDevice::over(&place.join("disk")));
+    for (target, backing) in [("b", "b")].into_iter().chain(device.iter().map(|it| (it.text(), "disk"))) {
+        let arguments = ["copy", "--speed", "4M", "--progress", "json", "--map", "m", "a", target];
+        let mut running = Running::program(place, &arguments);
+        running.progress(|progress| progress["done"].as_u64() > Some(MIB as u64));
+        running.signal("INT");
+        assert_eq!(running.end().0, 130);
+        // Another disk with the same length, serial number and place, as far as anybody can see.
+        let copied_so_far = exchange(&place.join(target), &vec![0x11; 16 * MIB]);
+        refused(
+            place,
+            &["--map", "m", "a", target],
+            &["map file m", "does not hold what the map says", "at byte 0;", "remove the map file"],
+        );
+        exchange(&place.join(target), &copied_so_far);
+        copied(place, &["--map", "m", "a", target]);
+        assert!(same(&place.join("a"), &place.join(backing)) && !place.join("m").exists());
+    }
+}
+
+/// Put other contents into a file or a device; gives the old ones.
+fn exchange(disk: &Path, contents: &[u8]) -> Vec<u8> {
+    let old = fs::read(disk).expect("read");
+    let mut file = fs::OpenOptions::new().write(true).open(disk).expect("open");
+    file.write_all(contents).and_then(|()| file.sync_all()).expect("written");
+    old
+}
+
+#[test]
 fn damaged() {
     let there = directory();
     let place = there.path();
@@ -94,4 +130,7 @@ fn in_a_place_where_no_map_can_be() {
     refused(place, &["--map", "dangling", "a", "b"], &["map file dangling", "symbolic link"]);
     refused(place, &["--map", "nowhere/m", "a", "b"], &["nowhere/m", "does not exist", "create it"]);
     refused(place, &["--map", "m", "a", "null:"], &["null:"]);
+    // The next version of a map is written under another name first.
+    fs::rename(place.join("a"), place.join(".m.engine-cli-new")).expect("renamed");
+    refused(place, &["--map", "m", ".m.engine-cli-new", "b"], &["map file m", "the source of the copy"]);
 }

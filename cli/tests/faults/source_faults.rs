@@ -11,8 +11,8 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::kernel::{LoopDevice, is_root};
-use crate::support::{Running, code, dense, directory, same, stderr};
-use crate::{KIB, MIB, copied, copy, error_line, json as copy_json, same_start};
+use crate::support::{Running, code, dense, directory, has, same, stderr};
+use crate::{KIB, MIB, copied, copy, error_line, json as copy_json, limit_file_size, same_start};
 
 const LENGTH: usize = 4 * MIB;
 /// Within a cluster, so that only a part of it can be read.
@@ -106,6 +106,27 @@ fn with_a_map_the_copy_goes_on_after_the_repair() {
     assert!(object["resumed"].as_u64() > Some(0), "what was copied before the error counts: {object}");
     assert!(same(&bad.path("good"), &bad.path("b")));
     assert!(!bad.path("m").exists());
+}
+
+#[test]
+fn what_was_readable_once_does_not_keep_a_copy_from_going_on() {
+    let Some(bad) = BadDevice::new() else { return };
+    let arguments = ["--map", "m", bad.device.text(), "b"];
+    let done = copy_json(bad.place(), &arguments, 1)["done"].clone();
+    // Nothing of it can be read any more, so nothing can be compared with what the map says.
+    let cut = File::options().write(true).open(bad.path("cut")).expect("open");
+    cut.set_len(0).expect("cut");
+    let object = copy_json(bad.place(), &arguments, 1);
+    assert_eq!((&object["error"]["errno"], &object["resumed"]), (&json!("EIO"), &done), "{object}");
+    assert_eq!(object["resumable"], true);
+    let notices = object["notices"].to_string();
+    assert!(notices.contains("could be compared: cannot read /dev/loop"), "{notices}");
+    cut.write_all_at(&fs::read(bad.path("good")).expect("read"), 0).expect("written");
+    cut.sync_all().expect("synced");
+    let object = copy_json(bad.place(), &arguments, 0);
+    assert_eq!(object["resumed"], done);
+    assert!(!object["notices"].to_string().contains("compared"), "{object}");
+    assert!(same(&bad.path("good"), &bad.path("b")));
 }
 
 #[test]
@@ -242,6 +263,25 @@ fn a_source_that_changes_fails_the_copy_and_keeps_the_target() {
         assert_eq!(fs::metadata(there.path().join("b")).expect("kept").len(), 16 << 20);
         assert!(!there.path().join("m").exists());
     }
+}
+
+#[test]
+fn a_source_that_changes_takes_the_map_of_what_was_skipped_with_it() {
+    if !has("prlimit") {
+        return;
+    }
+    let there = directory();
+    let running = begun(there.path(), &["--map", "m", "--on-target-error", "ignore"]);
+    // The last megabyte cannot be written: the copy ends as complete but for that.
+    limit_file_size(running.id(), "15728640");
+    let source = File::options().write(true).open(there.path().join("a")).expect("open");
+    source.write_all_at(b"x", 0).expect("written");
+    let (code, output, messages) = running.end();
+    assert_eq!(code, 1, "{messages}");
+    assert!(output.contains("\"source_changed\"") && output.contains("\"resumable\":false"), "{output}");
+    assert!(messages.contains("skipped bytes 15728640..16777216"), "{messages}");
+    assert!(messages.contains("no run can go on from map file m: it was removed"), "{messages}");
+    assert!(!there.path().join("m").exists());
 }
 
 #[test]

@@ -262,11 +262,10 @@ impl Copier {
             let woken = Arc::clone(&self.guests.woken);
             let waiter = Waiter::callback(move || woken.push(id));
             match self.set.wait_for(cluster, waiter) {
-                Registration::Registered { ticket, first } => {
+                Registration::Registered { ticket, .. } => {
                     self.guests.requests.get_mut(&id).expect("it is there").waits = Some(ticket);
-                    if first {
-                        self.promote(cluster);
-                    }
+                    // Also if it is not the first who waits: that may be one who reads the snapshot.
+                    self.promote(cluster);
                     return;
                 }
                 Registration::AlreadyReleased(_) | Registration::Closed(_) => {}
@@ -278,15 +277,23 @@ impl Copier {
         self.transfers.iter().find(|(_, transfer)| transfer.clusters.contains(cluster)).map(|(id, _)| id)
     }
 
-    /// A guest waits for `cluster`, which the sweep is copying: what is queued of that copy goes before the rest of the sweep.
+    /// A guest waits for `cluster`, which the sweep is copying or somebody is reading: what is queued of that goes before the rest of the sweep.
     fn promote(&mut self, cluster: ClusterIndex) {
-        let Some(id) = self.transfer_of(cluster) else { return };
-        self.transfers[id].urgent = true;
+        let id = self.transfer_of(cluster);
+        if id.is_some_and(|id| std::mem::replace(&mut self.transfers[id].urgent, true)) {
+            return;
+        }
         let tasks = &self.tasks;
         let of_it = |token: crate::ring::Token| {
             let task = usize::try_from(token.0).ok().and_then(|index| tasks.get(index));
-            matches!(task, Some(Task::Move { transfer, .. } | Task::Zero { transfer, .. } | Task::Digest { transfer })
-                if *transfer == id)
+            match task {
+                Some(
+                    Task::Move { transfer, .. } | Task::Zero { transfer, .. } | Task::Digest { transfer },
+                ) => Some(*transfer) == id,
+                Some(Task::ZeroRun { claim, .. }) => claim.range().contains(cluster),
+                Some(Task::Snapshot(read)) => read.holds(cluster),
+                _ => false,
+            }
         };
         let (urgent, rest): (Vec<_>, Vec<_>) = self.backlog.drain(..).partition(|(token, _)| of_it(*token));
         self.backlog.extend(rest);

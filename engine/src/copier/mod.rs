@@ -29,6 +29,7 @@ pub mod plan;
 mod retry;
 mod settle;
 mod slots;
+pub mod snapshot;
 mod sweep;
 mod tally;
 mod tasks;
@@ -55,6 +56,7 @@ use guests::Guests;
 use plan::Plan;
 use retry::RetryList;
 use slots::Slots;
+use snapshot::Snapshots;
 use tally::Tally;
 use throttle::Throttle;
 use transfer::{Transfer, TransferId};
@@ -112,6 +114,8 @@ pub struct Counters {
     pub verified: u64,
     /// See [`crate::job::Progress`].
     pub retries: u64,
+    /// See [`crate::job::Progress`].
+    pub in_flight: u64,
     /// Bytes handed to the target as data, retries included.
     pub written: u64,
 }
@@ -139,6 +143,8 @@ enum Task {
     Flush,
     /// A checkpoint's map.
     Publish,
+    /// A window of a read as of t0.
+    Snapshot(Box<snapshot::SnapshotRead>),
     /// Page cache dropped behind a buffered source.
     DropSourceCache,
     /// Page cache written back and dropped behind a buffered target.
@@ -167,6 +173,7 @@ pub struct Copier {
     urgent: VecDeque<(Token, Op)>,
     backlog: VecDeque<(Token, Op)>,
     guests: Guests,
+    snapshots: Snapshots,
     /// Most slots that the sweep may hold at a time.
     sweep_limit: u32,
     /// Most clusters in one of its requests.
@@ -250,6 +257,7 @@ impl Copier {
             urgent: VecDeque::new(),
             backlog: VecDeque::new(),
             guests: Guests::default(),
+            snapshots: Snapshots::default(),
             sweep_limit: plan.slots,
             sweep_run: plan.max_run,
             sweep_slots: 0,
@@ -296,6 +304,7 @@ impl Copier {
             self.hold_until = None;
         }
         self.serve_guests(now);
+        self.serve_snapshots();
         self.settle(now);
         let mut more = false;
         if !self.finished {
@@ -304,6 +313,7 @@ impl Copier {
         }
         if self.ending.is_some() {
             self.serve_guests(now);
+            self.serve_snapshots();
         }
         for _ in 0..room {
             let Some(next) = self.urgent.pop_front().or_else(|| self.backlog.pop_front()) else { break };
@@ -402,6 +412,7 @@ impl Copier {
             skipped: self.skipped_bytes,
             verified: self.verified,
             retries: self.retry_count,
+            in_flight: u64::from(self.slots.in_use()) * self.plan.geometry.cluster_size().bytes(),
             written: self.written,
         }
     }
@@ -482,10 +493,11 @@ impl Drop for Copier {
     /// A copier that goes away in mid-copy (its ring broke) gives its claims back.
     fn drop(&mut self) {
         let transfers = self.transfers.drain().flat_map(Transfer::abandon);
-        let runs = self
-            .tasks
-            .drain()
-            .filter_map(|task| if let Task::ZeroRun { claim, .. } = task { Some(claim) } else { None });
+        let runs = self.tasks.drain().filter_map(|task| match task {
+            Task::ZeroRun { claim, .. } => Some(claim),
+            Task::Snapshot(read) => read.abandon(),
+            _ => None,
+        });
         for claim in transfers.chain(runs) {
             self.set.release(claim);
         }

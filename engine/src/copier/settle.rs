@@ -11,6 +11,7 @@ use super::retry::{Verdict, verdict};
 use super::verify::{Verification, Window};
 use super::{Copier, Ending, Event, Task, one};
 use crate::error::{Error, Operation};
+use crate::modes::SyncMode;
 use crate::ring::{Op, Output};
 use crate::units::{ByteRange, ClusterRange, Timestamp};
 
@@ -47,7 +48,10 @@ impl Copier {
             return;
         }
         let decided = matches!(self.ending, Some(Ending::Complete));
-        let salvage = self.plan.map.is_some() && self.checkpoints.dirty && !self.salvaged && !decided;
+        let kept = self.plan.map.is_some() && self.checkpoints.dirty;
+        // What guests had copied is the result, and the user has ended it.
+        let fleeced = self.plan.sync == SyncMode::None && matches!(self.ending, Some(Ending::Cancelled));
+        let salvage = (kept || fleeced) && !self.salvaged && !decided;
         self.salvaged = true;
         if salvage {
             self.begin_checkpoint(false, now);
@@ -57,10 +61,11 @@ impl Copier {
         }
     }
 
-    /// Whether no cluster is being copied.
+    /// Whether no cluster is being copied. Reads of the snapshot do not count: there may always be one.
     fn is_idle(&self) -> bool {
         let idle = self.transfers.is_empty() && self.zero_runs == 0;
-        assert!(!idle || self.slots.all_free(), "slots belong to transfers");
+        let all_free = self.snapshots.running > 0 || self.slots.all_free();
+        assert!(!idle || all_free, "slots belong to transfers, and to reads of the snapshot");
         idle
     }
 
@@ -106,7 +111,9 @@ impl Copier {
         let skipped = self.skipped.keys().copied().collect();
         let mut tally = self.tally;
         tally.settled_clusters -= self.skipped.len() as u64;
-        let ranges: Vec<ClusterRange> = self.set.done_ranges().collect();
+        // Without checkpoints nothing is ever taken back to this.
+        let ranges: Vec<ClusterRange> =
+            if self.keeps_checkpoints() { self.set.done_ranges().collect() } else { Vec::new() };
         let complete = self.tally.settled_clusters == self.plan.geometry.clusters().0;
         Captured { done: without(&ranges, skipped), tally, complete }
     }
@@ -199,6 +206,9 @@ impl Copier {
         let error = Arc::new(Error::io(Operation::Flush, self.plan.target.name.to_string(), None, errno));
         tracing::info!(%error, "flush failed");
         self.checkpoints.stage = Stage::Idle;
+        if self.ending.is_some() {
+            self.events.push(Event::Notice(format!("what was copied may be lost: {error}")));
+        }
         self.end_with(Ending::Failed(error));
     }
 

@@ -40,6 +40,11 @@ impl Slots {
         Self { free: vec![true; count as usize], free_count: count, arena_start }
     }
 
+    /// How many are not.
+    pub(super) fn in_use(&self) -> u32 {
+        u32::try_from(self.free.len()).expect("made from a u32") - self.free_count
+    }
+
     /// How many are free.
     pub(super) fn free_count(&self) -> u32 {
         self.free_count

@@ -8,6 +8,7 @@ use super::transfer::{Purpose, Transfer};
 use super::verify::ReadBack;
 use super::{Copier, Task, Zeroing, one};
 use crate::interval_set::Claim;
+use crate::modes::SyncMode;
 use crate::ring::Op;
 use crate::units::{ByteRange, ClusterCount, ClusterIndex, ClusterRange, Geometry, Timestamp};
 
@@ -35,6 +36,9 @@ impl Copier {
     /// Start what can be started now. `true`: the work budget of an iteration was used up before that.
     pub(super) fn advance(&mut self, now: Timestamp) -> bool {
         let steps = (0..STEPS).take_while(|_| self.step(now)).count();
+        if self.plan.sync == SyncMode::None {
+            return steps == STEPS as usize;
+        }
         if let Some(op) = self.holes.question(self.plan.source.file) {
             self.push(Task::SourceExtents, op);
         }
@@ -50,7 +54,8 @@ impl Copier {
         if self.start_verification() {
             return true;
         }
-        if self.ending.is_some() || self.paused() || self.hold_until.is_some() {
+        let idle = self.plan.sync == SyncMode::None;
+        if self.ending.is_some() || self.paused() || self.hold_until.is_some() || idle {
             return false;
         }
         if self.throttle.allowance(now) == Some(0) {

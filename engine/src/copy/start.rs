@@ -5,30 +5,31 @@
 //! 2. On the new ring thread: the ring is opened (io_uring wants to be set up by the thread that uses it). Still nothing was changed.
 //! 3. The target is prepared, and with a map its first version published, so that from here on a killed copy can go on.
 //! 4. The caller gets its handle, and the loop runs.
-//! 5. At the end, before anybody is told: a source that changed meanwhile makes the copy a failure, and a new target file of a copy
-//!    that did not succeed and cannot go on is removed.
+//! 5. At the end, before anybody is told, [`super::end`] looks whether the source changed meanwhile, and clears up.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use crossbeam::channel::{Sender, bounded};
 
-use super::{Copy, CopyOptions};
+use super::end::at_end;
+use super::{Copy, CopyOptions, sample};
 use crate::copier::Copier;
 use crate::copier::plan::{Checkpoint, Limits, MapPlan, Plan, Side};
 use crate::error::{Error, ErrorKind, Operation, Refusal};
 use crate::interval_set::IntervalSet;
 use crate::job::driver::Driver;
-use crate::job::handle::{CompletionCallback, Shared};
-use crate::job::runner::{AtEnd, empty_progress};
-use crate::job::{JobHandle, JobResult, Lifecycle, Outcome};
+use crate::job::handle::{CompletionCallback, Shared, panic_text};
+use crate::job::runner::empty_progress;
+use crate::job::{JobHandle, Lifecycle};
 use crate::map::{Map, MapFile, MapHeader};
+use crate::modes::SyncMode;
 use crate::ring::select::{self, OpenedRing, RingConfig, SetupError};
 use crate::ring::{Arena, DocumentId, FileId, Ring};
 use crate::storage::locator::Place;
 use crate::storage::{
     Document, Locator, OpenedSource, OpenedTarget, Resume, SourceOptions, Storage, TargetOptions, TargetPlan,
-    alignment_of, open_source, plan_target, source_unchanged,
+    alignment_of, open_source, plan_target,
 };
 use crate::units::{ClusterRange, Geometry};
 
@@ -50,6 +51,8 @@ struct Checked {
     map: Option<Arc<MapFile>>,
     geometry: Geometry,
     slots: u32,
+    /// Why what the map says could not be compared.
+    uncompared: Option<String>,
     callback: Option<CompletionCallback>,
 }
 
@@ -80,6 +83,11 @@ pub fn start_with(options: &CopyOptions, callback: Option<CompletionCallback>) -
 }
 
 fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<Checked, Error> {
+    if options.sync == SyncMode::None {
+        let reason = "sync mode none copies what guests are about to change, and nobody writes to the source of this copy";
+        return Err(Error::refused(Refusal::BadArgument, Operation::Copy, options.source.clone(), reason)
+            .advise("use full, or a live disk"));
+    }
     let source =
         open_source(&Locator::parse(&options.source)?, &SourceOptions { format: options.source_format })?;
     let target_locator = Locator::parse(&options.target)?;
@@ -116,7 +124,11 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
         resume,
     };
     let target = plan_target(&target_locator, &source, &target_options)?;
-    Ok(Checked { options: options.clone(), source, target, map, geometry, slots, callback })
+    let uncompared = match &map {
+        Some(map) => sample::compare(map, &source, &target)?,
+        None => None,
+    };
+    Ok(Checked { options: options.clone(), source, target, map, geometry, slots, uncompared, callback })
 }
 
 fn map_of_another(path: &str, side: &str, difference: &crate::storage::Difference) -> Error {
@@ -210,11 +222,6 @@ where
     });
 }
 
-pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(ToString::to_string);
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
-}
-
 /// A driver that is ready to run.
 struct Prepared<R: Ring> {
     driver: Driver<R>,
@@ -228,7 +235,7 @@ where
     R: Ring<File = Arc<dyn Storage>, Document = Arc<dyn Document>>,
 {
     fn new(mut ring: R, checked: Checked, notice: Option<String>) -> Result<Self, Error> {
-        let Checked { options, source, target, map, geometry, slots, callback } = checked;
+        let Checked { options, source, target, map, geometry, slots, uncompared, callback } = checked;
         let mut notices: Vec<String> = source.warnings().to_vec();
         notices.extend(notice);
         let set = IntervalSet::new(geometry.clusters()).map_err(|error| {
@@ -254,6 +261,7 @@ where
         };
         if let Some(map) = &map {
             notices.extend(going_on(map, geometry, &resumed));
+            notices.extend(uncompared);
             publish_first(map, &header, &target)?;
         }
         let broken = |failure: crate::ring::RingFailure| {
@@ -363,50 +371,4 @@ fn publish_first(map: &MapFile, header: &MapHeader, target: &OpenedTarget) -> Re
         }
         Error::io(Operation::WriteMap, map.path(), None, errno)
     })
-}
-
-/// What is to be done when the copy is over; see the module's header.
-fn at_end(source: OpenedSource, target: OpenedTarget, map: Option<Arc<MapFile>>) -> AtEnd {
-    Box::new(move |result: &mut JobResult| {
-        let complete = matches!(result.outcome, Outcome::Complete | Outcome::CompleteWithSkipped);
-        let unchanged = if complete || result.resumable { source_unchanged(&source) } else { Ok(()) };
-        match unchanged {
-            Err(error) if complete => {
-                let name = target.storage().name().to_owned();
-                result.notices.push(format!("{name} is kept, but it is no point in time"));
-                result.outcome = Outcome::Failed(Arc::new(error));
-                result.resumable = false;
-            }
-            // A file that was changed for certain: every later run would refuse the map. What is only out of reach (a device that dropped
-            // out, a server that is down) comes back, and the copy goes on.
-            Err(error) if error.kind() == ErrorKind::SourceChanged && source.identity().shows_changes() => {
-                tracing::info!(%error, "no later run can go on");
-                result.resumable = false;
-                result.notices.extend(map.as_deref().map(forget_map));
-            }
-            Err(error) => tracing::info!(%error, "whether the source has changed cannot be told"),
-            Ok(()) => {}
-        }
-        if !complete && !result.resumable {
-            match target.discard_new_file() {
-                Ok(true) => {
-                    result.notices.push(format!("the partial file {} was removed", target.storage().name()));
-                }
-                Ok(false) => {}
-                Err(error) => result.notices.push(error.to_string()),
-            }
-        }
-        drop(map);
-    })
-}
-
-/// Remove a map that every later run would refuse; says so.
-fn forget_map(map: &MapFile) -> String {
-    match map.publish(None) {
-        Ok(()) => format!(
-            "the source has changed, so no run can go on from map file {}: it was removed",
-            map.path()
-        ),
-        Err(errno) => Error::io(Operation::Remove, map.path(), None, errno).to_string(),
-    }
 }

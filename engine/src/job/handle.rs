@@ -4,7 +4,9 @@
 //! checked and recorded there, the ring thread woken; it acts when it looks. Progress goes the other way: the ring
 //! thread writes it once an iteration, whoever asks reads the last one. Waiting for the end uses a condition variable.
 
+use std::any::Any;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -18,8 +20,15 @@ use crate::error::Error;
 use crate::ring::Wake;
 use crate::units::Speed;
 
-/// Called once with the result, on the ring thread, after the job has ended and before [`JobHandle::wait`] returns.
+/// Called once with the result, on the ring thread, after the job has ended and before [`JobHandle::wait`] returns. A panic in it
+/// changes nothing of the result but for a notice.
 pub type CompletionCallback = Box<dyn FnOnce(&JobResult) + Send>;
+
+/// What a panic said.
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+}
 
 /// What the ring thread is asked to do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -151,8 +160,12 @@ impl Shared {
             result.progress.speed = state.speed.map(|speed| speed.0.get());
             state.callback.take()
         };
-        if let Some(callback) = callback {
-            callback(&result);
+        // The copy is what it is, whatever becomes of those who hear of it: a panic there is theirs.
+        let called = callback.map(|callback| catch_unwind(AssertUnwindSafe(|| callback(&result))));
+        if let Some(Err(panic)) = called {
+            let text = panic_text(panic.as_ref());
+            tracing::error!(panic = text, "the completion callback panicked");
+            result.notices.push(format!("the completion callback panicked: {text}"));
         }
         let mut state = self.state.lock();
         state.lifecycle.conclude();

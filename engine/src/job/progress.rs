@@ -31,6 +31,8 @@ pub struct Progress {
     pub verified: u64,
     /// Retries of failed operations so far.
     pub retries: u64,
+    /// Bytes of buffers that hold clusters on their way.
+    pub in_flight: u64,
     /// Bytes a second settled, over the last seconds.
     pub rate: u64,
     /// Estimated time left; `None` while there is no rate.

@@ -69,6 +69,10 @@ impl Runner {
         self.take_requests(now);
         let more = self.copier.poll(now, room, out);
         self.take_events();
+        if self.copier.is_ending() && !self.copier.is_complete() {
+            // What is in flight may take long yet.
+            self.shared.with_lifecycle(Lifecycle::abort);
+        }
         let progress = self.progress(now);
         self.shared.publish(progress);
         more
@@ -191,6 +195,7 @@ impl Runner {
             skipped: counters.skipped,
             verified: counters.verified,
             retries: counters.retries,
+            in_flight: counters.in_flight,
             rate,
             time_left,
             paused_on: self.paused_on.clone(),
@@ -215,6 +220,7 @@ pub(crate) fn empty_progress(total: u64) -> Progress {
         skipped: 0,
         verified: 0,
         retries: 0,
+        in_flight: 0,
         rate: 0,
         time_left: None,
         speed: None,

@@ -4,9 +4,12 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::command::NewJob;
+use super::ask::{Answer, ask, ask_with};
+use super::carrier::IoOutcome;
+use super::command::{Command, Inbox, NewJob};
 use super::controller::SweepDepth;
-use super::disk::{File, LiveDisk};
+use super::disk::{File, Io, LiveDisk};
+use super::jobs::JobId;
 use crate::copier::plan::{Limits, LivePlan, Plan, Side};
 use crate::error::{Error, Operation, Refusal};
 use crate::interval_set::IntervalSet;
@@ -15,8 +18,8 @@ use crate::job::runner::{AtEnd, empty_progress};
 use crate::job::{JobHandle, JobResult, Lifecycle, Outcome};
 use crate::modes::{CbwErrorPolicy, ErrorPolicy, Format, SyncMode};
 use crate::ring::{ExtentQuery, FileId};
-use crate::storage::{Locator, OpenedTarget, Storage, TargetOptions, alignment_of, plan_target};
-use crate::units::{ByteRange, ClusterSize, Geometry, Speed};
+use crate::storage::{Locator, OpenedTarget, Storage, TargetOptions, TargetPlan, alignment_of, plan_target};
+use crate::units::{ByteRange, ClusterSize, Geometry, Length, Speed};
 
 /// Bytes in flight of a job, those of guests' copies included.
 const BYTES_IN_FLIGHT: u64 = 5 << 20;
@@ -88,6 +91,63 @@ pub struct Backup {
     pub job: JobHandle,
     /// What the user should know, a line each.
     pub notices: Vec<String>,
+    /// To read the disk as it was when the job started, while the job runs.
+    pub snapshot: Snapshot,
+}
+
+/// The disk as it was at the t0 of a job. Cheap to clone; may outlive the job, but tells then that it has ended.
+#[derive(Clone)]
+pub struct Snapshot {
+    job: JobId,
+    inbox: Arc<Inbox<File>>,
+    length: Length,
+}
+
+impl std::fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Snapshot").field("job", &self.job).finish_non_exhaustive()
+    }
+}
+
+impl Snapshot {
+    /// Length of the disk in bytes.
+    #[must_use]
+    pub fn length(&self) -> Length {
+        self.length
+    }
+
+    /// Read `length` bytes from `offset` on, as they were at t0.
+    ///
+    /// # Errors
+    /// An I/O error of either side, a range beyond the end or left out of the copy, a job that has ended.
+    pub fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>, Error> {
+        let (answer, asked) = ask();
+        self.send(offset, length, answer);
+        asked.wait().result
+    }
+
+    /// As [`Self::read`], with a callback, called on the ring thread.
+    pub fn read_with(
+        &self,
+        offset: u64,
+        length: usize,
+        call: impl FnOnce(Result<Vec<u8>, Error>) + Send + 'static,
+    ) {
+        self.send(offset, length, ask_with(move |outcome: IoOutcome| call(outcome.result)));
+    }
+
+    /// As [`Self::read`], as a future.
+    #[must_use]
+    pub fn read_async(&self, offset: u64, length: usize) -> Io {
+        let (answer, asked) = ask();
+        self.send(offset, length, answer);
+        Io::new(asked)
+    }
+
+    fn send(&self, offset: u64, length: usize, answer: Answer<IoOutcome>) {
+        let range = ByteRange::new(offset, length as u64);
+        self.inbox.send(Command::Snapshot { job: self.job, range, answer });
+    }
 }
 
 /// A job whose target is ready.
@@ -105,12 +165,15 @@ impl Prepared {
 /// What is kept of a job until it has started.
 pub(super) struct Starting {
     target: Arc<OpenedTarget>,
-    backup: Backup,
+    job: JobHandle,
+    notices: Vec<String>,
+    length: Length,
 }
 
 impl Starting {
-    pub(super) fn started(self) -> Backup {
-        self.backup
+    pub(super) fn started(self, number: JobId, inbox: Arc<Inbox<File>>) -> Backup {
+        let snapshot = Snapshot { job: number, inbox, length: self.length };
+        Backup { job: self.job, notices: self.notices, snapshot }
     }
 
     /// It has not started: a new file goes again.
@@ -121,8 +184,16 @@ impl Starting {
     }
 }
 
-/// Check everything, then make the target ready.
-pub(super) fn prepare(disk: &LiveDisk, options: &BackupOptions) -> Result<Prepared, Error> {
+/// A job about which everything was checked, with nothing touched.
+pub(super) struct Checked<'a> {
+    disk: &'a LiveDisk,
+    options: &'a BackupOptions,
+    target: TargetPlan,
+    set: IntervalSet,
+}
+
+/// Check everything.
+pub(super) fn check<'a>(disk: &'a LiveDisk, options: &'a BackupOptions) -> Result<Checked<'a>, Error> {
     let source = &disk.inner.source;
     let target_options = TargetOptions {
         format: Format::Raw,
@@ -133,13 +204,22 @@ pub(super) fn prepare(disk: &LiveDisk, options: &BackupOptions) -> Result<Prepar
         resume: None,
     };
     let geometry = Geometry::new(source.length(), options.cluster_size);
-    let cluster = options.cluster_size.bytes();
-    let slots = u32::try_from((BYTES_IN_FLIGHT / cluster).max(MIN_SLOTS)).expect("at most 5 MiB of 4 KiB");
     let set = IntervalSet::new(geometry.clusters()).map_err(|error| {
         Error::refused(Refusal::Unavailable, Operation::Copy, disk.name(), "no memory for its clusters")
             .because(error)
     })?;
-    let target = plan_target(&Locator::parse(&options.target)?, source, &target_options)?.prepare()?;
+    let target = plan_target(&Locator::parse(&options.target)?, source, &target_options)?;
+    Ok(Checked { disk, options, target, set })
+}
+
+/// Make the target ready.
+pub(super) fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
+    let Checked { disk, options, target, set } = checked;
+    let source = &disk.inner.source;
+    let geometry = Geometry::new(source.length(), options.cluster_size);
+    let cluster = options.cluster_size.bytes();
+    let slots = u32::try_from((BYTES_IN_FLIGHT / cluster).max(MIN_SLOTS)).expect("at most 5 MiB of 4 KiB");
+    let target = target.prepare()?;
     if target.is_new_file() {
         reserve(source.storage().as_ref(), target.storage().as_ref());
     }
@@ -155,7 +235,7 @@ pub(super) fn prepare(disk: &LiveDisk, options: &BackupOptions) -> Result<Prepar
     let name: Arc<str> = Arc::from(storage.name());
     let alignment = alignment_of(storage.as_ref());
     let known_zero = target.known_zero();
-    let sweep_depth = options.depth;
+    let (sweep_depth, sync) = (options.depth, options.sync);
     let options = options.clone();
     let plan = move |source: Side, file: FileId, memory: crate::ring::BufferRange| Plan {
         geometry,
@@ -192,14 +272,18 @@ pub(super) fn prepare(disk: &LiveDisk, options: &BackupOptions) -> Result<Prepar
         memory: u32::try_from(u64::from(slots) * cluster).expect("at most 32 MiB"),
         depth: sweep_depth,
         plan: Box::new(plan),
-        at_end: Some(at_end(Arc::clone(&target))),
+        at_end: Some(at_end(Arc::clone(&target), sync)),
     };
-    Ok(Prepared { job, starting: Starting { target, backup: Backup { job: handle, notices } } })
+    Ok(Prepared { job, starting: Starting { target, job: handle, notices, length: geometry.length() } })
 }
 
 /// A new file of a copy that did not succeed is no use to anybody.
-fn at_end(target: Arc<OpenedTarget>) -> AtEnd {
+fn at_end(target: Arc<OpenedTarget>, sync: SyncMode) -> AtEnd {
     Box::new(move |result: &mut JobResult| {
+        if sync == SyncMode::None && matches!(result.outcome, Outcome::Cancelled) {
+            // What guests had copied until then is what was asked for.
+            return;
+        }
         if matches!(result.outcome, Outcome::Complete | Outcome::CompleteWithSkipped) {
             return;
         }

@@ -21,7 +21,7 @@ use crate::interval_set::IntervalSet;
 use crate::job::handle::Shared;
 use crate::job::runner::AtEnd;
 use crate::ring::{BufferRange, FileId, Wake};
-use crate::units::{ClusterRange, Geometry};
+use crate::units::{ByteRange, ClusterRange, Geometry};
 
 /// Makes the plan of a job, once its place on the ring is known: the live disk as its source, its target, its part of the arena.
 pub(super) type MakePlan = Box<dyn FnOnce(Side, FileId, BufferRange) -> Plan + Send>;
@@ -56,7 +56,8 @@ pub(super) struct NewGroup<F> {
     pub(super) on_failure: GroupFailure,
     /// How long guests may be kept waiting for those whose writes are under way.
     pub(super) timeout: Duration,
-    pub(super) answer: Answer<Result<(), Error>>,
+    /// Their numbers, in order.
+    pub(super) answer: Answer<Result<Vec<JobId>, Error>>,
 }
 
 /// What the ring thread is asked for.
@@ -76,6 +77,8 @@ pub(super) enum Command<F> {
     Io { disk: DiskId, request: IoRequest, answer: Answer<IoOutcome> },
     /// A guest is about to change clusters that a job has not copied.
     Copy { job: JobId, clusters: ClusterRange, answer: Answer<Result<(), Arc<Error>>> },
+    /// A read of a range as it was at the t0 of a job.
+    Snapshot { job: JobId, range: ByteRange, answer: Answer<IoOutcome> },
     /// Jobs to start.
     Start(NewGroup<F>),
     /// Nothing comes any more: the last handle of the engine is gone.
@@ -83,6 +86,12 @@ pub(super) enum Command<F> {
 }
 
 impl Lost for Result<(), Error> {
+    fn lost() -> Self {
+        Err(gone())
+    }
+}
+
+impl Lost for Result<Vec<JobId>, Error> {
     fn lost() -> Self {
         Err(gone())
     }

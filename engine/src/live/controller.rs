@@ -82,9 +82,9 @@ impl Controller {
         }
     }
 
-    /// A guest has asked for something.
+    /// A guest has asked for something at `now`, or still waits then. Times may come out of order.
     pub(super) fn on_guest(&mut self, now: Timestamp) {
-        self.guest_until = now.after(GUEST_LINGER);
+        self.guest_until = self.guest_until.max(now.after(GUEST_LINGER));
     }
 
     fn tried(&self) -> u64 {
@@ -178,7 +178,11 @@ mod tests {
         controller.on_guest(Timestamp::default());
         let held = controller.allowance(Timestamp::default(), 0);
         assert!(held.clusters < quiet.clusters && held.run < quiet.run);
-        assert_eq!(controller.allowance(Timestamp::default().after(GUEST_LINGER), 0), quiet);
+        // One that has asked before is heard of later.
+        controller.on_guest(Timestamp::default().after(GUEST_LINGER));
+        controller.on_guest(Timestamp::default());
+        assert_eq!(controller.allowance(Timestamp::default().after(GUEST_LINGER), 0), held);
+        assert_eq!(controller.allowance(Timestamp::default().after(2 * GUEST_LINGER), 0), quiet);
     }
 
     #[test]

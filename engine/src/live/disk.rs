@@ -238,6 +238,12 @@ pub fn read(offset: u64, length: usize) -> IoRequest {
 #[must_use = "a future does nothing unless it is polled; the request goes on"]
 pub struct Io(Asked<IoOutcome>);
 
+impl Io {
+    pub(super) fn new(asked: Asked<IoOutcome>) -> Self {
+        Self(asked)
+    }
+}
+
 impl Future for Io {
     type Output = Result<Vec<u8>, Error>;
 

@@ -145,15 +145,31 @@ impl Engine {
         on_failure: GroupFailure,
         timeout: Duration,
     ) -> Result<Vec<Backup>, Error> {
-        let mut prepared = Vec::new();
-        for (disk, options) in disks {
-            prepared.push(backup::prepare(disk, options)?);
+        // All that can be refused before anything of any target is touched.
+        let checked: Result<Vec<_>, Error> =
+            disks.iter().map(|(disk, options)| backup::check(disk, options)).collect();
+        let (mut jobs, mut backups) = (Vec::new(), Vec::new());
+        for checked in checked? {
+            match backup::prepare(checked) {
+                Ok(prepared) => {
+                    let (job, backup) = prepared.split();
+                    jobs.push(job);
+                    backups.push(backup);
+                }
+                Err(error) => {
+                    backups.into_iter().for_each(backup::Starting::undo);
+                    return Err(error);
+                }
+            }
         }
-        let (jobs, backups): (Vec<_>, Vec<_>) = prepared.into_iter().map(backup::Prepared::split).unzip();
         let (answer, asked) = ask();
         self.handle.inbox.send(Command::Start(NewGroup { jobs, on_failure, timeout, answer }));
         match asked.wait() {
-            Ok(()) => Ok(backups.into_iter().map(backup::Starting::started).collect()),
+            Ok(numbers) => {
+                let inbox = &self.handle.inbox;
+                let started = backups.into_iter().zip(numbers);
+                Ok(started.map(|(backup, job)| backup.started(job, Arc::clone(inbox))).collect())
+            }
             Err(error) => {
                 backups.into_iter().for_each(backup::Starting::undo);
                 Err(error)
@@ -206,7 +222,7 @@ fn carry_on<R: Ring<File = File>>(
     let reason = match ran {
         Ok(Ok(())) => return reactor.close(),
         Ok(Err(failure)) => failure.to_string(),
-        Err(panic) => format!("internal error: {}", crate::copy::panic_text(panic.as_ref())),
+        Err(panic) => format!("internal error: {}", crate::job::handle::panic_text(panic.as_ref())),
     };
     tracing::error!(reason, "the engine has died");
     if std::panic::catch_unwind(AssertUnwindSafe(|| reactor.die(&reason))).is_err() {

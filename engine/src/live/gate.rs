@@ -126,7 +126,7 @@ impl State {
     }
 }
 
-/// See the [module](self).
+/// Counts the guest writes of a disk that are under way, and holds new ones back while t0 is taken.
 pub struct Gate {
     id: GateId,
     waker: Arc<dyn Wake>,
@@ -181,7 +181,7 @@ impl Gate {
         state.add(Arc::clone(&slot));
         drop(state);
         slot::keep(self.id, Arc::clone(&slot));
-        Slot::enter(&slot, nesting)
+        slot.enter(nesting)
     }
 
     /// An entry of a thread that has no list of slots any more: its pass has a slot of its own.
@@ -190,7 +190,7 @@ impl Gate {
         let mut state = self.state.lock();
         let slot = Slot::new(Owner::Pass, state.barrier == Barrier::Up, Arc::clone(&self.waker));
         // Under the lock, and before it is in the list: without a pass it counts as gone.
-        let pass = Slot::enter(&slot, Nesting::None)?;
+        let pass = slot.enter(Nesting::None)?;
         state.add(slot);
         Some(pass)
     }

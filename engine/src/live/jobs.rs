@@ -89,7 +89,7 @@ impl Watch {
     }
 }
 
-/// See the [module](self).
+/// The jobs of a disk: changed by the ring thread, looked at by every guest write.
 pub struct JobList {
     /// Those attached, in order, for whoever changes the list.
     attached: Mutex<Vec<Arc<Watch>>>,

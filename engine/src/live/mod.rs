@@ -35,9 +35,12 @@ mod slot;
 mod starts;
 #[cfg(all(test, not(loom)))]
 mod tests;
+mod token;
 
 pub use self::admission::Permit;
-pub use self::backup::{Backup, BackupOptions};
+pub use crate::modes::CbwErrorPolicy;
+
+pub use self::backup::{Backup, BackupOptions, Snapshot};
 pub use self::carrier::IoRequest;
 pub use self::command::GroupFailure;
 pub use self::controller::SweepDepth;

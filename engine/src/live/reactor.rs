@@ -15,6 +15,7 @@
 //! with the error and ends every job as failed: nothing waits for a thread that is gone.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Bound;
 use std::sync::Arc;
 
 use slab::Slab;
@@ -34,9 +35,11 @@ use super::memory::Memory;
 #[cfg(feature = "sim")]
 use super::planted::Planted;
 use super::starts::Raised;
+use super::token::{Owner, owner_of, token_of};
 use crate::copier::guests::CbwId;
 use crate::copier::plan::Side;
-use crate::error::{Error, Operation, Refusal};
+use crate::copier::snapshot::SnapshotId;
+use crate::error::{Error, ErrorKind, Operation, Refusal};
 use crate::job::runner::Runner;
 use crate::ring::{BufferRange, Completion, FileId, Op, Ring, RingFailure, Token, Wait};
 use crate::units::{ByteRange, ClusterRange, Timestamp};
@@ -53,27 +56,31 @@ pub(super) struct Disk {
     carrier: Carrier<Permit>,
     memory: BufferRange,
     answers: BTreeMap<IoId, Answer<IoOutcome>>,
+    /// Requests for which the carrier has no room yet.
+    queue: VecDeque<(IoRequest, Answer<IoOutcome>, Timestamp)>,
     next_io: u64,
-    /// More than the carrier takes at a time, in the order in which they came. Their buffers are their askers'.
-    surplus: VecDeque<(IoId, IoRequest, Timestamp)>,
     /// Its last handle is gone: it goes when nothing is left to do.
     closing: bool,
 }
 
 impl Disk {
-    /// Hand the carrier as many requests as it takes; `true`: there were some.
-    fn let_in(&mut self) -> bool {
-        let before = self.surplus.len();
-        while self.carrier.has_room()
-            && let Some((id, request, since)) = self.surplus.pop_front()
-        {
+    /// Hand the carrier as many requests as it has room for; whether there were any.
+    fn feed(&mut self) -> bool {
+        let mut fed = false;
+        while self.carrier.has_room() {
+            let Some((request, answer, since)) = self.queue.pop_front() else { break };
+            let id = IoId(self.next_io);
+            self.next_io += 1;
+            self.answers.insert(id, answer);
             self.carrier.submit(id, request, since);
+            fed = true;
         }
-        self.surplus.len() < before
+        fed
     }
 
+    /// Whether nothing is left to do, discards that were put off included.
     fn is_idle(&self) -> bool {
-        self.carrier.is_idle() && self.surplus.is_empty()
+        self.queue.is_empty() && self.carrier.is_idle() && self.carrier.deferred_bytes() == 0
     }
 }
 
@@ -88,6 +95,7 @@ pub(super) struct Job {
     pub(super) group: u64,
     pub(super) on_failure: GroupFailure,
     asks: BTreeMap<CbwId, Asker>,
+    reads: BTreeMap<SnapshotId, Answer<IoOutcome>>,
     next_ask: u64,
     /// Operations on the ring.
     in_flight: usize,
@@ -99,6 +107,8 @@ pub(super) struct Reactor<R: Ring> {
     inbox: Arc<Inbox<R::File>>,
     pub(super) memory: Memory,
     pub(super) disks: BTreeMap<DiskId, Disk>,
+    /// Which of them is the first to act in the next turn.
+    first_disk: DiskId,
     pub(super) jobs: Slab<Job>,
     pub(super) waiting: VecDeque<NewGroup<R::File>>,
     pub(super) raised: Option<Raised>,
@@ -114,11 +124,15 @@ pub(super) struct Reactor<R: Ring> {
     pub(super) planted: Planted,
 }
 
+/// Most requests of a disk that wait for room in its carrier. Each has its own buffer, so this is a bound on memory for those who send
+/// without waiting.
+const MAX_QUEUED: usize = 16_384;
+
 /// Bytes of the arena that a carried disk gets.
 pub(super) const CARRIER_BYTES: u32 = 4 << 20;
 
-/// The part of the ring's places that jobs leave to the requests of guests, and the most that one job has.
-const DISKS_PART: usize = 4;
+/// Of the ring's places the part that jobs leave to guests' requests, and these to jobs; and the most that one job has.
+const KEPT_PART: usize = 4;
 const JOB_PART: usize = 8;
 
 impl<R: Ring> Reactor<R> {
@@ -131,6 +145,7 @@ impl<R: Ring> Reactor<R> {
             inbox,
             memory: Memory::new(bytes),
             disks: BTreeMap::new(),
+            first_disk: DiskId(0),
             jobs: Slab::new(),
             waiting: VecDeque::new(),
             raised: None,
@@ -151,6 +166,7 @@ impl<R: Ring> Reactor<R> {
     }
 
     /// The ring.
+    #[cfg(feature = "sim")]
     pub(super) fn ring(&self) -> &R {
         &self.ring
     }
@@ -225,6 +241,7 @@ impl<R: Ring> Reactor<R> {
                 Command::Copy { job, clusters, answer } => {
                     self.copy_before_write(job, clusters, Asker::Guest(answer), now);
                 }
+                Command::Snapshot { job, range, answer } => self.read_snapshot(job, range, answer),
                 Command::Start(group) => self.waiting.push_back(group),
                 Command::Quit => self.quit = true,
             }
@@ -257,14 +274,16 @@ impl<R: Ring> Reactor<R> {
             length: shared.length(),
             buffers: memory,
             limits: self.carrier_limits,
+            #[cfg(feature = "sim")]
+            planted: None,
         };
         let disk = Disk {
             side,
             carrier: Carrier::new(plan),
             memory,
             answers: BTreeMap::new(),
+            queue: VecDeque::new(),
             next_io: 0,
-            surplus: VecDeque::new(),
             closing: false,
             shared,
         };
@@ -274,11 +293,15 @@ impl<R: Ring> Reactor<R> {
 
     fn submit(&mut self, disk: DiskId, request: IoRequest, answer: Answer<IoOutcome>, now: Timestamp) {
         let Some(disk) = self.disks.get_mut(&disk) else { return drop(answer) };
-        let id = IoId(disk.next_io);
-        disk.next_io += 1;
-        disk.answers.insert(id, answer);
-        disk.surplus.push_back((id, request, now));
-        disk.let_in();
+        if disk.queue.len() >= MAX_QUEUED {
+            let name = disk.shared.name().to_string();
+            let reason = format!("{MAX_QUEUED} requests are waiting already");
+            let error = Error::new(ErrorKind::Io(nix::errno::Errno::EAGAIN), Operation::Queue, name, reason)
+                .advise("send fewer requests at a time");
+            return answer.give(IoOutcome { result: Err(error) });
+        }
+        disk.queue.push_back((request, answer, now));
+        disk.feed();
         let id = disk.shared.id();
         for (_, job) in &mut self.jobs {
             if job.disk == id {
@@ -291,11 +314,42 @@ impl<R: Ring> Reactor<R> {
         ask_job(&mut self.jobs, job, clusters, asker, now);
     }
 
+    fn read_snapshot(&mut self, id: JobId, range: ByteRange, answer: Answer<IoOutcome>) {
+        let Some(job) = self.jobs.iter_mut().map(|(_, job)| job).find(|job| job.watch.id() == id) else {
+            let error = Error::new(
+                ErrorKind::Io(nix::errno::Errno::ESTALE),
+                Operation::ReadSnapshot,
+                "the disk",
+                "the job has ended, and with it the snapshot",
+            );
+            return answer.give(IoOutcome { result: Err(error.at(range)) });
+        };
+        let read = SnapshotId(job.next_ask);
+        job.next_ask += 1;
+        job.reads.insert(read, answer);
+        job.runner.copier.read_snapshot(read, range);
+    }
+
     /// Let the disks act; `true`: there is more to do at once.
     fn poll_disks(&mut self, now: Timestamp) -> bool {
         let mut more = false;
-        for (&id, disk) in &mut self.disks {
-            let room = self.ring.capacity() - self.ring.in_flight();
+        let first = self.first_disk;
+        // In turns, lest those who always have something to do leave nothing to the others.
+        let next = self.disks.range((Bound::Excluded(first), Bound::Unbounded)).next();
+        self.first_disk = next.map_or(DiskId(0), |(&id, _)| id);
+        let rest = (Bound::Unbounded, Bound::Excluded(first));
+        for part in [(Bound::Included(first), Bound::Unbounded), rest] {
+            more |= self.poll_some_disks(part, now);
+        }
+        more
+    }
+
+    fn poll_some_disks(&mut self, part: (Bound<DiskId>, Bound<DiskId>), now: Timestamp) -> bool {
+        let mut more = false;
+        let of_jobs: usize = self.jobs.iter().map(|(_, job)| job.in_flight).sum();
+        for (&id, disk) in self.disks.range_mut(part) {
+            let in_flight = self.ring.in_flight();
+            let room = room_of(self.ring.capacity(), in_flight, in_flight - of_jobs);
             let mut host = Host {
                 disk: &disk.shared,
                 jobs: &mut self.jobs,
@@ -310,7 +364,7 @@ impl<R: Ring> Reactor<R> {
                 let answer = disk.answers.remove(&id).expect("every request has its answer");
                 answer.give(outcome);
             }
-            more |= disk.let_in();
+            more |= disk.feed();
         }
         more
     }
@@ -320,14 +374,19 @@ impl<R: Ring> Reactor<R> {
         let mut more = false;
         let mut failed_groups = Vec::new();
         let capacity = self.ring.capacity();
+        let mut of_jobs: usize = self.jobs.iter().map(|(_, job)| job.in_flight).sum();
         for (index, job) in &mut self.jobs {
             // Whatever a job's target does not answer leaves places on the ring to the guests and to the other jobs.
-            let left = (capacity - capacity / DISKS_PART).saturating_sub(self.ring.in_flight());
+            let left = room_of(capacity, self.ring.in_flight(), of_jobs);
             let room = (capacity / JOB_PART).max(1).saturating_sub(job.in_flight).min(left);
+            if job.runner.copier.has_guests() {
+                job.controller.on_guest(now);
+            }
             let allowance = job.controller.allowance(now, job.runner.copier.counters().done);
             job.runner.copier.set_sweep_limit(allowance.clusters, allowance.run);
             more |= job.runner.poll(now, room, &mut self.ops);
             job.in_flight += self.ops.len();
+            of_jobs += self.ops.len();
             for (token, op) in self.ops.drain(..) {
                 self.ring.push(token_of(Owner::Job(index), token), op);
             }
@@ -338,6 +397,9 @@ impl<R: Ring> Reactor<R> {
                 if job.on_failure == GroupFailure::FailAll && !job.runner.copier.is_complete() {
                     failed_groups.push(job.group);
                 }
+            }
+            for (id, result) in job.runner.copier.take_snapshot_outcomes() {
+                job.reads.remove(&id).expect("every read has its answer").give(IoOutcome { result });
             }
             for (id, outcome) in job.runner.copier.take_cbw_outcomes() {
                 match job.asks.remove(&id).expect("every request has its asker") {
@@ -437,6 +499,7 @@ impl<R: Ring> Reactor<R> {
             group,
             on_failure,
             asks: BTreeMap::new(),
+            reads: BTreeMap::new(),
             next_ask: 0,
             in_flight: 0,
         };
@@ -458,6 +521,7 @@ impl<R: Ring> Reactor<R> {
             }
             disk.shared.gate().poison();
             disk.answers.clear();
+            disk.queue.clear();
         }
         // Only now: one whose request is dropped looks again, and must find no job any more.
         self.inbox.close();
@@ -475,6 +539,12 @@ impl<R: Ring> Reactor<R> {
             });
         }
     }
+}
+
+/// How many of a ring's places those may take (guests' requests, or the jobs) who have `own` of the `in_flight`.
+fn room_of(capacity: usize, in_flight: usize, own: usize) -> usize {
+    let kept = (capacity / KEPT_PART).max(1);
+    capacity.saturating_sub(kept).max(1).saturating_sub(own).min(capacity - in_flight)
 }
 
 /// A job that was made and has no place yet.
@@ -545,35 +615,4 @@ impl AdmissionHost for Host<'_> {
         }
         DiscardRule { now: self.disk.jobs().first_done(range) }
     }
-}
-
-/// Whose operation a token names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Owner {
-    Disk(DiskId),
-    Job(usize),
-}
-
-const JOB_BIT: u64 = 1 << 63;
-const OWNER_SHIFT: u32 = 32;
-const LOCAL: u64 = (1 << OWNER_SHIFT) - 1;
-
-fn token_of(owner: Owner, local: Token) -> Token {
-    assert!(local.0 <= LOCAL, "{local:?} of {owner:?}");
-    let (bit, number) = match owner {
-        Owner::Disk(id) => (0, id.0),
-        Owner::Job(index) => (JOB_BIT, index as u64),
-    };
-    assert!(number < 1 << 31, "{owner:?}");
-    Token(bit | number << OWNER_SHIFT | local.0)
-}
-
-fn owner_of(token: Token) -> (Owner, Token) {
-    let number = (token.0 & !JOB_BIT) >> OWNER_SHIFT;
-    let owner = if token.0 & JOB_BIT == 0 {
-        Owner::Disk(DiskId(number))
-    } else {
-        Owner::Job(usize::try_from(number).expect("31 bits"))
-    };
-    (owner, Token(token.0 & LOCAL))
 }

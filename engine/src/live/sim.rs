@@ -54,6 +54,8 @@ pub struct SimJobState {
     pub sweep: u32,
     /// Whether guests still copy for it before they write.
     pub attached: bool,
+    /// Whether it is decided that it does not succeed.
+    pub fails: bool,
 }
 
 /// Something asked for, whose answer comes in a later turn.
@@ -133,7 +135,7 @@ impl SimEngine {
         jobs: Vec<SimJob>,
         on_failure: GroupFailure,
         timeout: Duration,
-    ) -> (Vec<JobHandle>, Pending<Result<(), Error>>) {
+    ) -> (Vec<JobHandle>, Pending<Result<Vec<JobId>, Error>>) {
         let mut handles = Vec::new();
         let make = |job: SimJob| {
             let SimJob { disk, target, geometry, slots, depth, plan } = job;
@@ -202,6 +204,14 @@ impl SimEngine {
         Pending(asked)
     }
 
+    /// Read a range as it was at the t0 of a job.
+    #[must_use]
+    pub fn read_snapshot(&self, job: JobId, range: ByteRange) -> Pending<IoOutcome> {
+        let (answer, asked) = ask();
+        self.send(Command::Snapshot { job, range, answer });
+        Pending(asked)
+    }
+
     /// The first half of a turn: everything up to the wait.
     #[must_use]
     pub fn act(&mut self) -> Option<Wait> {
@@ -243,6 +253,7 @@ impl Reactor<SimRing> {
             target: self.ring.disk_of(job.target),
             sweep: job.runner.copier.sweep_in_flight(),
             attached: job.attached,
+            fails: job.runner.copier.is_ending() && !job.runner.copier.is_complete(),
         })
     }
 }

@@ -56,12 +56,13 @@ pub(super) enum Owner {
     Pass,
 }
 
-/// Shared by a gate, a thread and its passes; on cache lines of its own.
-pub(super) type SharedSlot = Arc<CachePadded<Slot>>;
+/// Shared by a gate, a thread and its passes.
+pub(super) type SharedSlot = Arc<Slot>;
 
 /// See the module.
 pub(super) struct Slot {
-    word: AtomicU64,
+    /// Padded: nobody else's word is near, nor the counts of its `Arc`.
+    word: CachePadded<AtomicU64>,
     /// The gate's, to tell the ring thread that the last pass is back.
     waker: Arc<dyn Wake>,
 }
@@ -74,7 +75,7 @@ impl Slot {
             Owner::Thread => word,
             Owner::Pass => word | ORPHANED,
         };
-        Arc::new(CachePadded::new(Self { word: AtomicU64::new(word), waker }))
+        Arc::new(Self { word: CachePadded::new(AtomicU64::new(word)), waker })
     }
 
     /// Takes a pass, by the thread that owns the slot; `None` if the barrier is up and holds it back.
@@ -82,15 +83,15 @@ impl Slot {
     /// Acquire: what happened before the barrier was lowered is visible to whoever gets the pass. The look before may be
     /// at an old value. That only picks the operand, or sends the caller to wait, which looks again under the lock.
     #[inline]
-    pub(super) fn enter(slot: &SharedSlot, nesting: Nesting) -> Option<Pass> {
-        let mut seen = slot.word.load(Ordering::Relaxed);
+    pub(super) fn enter(self: &Arc<Self>, nesting: Nesting) -> Option<Pass> {
+        let mut seen = self.word.load(Ordering::Relaxed);
         loop {
             let is_nested = nesting == Nesting::OfThread && seen >= PASS;
             if seen & RAISED != 0 && !is_nested {
                 return None;
             }
-            match slot.word.compare_exchange_weak(seen, seen + PASS, Ordering::Acquire, Ordering::Relaxed) {
-                Ok(_) => return Some(Pass { slot: Arc::clone(slot) }),
+            match self.word.compare_exchange_weak(seen, seen + PASS, Ordering::Acquire, Ordering::Relaxed) {
+                Ok(_) => return Some(Pass { slot: Arc::clone(self) }),
                 Err(now) => seen = now,
             }
         }
@@ -227,7 +228,7 @@ pub(super) enum Standing {
 #[inline]
 pub(super) fn enter(gate: GateId, nesting: Nesting) -> Standing {
     // Nothing that is foreign to this module runs while the list is borrowed.
-    let entered = HERE.try_with(|here| here.borrow_mut().find(gate).map(|slot| Slot::enter(slot, nesting)));
+    let entered = HERE.try_with(|here| here.borrow_mut().find(gate).map(|slot| slot.enter(nesting)));
     match entered {
         Ok(Some(entered)) => Standing::Known(entered),
         Ok(None) => Standing::Unknown,

@@ -30,7 +30,7 @@ pub(super) struct Raised {
     disks: Vec<DiskId>,
     deadline: Timestamp,
     timeout: Duration,
-    answer: super::ask::Answer<Result<(), Error>>,
+    answer: super::ask::Answer<Result<Vec<JobId>, Error>>,
 }
 
 impl Raised {
@@ -131,6 +131,7 @@ impl<R: Ring> Reactor<R> {
     /// Every permit is back: this is t0.
     fn take_t0(&mut self, raised: Raised) {
         let Raised { jobs, disks, answer, .. } = raised;
+        let numbers = jobs.iter().map(|job| job.watch.id()).collect();
         for job in jobs {
             let watch = Arc::clone(&job.watch);
             self.disks[&job.disk].shared.jobs().attach(watch);
@@ -138,7 +139,7 @@ impl<R: Ring> Reactor<R> {
         }
         self.barrier_lowered(&disks);
         tracing::debug!("t0");
-        answer.give(Ok(()));
+        answer.give(Ok(numbers));
     }
 
     fn give_up(&mut self, raised: Raised) {

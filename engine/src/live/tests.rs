@@ -195,9 +195,9 @@ fn threads_that_ended_are_forgotten() {
     let (gate, _) = gate();
     let (give, take) = mpsc::channel();
     for number in 0..10_000 {
-        let (gate, give) = (gate.clone(), give.clone());
+        let (visited, give) = (gate.clone(), give.clone());
         let visit = thread::spawn(move || {
-            let pass = enter(&gate);
+            let pass = enter(&visited);
             if number % 2_500 == 0 {
                 give.send(pass).unwrap();
             }

@@ -8,11 +8,13 @@
 //!
 //! # Replacing it
 //! Written beside it under another name, synced, renamed, the directory synced. A crash leaves the old map or the new one,
-//! and perhaps the other file, which the next run overwrites.
+//! and perhaps the other file, which the next run removes. It removes nothing else that has that name: what is not the beginning
+//! of a map, or is one of the disks, is refused.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata};
 use std::io::{Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -22,7 +24,7 @@ use nix::sys::stat::{Mode, fstatat};
 use nix::unistd::{AccessFlags, UnlinkatFlags, faccessat, fsync, unlinkat};
 use parking_lot::Mutex;
 
-use super::{MAX_BYTES, Map, MapError};
+use super::{MAGIC, MAX_BYTES, Map, MapError};
 use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
 use crate::storage::locator::Place;
 use crate::storage::lock::{self, Lock};
@@ -62,25 +64,29 @@ impl MapFile {
     ///
     /// # Errors
     /// Refusals only: no such directory, not a map, damaged, from a newer version, in use by another run, or the source or
-    /// the target itself.
+    /// the target itself, also by the name under which its next version is written.
     pub fn open(wanted: &Path, source: &OpenedSource, target: &Locator) -> Result<Self> {
         let text = wanted.to_string_lossy();
         let path = &*text;
         let refused = |errno| Error::refused_by_system(Operation::UseMap, path, errno);
         let (parent, name) = match std::fs::metadata(wanted) {
             Ok(metadata) => {
-                refuse_disks(path, &metadata, source, target)?;
+                refuse_disks(path, &metadata, &Disks { source, target })?;
                 split(&std::fs::canonicalize(wanted).map_err(|error| refused(errno_of(&error)))?)
             }
             Err(error) if errno_of(&error) == Errno::ENOENT => {
-                refuse_missing_target(path, target)?;
+                if is_name_of(wanted, target) {
+                    return Err(same_disk(path, "it", "target"));
+                }
                 split(wanted)
             }
             Err(error) => return Err(refused(errno_of(&error))),
         }
-        .filter(|(_, name)| !path.ends_with('/') && name.len() + TEMPORARY_SUFFIX.len() < MAX_NAME)
+        .filter(|(_, name)| {
+            !path.ends_with('/') && !is_temporary(name) && name.len() + TEMPORARY_SUFFIX.len() < MAX_NAME
+        })
         .ok_or_else(|| {
-            refuse(path, Refusal::BadArgument, "it is no name for a file", "choose another name")
+            refuse(path, Refusal::BadArgument, "it is no name for a map file", "choose another name")
         })?;
         let directory = open_directory(&parent).map_err(|errno| match errno {
             Errno::ENOENT | Errno::ENOTDIR => refuse(
@@ -93,6 +99,7 @@ impl MapFile {
         })?;
         let writable = AccessFlags::W_OK | AccessFlags::X_OK;
         faccessat(&directory, ".", writable, AtFlags::AT_EACCESS).map_err(refused)?;
+        refuse_temporary(path, &parent, (&directory, &temporary_of(&name)), &Disks { source, target })?;
         let current = open_locked(path, &directory, &name)?;
         let map = read_map(path, &current)?;
         let current = Mutex::new(current);
@@ -115,39 +122,46 @@ impl MapFile {
         temporary_of(&self.name)
     }
 
-    /// Write, sync and lock the next version under its temporary name.
+    /// Write, sync and lock the next version under its temporary name. Where that fails the name is free again, unless it belongs to
+    /// something else.
     fn write_next(&self, contents: &[u8]) -> std::result::Result<File, Errno> {
         let name = self.temporary();
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let create = || openat(&self.directory, name.as_os_str(), flags, private());
-        let mut file = File::from(match create() {
+        let file = File::from(match create() {
             Err(Errno::EEXIST) => {
+                if !is_leftover(&self.directory, &name)? {
+                    return Err(Errno::EEXIST);
+                }
                 unlinkat(&self.directory, name.as_os_str(), UnlinkatFlags::NoRemoveDir)?;
                 create()?
             }
             other => other?,
         });
-        if lock::exclusive(&file)? == Lock::Busy {
-            return Err(Errno::EBUSY);
+        match fill(&file, contents) {
+            Ok(()) => Ok(file),
+            Err(errno) => {
+                self.remove_temporary();
+                Err(errno)
+            }
         }
-        file.write_all(contents).and_then(|()| file.sync_all()).map_err(|error| errno_of(&error))?;
-        Ok(file)
+    }
+
+    /// The failure to report is the one that made it useless; a file that stays is overwritten by the next attempt.
+    fn remove_temporary(&self) {
+        unlinkat(&self.directory, self.temporary().as_os_str(), UnlinkatFlags::NoRemoveDir).ok();
     }
 
     fn replace(&self, contents: &[u8]) -> std::result::Result<(), Errno> {
+        let next = self.write_next(contents)?;
         let temporary = self.temporary();
-        let replaced = self.write_next(contents).and_then(|next| {
-            renameat(&self.directory, temporary.as_os_str(), &self.directory, self.name.as_os_str())?;
-            Ok(next)
-        });
-        match replaced {
-            Ok(next) => *self.current.lock() = Current { locked: next, stands_in: false },
-            Err(errno) => {
-                // The failure to report is the first one; a file that stays is overwritten by the next attempt.
-                unlinkat(&self.directory, temporary.as_os_str(), UnlinkatFlags::NoRemoveDir).ok();
-                return Err(errno);
-            }
+        let renamed =
+            renameat(&self.directory, temporary.as_os_str(), &self.directory, self.name.as_os_str());
+        if let Err(errno) = renamed {
+            self.remove_temporary();
+            return Err(errno);
         }
+        *self.current.lock() = Current { locked: next, stands_in: false };
         // From here on the new map has the name; that this is durable is not sure unless this succeeds.
         fsync(&self.directory)
     }
@@ -181,6 +195,14 @@ impl Drop for MapFile {
     }
 }
 
+/// Lock a new file, write its contents and bring them to the disk.
+fn fill(mut file: &File, contents: &[u8]) -> std::result::Result<(), Errno> {
+    if lock::exclusive(file)? == Lock::Busy {
+        return Err(Errno::EBUSY);
+    }
+    file.write_all(contents).and_then(|()| file.sync_all()).map_err(|error| errno_of(&error))
+}
+
 fn private() -> Mode {
     Mode::S_IRUSR | Mode::S_IWUSR
 }
@@ -190,6 +212,12 @@ fn temporary_of(name: &OsStr) -> OsString {
     temporary.push(name);
     temporary.push(TEMPORARY_SUFFIX);
     temporary
+}
+
+/// Whether some map's next version is written under this name.
+fn is_temporary(name: &OsStr) -> bool {
+    let name = name.as_bytes();
+    name.starts_with(b".") && name.ends_with(TEMPORARY_SUFFIX.as_bytes())
 }
 
 fn refuse(path: &str, refusal: Refusal, reason: &str, advice: &'static str) -> Error {
@@ -202,8 +230,32 @@ fn split(path: &Path) -> Option<(PathBuf, OsString)> {
     Some((parent.to_owned(), path.file_name()?.to_owned()))
 }
 
+/// What is copied, and where to.
+struct Disks<'a> {
+    source: &'a OpenedSource,
+    target: &'a Locator,
+}
+
+impl Disks<'_> {
+    /// Which of the two lies in the file, if one does.
+    fn in_file(&self, metadata: &Metadata) -> Option<&'static str> {
+        let target = match self.target.place() {
+            Place::Path(target) => std::fs::metadata(target).ok().map(|metadata| Node::of(&metadata)),
+            Place::Null { .. } => None,
+        };
+        let file = Node::of(metadata);
+        let lies_in = |disk: Option<Node>| disk.is_some_and(|disk| topology::overlap(disk, file));
+        let sides = [("source", self.source.node()), ("target", target)];
+        sides.into_iter().find_map(|(side, disk)| lies_in(disk).then_some(side))
+    }
+}
+
+fn same_disk(path: &str, what: &str, side: &str) -> Error {
+    refuse(path, Refusal::SameDisk, &format!("{what} is the {side} of the copy"), "choose another name")
+}
+
 /// Refuse an existing path that is no regular file, or is one of the disks.
-fn refuse_disks(path: &str, metadata: &Metadata, source: &OpenedSource, target: &Locator) -> Result<()> {
+fn refuse_disks(path: &str, metadata: &Metadata, disks: &Disks<'_>) -> Result<()> {
     if !metadata.is_file() {
         return Err(refuse(
             path,
@@ -212,36 +264,75 @@ fn refuse_disks(path: &str, metadata: &Metadata, source: &OpenedSource, target: 
             "name a file, or one that does not exist yet",
         ));
     }
-    let target = match target.place() {
-        Place::Path(target) => std::fs::metadata(target).ok().map(|metadata| Node::of(&metadata)),
-        Place::Null { .. } => None,
-    };
-    for (side, node) in [("source", source.node()), ("target", target)] {
-        if node.is_some_and(|node| topology::overlap(node, Node::of(metadata))) {
-            return Err(refuse(
-                path,
-                Refusal::SameDisk,
-                &format!("it is the {side} of the copy"),
-                "choose another name",
-            ));
-        }
+    match disks.in_file(metadata) {
+        Some(side) => Err(same_disk(path, "it", side)),
+        None => Ok(()),
     }
-    Ok(())
 }
 
-/// Refuse a map of the very name that the target will have, when neither exists.
-fn refuse_missing_target(path: &str, target: &Locator) -> Result<()> {
-    let Place::Path(target) = target.place() else { return Ok(()) };
+/// Whether a file that does not exist has the very name that the target will have.
+fn is_name_of(path: &Path, target: &Locator) -> bool {
+    let Place::Path(target) = target.place() else { return false };
     let resolved = |path: &Path| {
         let (parent, name) = split(path)?;
         Some((std::fs::canonicalize(parent).ok()?, name))
     };
-    match (resolved(Path::new(path)), resolved(target)) {
-        (Some(map), Some(target)) if map == target => {
-            Err(refuse(path, Refusal::SameDisk, "it is the target of the copy", "choose another name"))
+    resolved(path).is_some_and(|path| resolved(target) == Some(path))
+}
+
+/// Refuse a map whose next version would be written over something else: what has its temporary name is removed for that.
+fn refuse_temporary(
+    path: &str,
+    parent: &Path,
+    (directory, name): (&File, &OsStr),
+    disks: &Disks<'_>,
+) -> Result<()> {
+    let what = format!("its next version is written as {}, which", name.to_string_lossy());
+    let refused = |errno| Error::refused_by_system(Operation::UseMap, path, errno);
+    let temporary = parent.join(name);
+    match std::fs::symlink_metadata(&temporary) {
+        Ok(metadata) => {
+            if let Some(side) = disks.in_file(&metadata) {
+                return Err(same_disk(path, &what, side));
+            }
+            if is_leftover(directory, name).map_err(refused)? {
+                return Ok(());
+            }
+            let advice = "choose another name, or move that file away";
+            Err(refuse(path, Refusal::Exists, &format!("{what} exists and is no part of a map"), advice))
         }
-        _ => Ok(()),
+        Err(error) if errno_of(&error) == Errno::ENOENT => {
+            if is_name_of(&temporary, disks.target) {
+                Err(same_disk(path, &what, "target"))
+            } else {
+                Ok(())
+            }
+        }
+        Err(error) => Err(refused(errno_of(&error))),
     }
+}
+
+/// Whether what has a temporary name is what was left of a version that did not get its map's name: the beginning of a map, however
+/// short. (No map has such a name, so it is none that is needed.)
+fn is_leftover(directory: &File, name: &OsStr) -> std::result::Result<bool, Errno> {
+    let kind = match fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Ok(found) => found.st_mode & libc::S_IFMT,
+        // Another run has just given it its map's name.
+        Err(Errno::ENOENT) => return Ok(true),
+        Err(errno) => return Err(errno),
+    };
+    if kind != libc::S_IFREG {
+        return Ok(false);
+    }
+    let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let file = match openat(directory, name, flags, Mode::empty()) {
+        Ok(file) => File::from(file),
+        Err(Errno::ENOENT) => return Ok(true),
+        Err(errno) => return Err(errno),
+    };
+    let mut start = Vec::new();
+    file.take(MAGIC.len() as u64).read_to_end(&mut start).map_err(|error| errno_of(&error))?;
+    Ok(MAGIC.as_bytes().starts_with(&start))
 }
 
 /// Open or create the file and lock it. See the module's header.

@@ -111,6 +111,7 @@ fn option_of(sync: SyncMode) -> &'static str {
     match sync {
         SyncMode::Full => "full",
         SyncMode::Top => "top",
+        SyncMode::None => "none",
     }
 }
 
@@ -296,6 +297,7 @@ fn checked_body(bytes: &[u8]) -> std::result::Result<&[u8], MapError> {
 enum WireSync {
     Full,
     Top,
+    None,
 }
 
 #[derive(serde::Serialize)]

@@ -2,8 +2,9 @@
 //!
 //! A source *file* is known by file system, inode, birth, length, modification and change time: any write to it shows.
 //! A *device* is known by its serial number (its device number where it has none) and its length. That says which device
-//! it is; it cannot say whether its contents have changed, and nothing else can either. A *target* is compared
-//! without its times, because copying to it changes them: what others write to it between two runs is not noticed.
+//! it is, if the number is unique; it cannot say whether its contents have changed, and nothing else can either. A *target* is
+//! compared without its times, because copying to it changes them: what others write to it between two runs does not show here.
+//! (A sample of the contents is compared as well before a copy goes on, by `copy::sample`.)
 
 use std::fmt;
 use std::fs::{File, Metadata};

@@ -241,6 +241,16 @@ pub(super) struct OpenedPair {
 }
 
 impl OpenedPair {
+    /// The same descriptions a second time: locks and claims last until both are closed.
+    pub(super) fn try_clone(&self) -> std::result::Result<Self, Errno> {
+        let again = |file: &File| file.try_clone().map_err(|error| errno_of(&error));
+        Ok(Self {
+            buffered: again(&self.buffered)?,
+            direct: self.direct.as_ref().map(again).transpose()?,
+            metadata: self.metadata.clone(),
+        })
+    }
+
     pub(super) fn into_storage(self, operation: Operation, locator: &Locator) -> Result<Arc<dyn Storage>> {
         let name = locator.as_str();
         let refused = |errno| Error::refused_by_system(operation, name, errno);

@@ -166,6 +166,13 @@ impl TargetPlan {
         &self.warnings
     }
 
+    /// To read what is there already, if it stays; `None` for a target that will be empty.
+    pub(crate) fn to_read(&self) -> Result<Option<Arc<dyn Storage>>> {
+        let Planned::Existing { pair, empty_it: false, .. } = &self.state else { return Ok(None) };
+        let again = pair.try_clone().map_err(|errno| self.refused_by_system(errno))?;
+        again.into_storage(Operation::OpenTarget, &self.locator).map(Some)
+    }
+
     /// Create or empty the target and give it its length. See the module's header.
     ///
     /// # Errors

@@ -90,9 +90,12 @@ pub(crate) fn overlap(one: Node, other: Node) -> bool {
 pub(super) fn loop_device_on(node: Node) -> Option<PathBuf> {
     let entries = fs::read_dir("/sys/block").ok()?;
     for entry in entries.flatten() {
-        let backing = entry.path().join("loop/backing_file");
-        let Ok(path) = fs::read_to_string(backing) else { continue };
-        if fs::metadata(path.trim_end_matches('\n')).is_ok_and(|metadata| Node::of(&metadata) == node) {
+        let directory = entry.path();
+        if !directory.join("loop").is_dir() {
+            continue;
+        }
+        let Some(number) = device_number(&directory) else { continue };
+        if loop_window(number, &directory).is_some_and(|window| window.node == node) {
             return Some(Path::new("/dev").join(entry.file_name()));
         }
     }
@@ -184,17 +187,32 @@ fn partition_disk(layer: Layer, directory: &Path) -> Option<Layer> {
 }
 
 fn backing_of_loop(layer: Layer, number: u64, directory: &Path) -> Option<Layer> {
-    let length_of = |limit: u64| if limit == 0 { u64::MAX } else { limit };
+    let LoopWindow { node, offset, limit } = loop_window(number, directory)?;
+    Some(layer.below(node, offset, if limit == 0 { u64::MAX } else { limit }, true))
+}
+
+/// What a loop device shows.
+struct LoopWindow {
+    /// Of this file or device
+    node: Node,
+    /// what lies from this byte on,
+    offset: u64,
+    /// and of that at most so much; 0 for all.
+    limit: u64,
+}
+
+fn loop_window(number: u64, directory: &Path) -> Option<LoopWindow> {
     if let Some(backing) = loop_status(number, directory) {
         let file = Node::File { device: backing.device, inode: backing.inode };
         let node = backing.rdevice.map_or(file, Node::Device);
-        return Some(layer.below(node, backing.offset, length_of(backing.size_limit), true));
+        return Some(LoopWindow { node, offset: backing.offset, limit: backing.size_limit });
     }
-    // Without the right to open the device there is still its description.
+    // Without the right to open the device there is still its description. It names a path, which may mean nothing by now, or
+    // another file in this mount namespace than where the device was attached.
     let number_in = |name| attribute(directory, name)?.parse::<u64>().ok();
     let metadata = fs::metadata(attribute(directory, "loop/backing_file")?).ok()?;
     let (offset, limit) = (number_in("loop/offset")?, number_in("loop/sizelimit")?);
-    Some(layer.below(Node::of(&metadata), offset, length_of(limit), true))
+    Some(LoopWindow { node: Node::of(&metadata), offset, limit })
 }
 
 fn loop_status(number: u64, directory: &Path) -> Option<sys::LoopBacking> {

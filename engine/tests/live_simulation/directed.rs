@@ -111,3 +111,36 @@ fn a_group_that_does_not_fit_is_refused_as_a_whole() {
     assert_eq!((ended.seen.not_started, ended.seen.started), (1, 1));
     assert_eq!(ended.seen.complete, 2);
 }
+
+#[test]
+fn guests_of_one_disk_leave_places_on_the_ring_to_those_of_another() {
+    let mut scenario = Scenario::plain(50, Path::Carried);
+    scenario.disks.push(scenario.disks[0].clone());
+    scenario.disks[0].length = 8 << 20;
+    scenario.disks[0].requests = 3000;
+    scenario.disks[0].at_a_time = 64;
+    scenario.disks[0].pace = Duration::from_nanos(1);
+    scenario.disks[1].at_a_time = 1;
+    scenario.starts[0].jobs = vec![JobSpec::plain(1, 8192)];
+    scenario.starts[0].at = Duration::ZERO;
+    scenario.carrier.requests = 64;
+    scenario.carrier_bytes = 1 << 20;
+    scenario.capacity = 8;
+    let ended = ended(&scenario);
+    assert!(ended.waits[1] < Duration::from_millis(100), "{:?}", ended.waits);
+}
+
+/// What a reader holds the sweep passes by, and has to come back to; and there is always one, also when all is copied.
+#[test]
+fn those_who_read_the_snapshot_all_the_time_do_not_keep_a_copy_from_its_end() {
+    let mut reads = 0;
+    for seed in 51..71 {
+        let mut scenario = busy(seed, Path::Own);
+        scenario.starts[0].jobs[0].reads = 20_000;
+        let ended = ended(&scenario);
+        assert_eq!(ended.seen.complete, 1);
+        assert!(ended.seen.snapshot < 10_000, "{:?}", ended.seen);
+        reads += ended.seen.snapshot;
+    }
+    assert!(reads > 100, "{reads}");
+}

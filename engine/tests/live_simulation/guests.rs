@@ -161,7 +161,7 @@ impl Guests {
 
     /// Somebody goes without waiting for his answer; what he asked for may happen or not.
     fn leave(&mut self, seen: &mut Seen) {
-        if self.rng.u8(..200) > 0 || self.carried.is_empty() {
+        if self.spec.patient || self.rng.u8(..200) > 0 || self.carried.is_empty() {
             return;
         }
         let at = self.rng.usize(..self.carried.len());
@@ -242,7 +242,7 @@ impl Guests {
     fn step(&mut self, at: usize, engine: &mut SimEngine, now: Timestamp, seen: &mut Seen) -> bool {
         let hold = self.random_time(self.spec.hold);
         let pause = Duration::from_micros(self.rng.u64(10..500));
-        let gives_up = self.rng.u16(..500) == 0;
+        let gives_up = !self.spec.patient && self.rng.u16(..500) == 0;
         let own = &mut self.own[at];
         match &mut own.stage {
             Stage::Trying(due) if *due <= now => match engine.attempt(&self.disk, own.range) {

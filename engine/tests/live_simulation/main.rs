@@ -13,6 +13,7 @@ mod exhaustive;
 mod guests;
 mod oracle;
 mod planted;
+mod readers;
 mod run;
 mod scenario;
 mod seeded;

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
+use engine::copy::SyncMode;
 use engine::job::{JobHandle, JobResult, Outcome, Status};
-use engine::live::SweepDepth;
 use engine::live::sim::SimJobState;
+use engine::live::{JobId, SweepDepth};
 use engine::ring::sim::{SharedWorld, World};
 use engine::units::{ByteRange, Timestamp};
 
@@ -25,7 +26,9 @@ pub(crate) struct Job {
     /// How, and when it was told.
     pub(crate) ended_as: Option<(Outcome, Timestamp)>,
     /// Whether guests copy for it, as was seen last.
-    attached: bool,
+    pub(crate) attached: bool,
+    /// Its number on the engine, once it has started.
+    pub(crate) id: Option<JobId>,
     /// Never starts: its start was refused.
     pub(crate) refused: bool,
     /// Somebody has asked for its end, or for that of its group.
@@ -46,6 +49,7 @@ impl Job {
             ended: false,
             ended_as: None,
             attached: false,
+            id: None,
             refused: false,
             cancel_asked: false,
             may_be_taken_along: false,
@@ -93,6 +97,9 @@ impl Job {
         let progress = self.handle.progress();
         if progress.status == Status::Paused && sweep > 0 {
             return Err(format!("paused with {sweep} clusters in flight"));
+        }
+        if state.fails && progress.status != Status::Aborting {
+            return Err(format!("it fails, and says {}", progress.status));
         }
         if progress.done < self.done || progress.done + progress.skipped > progress.total {
             return Err(format!("progress goes from {} to {progress:?}", self.done));
@@ -181,7 +188,13 @@ impl Job {
         match &result.outcome {
             Outcome::Failed(_) if may_fail => seen.failed_jobs += 1,
             Outcome::Failed(error) => return Err(format!("it failed for no reason: {error}")),
-            Outcome::Cancelled if self.cancel_asked || self.may_be_taken_along => seen.cancelled += 1,
+            Outcome::Cancelled if self.cancel_asked || self.may_be_taken_along => {
+                seen.cancelled += 1;
+                let flushed = world.borrow_mut().disk(self.target).is_flushed();
+                if self.spec.sync == SyncMode::None && result.notices.is_empty() && !flushed {
+                    return Err("what guests had copied is not on the medium".into());
+                }
+            }
             Outcome::Cancelled => return Err("cancelled, and nobody asked for it".into()),
             Outcome::Complete | Outcome::CompleteWithSkipped => {
                 let progress = &result.progress;

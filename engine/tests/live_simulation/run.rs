@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use engine::error::Error;
 use engine::job::{IoStatus, Outcome, Refusal, Status};
-use engine::live::GroupFailure;
 use engine::live::sim::{Pending, SimEngine};
+use engine::live::{GroupFailure, JobId};
 use engine::ring::Wait;
 use engine::ring::sim::{SharedWorld, SimRing};
 use engine::units::{Length, Speed, Timestamp};
@@ -14,6 +14,7 @@ use fastrand::Rng;
 
 use crate::guests::Guests;
 use crate::oracle::Job;
+use crate::readers::Readers;
 use crate::scenario::{JobSpec, Operator, Scenario};
 use crate::seen::Seen;
 
@@ -34,7 +35,7 @@ const SLACK: Duration = Duration::from_millis(50);
 struct Start {
     /// Which jobs, in the list of all.
     jobs: std::ops::Range<usize>,
-    pending: Option<Pending<Result<(), Error>>>,
+    pending: Option<Pending<Result<Vec<JobId>, Error>>>,
     answer_by: Timestamp,
 }
 
@@ -55,6 +56,8 @@ pub(crate) struct Ended {
     pub(crate) turns: u64,
     /// Longest wait of a guest.
     pub(crate) longest: Duration,
+    /// The same of each disk.
+    pub(crate) waits: Vec<Duration>,
 }
 
 struct Run<'a> {
@@ -67,6 +70,8 @@ struct Run<'a> {
     added: Vec<Pending<Result<(), Error>>>,
     starts: Vec<Start>,
     jobs: Vec<Job>,
+    /// Of each job.
+    readers: Vec<Readers>,
     removed: Vec<bool>,
     fidget_at: Timestamp,
     mended: bool,
@@ -131,6 +136,7 @@ impl<'a> Run<'a> {
             added,
             starts: Vec::new(),
             jobs: Vec::new(),
+            readers: Vec::new(),
             fidget_at: Timestamp::default(),
             mended: false,
             seen: Seen::default(),
@@ -159,11 +165,12 @@ impl<'a> Run<'a> {
         for guests in &mut self.guests {
             guests.check(&self.world)?;
         }
-        let longest = self.guests.iter().map(|guests| guests.longest).max().unwrap_or_default();
+        let waits: Vec<Duration> = self.guests.iter().map(|guests| guests.longest).collect();
+        let longest = waits.iter().copied().max().unwrap_or_default();
         if longest > MAX_WAIT {
             return Err(format!("a guest has waited for {longest:?}"));
         }
-        Ok(Ended { seen: self.seen, operations: self.operations, turns: self.turns, longest })
+        Ok(Ended { seen: self.seen, operations: self.operations, turns: self.turns, longest, waits })
     }
 
     fn guests_are_gone(&self) -> bool {
@@ -175,6 +182,7 @@ impl<'a> Run<'a> {
             && self.starts.iter().all(|start| start.pending.is_none())
             && self.guests_are_gone()
             && self.jobs.iter().all(|job| job.is_over(now))
+            && self.readers.iter().all(Readers::are_gone)
     }
 
     /// Everything that happens between two turns.
@@ -186,6 +194,9 @@ impl<'a> Run<'a> {
         self.stick(now);
         self.start(now);
         self.operate(now);
+        for (readers, job) in self.readers.iter_mut().zip(&self.jobs) {
+            readers.act(job, &self.engine, now, &mut self.rng);
+        }
         for guests in &mut self.guests {
             guests.act(&mut self.engine, &self.world, &self.jobs, now, &mut self.seen)?;
         }
@@ -244,6 +255,7 @@ impl<'a> Run<'a> {
                 handle.set_speed(job.speed()).expect("not started yet");
                 let mut job = Job::new(job.clone(), handle, target, before);
                 job.may_be_taken_along = together && one_fails;
+                self.readers.push(Readers::new(job.spec.reads, &mut self.rng));
                 self.jobs.push(job);
             }
             // One after the other.
@@ -324,7 +336,9 @@ impl<'a> Run<'a> {
         let fidgets = scenario.operator == Operator::Fidgets && self.jobs.iter().any(Job::runs);
         let fidget = (fidgets && !self.guests_are_gone()).then_some(self.fidget_at);
         let guests = self.guests.iter().filter_map(Guests::next_event);
-        fixed.chain(fidget).chain(guests).min()
+        let readers =
+            self.readers.iter().zip(&self.jobs).filter_map(|(readers, job)| readers.next_event(job));
+        fixed.chain(fidget).chain(guests).chain(readers).min()
     }
 
     fn turn(&mut self) -> Result<(), String> {
@@ -381,9 +395,17 @@ impl<'a> Run<'a> {
             job.check_ended(self.scenario, &self.world, may_fail[number], now, &mut self.seen)?;
         }
         self.check_groups()?;
+        self.observe_reads()?;
         let any = may_fail.iter().any(|&may| may) || !self.scenario.is_sound();
         for guests in &mut self.guests {
             guests.take_answers(&self.world, now, any, &mut self.seen)?;
+        }
+        Ok(())
+    }
+
+    fn observe_reads(&mut self) -> Result<(), String> {
+        for (readers, job) in self.readers.iter_mut().zip(&self.jobs) {
+            readers.take_answers(job, !self.scenario.is_sound(), &mut self.seen)?;
         }
         Ok(())
     }
@@ -428,9 +450,11 @@ impl<'a> Run<'a> {
             };
             start.pending = None;
             match answer {
-                Ok(()) => {
+                Ok(ids) => {
                     self.seen.started += 1;
-                    for job in &mut self.jobs[start.jobs.clone()] {
+                    for (job, id) in self.jobs[start.jobs.clone()].iter_mut().zip(ids) {
+                        job.id = Some(id);
+                        job.attached = true;
                         job.t0 = Some(self.world.borrow_mut().disk(job.spec.disk).view().to_vec());
                         if self.scenario.operator == Operator::Pauses {
                             perhaps(job.handle.pause());
@@ -494,6 +518,10 @@ impl<'a> Run<'a> {
             if job.runs() {
                 return Err("a job does not know that the engine has died".into());
             }
+        }
+        self.observe_reads()?;
+        if !self.readers.iter().all(Readers::are_gone) {
+            return Err("a read of a snapshot waits for the dead".into());
         }
         for guests in &mut self.guests {
             guests.outlive(&mut self.engine, &self.world, now, &mut self.seen)?;

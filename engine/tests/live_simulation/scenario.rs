@@ -44,6 +44,8 @@ pub(crate) struct DiskSpec {
     pub(crate) hold: Duration,
     /// Every second block is a hole.
     pub(crate) crumbled: bool,
+    /// Everybody waits for his answer.
+    pub(crate) patient: bool,
     /// Its last handle goes as soon as its guests are gone, whatever its jobs do.
     pub(crate) leaves_early: bool,
 }
@@ -78,6 +80,9 @@ pub(crate) struct JobSpec {
     pub(crate) cbw_timeout: Option<Duration>,
     pub(crate) speed: Option<u64>,
     pub(crate) cancel_at: Option<Duration>,
+    pub(crate) sync: SyncMode,
+    /// How often the disk as of t0 is read while it runs.
+    pub(crate) reads: u64,
 }
 
 /// Jobs that start at one instant.
@@ -139,6 +144,7 @@ impl DiskSpec {
             pace: Duration::from_micros(300),
             hold: Duration::from_micros(600),
             crumbled: false,
+            patient: true,
             leaves_early: false,
         }
     }
@@ -164,6 +170,7 @@ impl DiskSpec {
             pace: Duration::from_micros(rng.u64(1..pace)),
             hold: Duration::from_micros(pick(rng, &[1, 100, 1000, 30_000])),
             crumbled: rng.u8(..8) == 0,
+            patient: rng.bool(),
             leaves_early: rng.u8(..4) == 0,
         }
     }
@@ -211,6 +218,8 @@ impl JobSpec {
             cbw_timeout: None,
             speed: None,
             cancel_at: None,
+            sync: SyncMode::Full,
+            reads: 0,
         }
     }
 
@@ -232,8 +241,9 @@ impl JobSpec {
         });
         let forever = stuck.is_some_and(|stuck| stuck.until.is_none());
         let timeouts = [None, Some(500_000), Some(100_000), Some(10_000), Some(300)];
+        let sync = if rng.u8(..8) == 0 { SyncMode::None } else { SyncMode::Full };
         let mut cancel_at = (rng.u8(..8) == 0).then(|| micros(rng, 60_000));
-        if forever {
+        if forever || sync == SyncMode::None {
             cancel_at = cancel_at.or(Some(micros(rng, 400_000)));
         }
         Self {
@@ -260,6 +270,8 @@ impl JobSpec {
             cbw_timeout: pick(rng, &timeouts).map(Duration::from_micros),
             speed: (rng.u8(..4) == 0).then(|| rng.u64(100_000..50_000_000)),
             cancel_at,
+            sync,
+            reads: if rng.u8(..3) == 0 { rng.u64(1..40) } else { 0 },
         }
     }
 
@@ -301,7 +313,7 @@ impl JobSpec {
                 name: Arc::from(format!("target{target}")),
                 direct_alignment: spec.target.direct_alignment,
             },
-            sync: SyncMode::Full,
+            sync: spec.sync,
             zero_detect: spec.zero_detect,
             target_is_zero: spec.target_is_zero,
             allocate_ahead: false,

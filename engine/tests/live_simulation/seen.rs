@@ -21,10 +21,12 @@ pub(crate) struct Seen {
     pub(crate) cancelled: u64,
     pub(crate) died: u64,
     pub(crate) lost: u64,
+    /// Reads of the disk as of t0.
+    pub(crate) snapshot: u64,
 }
 
 impl Seen {
-    fn counts(&mut self) -> [&mut u64; 18] {
+    fn counts(&mut self) -> [&mut u64; 19] {
         [
             &mut self.granted,
             &mut self.at_barrier,
@@ -44,6 +46,7 @@ impl Seen {
             &mut self.cancelled,
             &mut self.died,
             &mut self.lost,
+            &mut self.snapshot,
         ]
     }
 

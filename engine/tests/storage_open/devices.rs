@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use engine::copy::SyncMode;
 use engine::error::Refusal;
@@ -90,6 +91,27 @@ fn a_file_under_a_loop_device_is_no_target() {
     refused(plan(&path, &from, &forced()), Refusal::InUse, "losetup -d");
     assert_eq!(fingerprint(&path), before);
     drop(plan(&device.0, &from, &plain()).expect("the device itself"));
+}
+
+#[test]
+fn a_loop_device_is_found_whatever_has_become_of_its_files_name() {
+    if !is_root("a_loop_device_is_found") {
+        return;
+    }
+    let place = Place::new();
+    let from = source(place.file("source", MIB)).expect("source");
+    let (target, other) = (place.file("target", MIB), place.path("other"));
+    let device = LoopDevice::over(&target, &[]);
+    fs::hard_link(&target, &other).expect("link");
+    let in_use = |path: &Path| refused(plan(path, &from, &forced()), Refusal::InUse, device.text());
+    in_use(&other);
+    // What the kernel tells of the file's path is by now the path of no file, then that of another one.
+    fs::remove_file(&target).expect("remove");
+    in_use(&other);
+    let described = format!("{} (deleted)", target.display());
+    fs::write(&described, vec![1; 1 << 20]).expect("write");
+    in_use(&other);
+    drop(plan(&described, &from, &forced()).expect("this one is free"));
 }
 
 #[test]

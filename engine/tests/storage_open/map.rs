@@ -9,8 +9,12 @@ use engine::error::{Refusal, Result};
 use engine::map::{Map, MapFile, MapHeader, frame};
 use engine::storage::{Document, Locator, OpenedSource};
 use engine::units::{ClusterRange, ClusterSize, Geometry};
+use nix::errno::Errno;
 
 use crate::support::*;
+
+/// Under this name the next version of `map` is written.
+const TEMPORARY: &str = ".map.engine-cli-new";
 
 fn setup() -> (Place, OpenedSource) {
     let place = Place::new();
@@ -85,10 +89,55 @@ fn two_runs_never_share_a_map() {
 #[test]
 fn the_leftover_of_a_crash_is_overwritten() {
     let (place, from) = setup();
-    fs::write(place.path(".map.engine-cli-new"), b"half a map").expect("leftover");
+    let next = sample(&from, 2).encode();
+    for written in [0, 5, 40, next.len() / 2, next.len()] {
+        fs::write(place.path(TEMPORARY), &next[..written]).expect("leftover");
+        let file = open(&place, &from, "map").expect("new");
+        file.publish(Some(&sample(&from, 1).encode())).expect("publish");
+        assert_eq!(place.names(), ["map", "source"], "after {written} bytes");
+    }
+}
+
+#[test]
+fn what_has_the_name_of_a_next_version_and_is_none_is_never_removed() {
+    let (place, from) = setup();
+    let notes = b"important notes, longer than the first line of a map";
+    fs::write(place.path(TEMPORARY), notes).expect("write");
+    let before = fingerprint(place.path(TEMPORARY));
+    refused(open(&place, &from, "map"), Refusal::Exists, TEMPORARY);
+    assert_eq!(place.names(), [TEMPORARY, "source"]);
+    assert_eq!(fingerprint(place.path(TEMPORARY)), before);
+    fs::remove_file(place.path(TEMPORARY)).expect("remove");
+    // It comes after the map was opened: the map stays as it is.
     let file = open(&place, &from, "map").expect("new");
     file.publish(Some(&sample(&from, 1).encode())).expect("publish");
-    assert_eq!(place.names(), ["map", "source"]);
+    fs::write(place.path(TEMPORARY), notes).expect("write");
+    assert_eq!(file.publish(Some(&sample(&from, 2).encode())), Err(Errno::EEXIST));
+    assert_eq!(fs::read(place.path(TEMPORARY)).expect("there"), notes);
+    fs::remove_file(place.path(TEMPORARY)).expect("remove");
+    drop(file);
+    assert_eq!(open(&place, &from, "map").expect("again").map(), Some(&sample(&from, 1)));
+    symlink(place.path("source"), place.path(TEMPORARY)).expect("symlink");
+    refused(open(&place, &from, "map"), Refusal::Exists, TEMPORARY);
+    assert!(fs::symlink_metadata(place.path(TEMPORARY)).expect("link").is_symlink(), "the link stays");
+}
+
+#[test]
+fn a_disk_with_the_name_of_a_next_version_is_never_removed() {
+    let place = Place::new();
+    let from = source(place.file(TEMPORARY, MIB)).expect("source");
+    let before = fingerprint(place.path(TEMPORARY));
+    refused(open(&place, &from, "map"), Refusal::SameDisk, "which is the source of the copy");
+    assert_eq!((place.names(), fingerprint(place.path(TEMPORARY))), (vec![TEMPORARY.to_owned()], before));
+    let from = source(place.file("source", MIB)).expect("source");
+    fs::remove_file(place.path(TEMPORARY)).expect("remove");
+    let as_target = || MapFile::open(&place.path("map"), &from, &Locator::path(place.path(TEMPORARY)));
+    refused(as_target(), Refusal::SameDisk, "which is the target of the copy");
+    place.file(TEMPORARY, 0);
+    refused(as_target(), Refusal::SameDisk, "which is the target of the copy");
+    assert_eq!(place.names(), [TEMPORARY, "source"]);
+    // Such a map would be taken for the leftover of another one.
+    refused(open(&place, &from, TEMPORARY), Refusal::BadArgument, "no name for a map file");
 }
 
 #[test]
@@ -117,8 +166,8 @@ fn a_map_in_an_impossible_place_is_refused() {
     let (place, from) = setup();
     refused(open(&place, &from, "no/where"), Refusal::NotFound, "does not exist");
     refused(open(&place, &from, ""), Refusal::BadArgument, "not a regular file");
-    refused(open(&place, &from, "new/"), Refusal::BadArgument, "no name for a file");
-    refused(open(&place, &from, &"x".repeat(250)), Refusal::BadArgument, "no name for a file");
+    refused(open(&place, &from, "new/"), Refusal::BadArgument, "no name for a map file");
+    refused(open(&place, &from, &"x".repeat(250)), Refusal::BadArgument, "no name for a map file");
     refused(open(&place, &from, "source"), Refusal::SameDisk, "it is the source of the copy");
     refused(open(&place, &from, "target"), Refusal::SameDisk, "it is the target of the copy");
     let before = fingerprint(place.file("target", 0));

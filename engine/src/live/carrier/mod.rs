@@ -59,7 +59,8 @@ use locks::{LockId, Locks};
 use windows::{Cutter, Window};
 
 pub use plan::{
-    AdmissionHost, Attempt, CarrierLimits, CarrierPlan, CopyWait, DiscardRule, IoId, IoOutcome, IoRequest,
+    AdmissionHost, Attempt, CarrierBug, CarrierLimits, CarrierPlan, CopyWait, DiscardRule, IoId, IoOutcome,
+    IoRequest,
 };
 
 /// Place of a request in the table.
@@ -125,6 +126,8 @@ struct Request<P> {
     since: Timestamp,
     /// Whether anything of it was ever started.
     started: bool,
+    /// The next window has something to be copied before, and is no wide one.
+    narrow: bool,
     /// A lock that was waited for, and the window that it is for.
     claimed: Option<(LockId, Window)>,
     stage: Stage<P>,
@@ -281,6 +284,7 @@ impl<P> Carrier<P> {
             at: range.offset,
             since: now,
             started: false,
+            narrow: false,
             claimed: None,
             stage: Stage::Ready,
         });

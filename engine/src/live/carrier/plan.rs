@@ -105,6 +105,41 @@ pub struct CarrierPlan {
     pub buffers: BufferRange,
     /// Bounds.
     pub limits: CarrierLimits,
+    /// A bug put in on purpose, to see that the tests catch it.
+    #[cfg(feature = "sim")]
+    pub planted: Option<CarrierBug>,
+}
+
+/// Bugs that the simulation must catch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CarrierBug {
+    /// A permit is for the guest's bytes only, not for the rest of the blocks that are written back.
+    PermitWithoutBlocks,
+    /// A permit is given back when the write is given out.
+    PermitDroppedEarly,
+    /// Blocks that are read and written back are not locked.
+    BlocksNotLocked,
+    /// A discard that was put off does not look who writes there.
+    DiscardNotLocked,
+    /// A discard that was put off is carried out although the guest wrote there since.
+    DiscardAfterWrite,
+    /// A write that failed counts as done.
+    FailedWriteIsDone,
+    /// What a write covers in part is not read before.
+    BlocksNotRead,
+}
+
+impl CarrierPlan {
+    /// Whether `bug` was put in. Never, outside the simulation.
+    #[cfg(feature = "sim")]
+    pub(super) fn has_bug(&self, bug: CarrierBug) -> bool {
+        self.planted == Some(bug)
+    }
+
+    #[cfg(not(feature = "sim"))]
+    pub(super) fn has_bug(&self, _bug: CarrierBug) -> bool {
+        false
+    }
 }
 
 /// Named bounds of a carrier.

@@ -2,7 +2,9 @@
 
 use super::locks::Footprint;
 use super::windows::{Act, Window};
-use super::{AdmissionHost, Attempt, Body, Carrier, CopyWait, Doing, Key, Request, Running, Stage, Task};
+use super::{
+    AdmissionHost, Attempt, Body, Carrier, CarrierBug, CopyWait, Doing, Key, Request, Running, Stage, Task,
+};
 use crate::piece::{Direction, Piece};
 use crate::ring::{Arena, BufferRange, Op, Token, ZeroMethod};
 use crate::units::{ByteRange, Timestamp};
@@ -86,9 +88,9 @@ impl<P> Carrier<P> {
             Body::Write(_) => self.cutter.data(Act::Write, rest),
             Body::Flush => Window::FLUSH,
             Body::Discard | Body::Deferred => unreachable!("discards are cut where they are started"),
-            Body::Zeroes { may_unmap } => self
-                .cutter
-                .zeroes(rest, self.zero_method(may_unmap), |range| host.discards(range).now == Some(range)),
+            Body::Zeroes { may_unmap } => self.cutter.zeroes(rest, self.zero_method(may_unmap), |range| {
+                !request.narrow && host.discards(range).now == Some(range)
+            }),
         }
     }
 
@@ -107,10 +109,10 @@ impl<P> Carrier<P> {
         host: &mut dyn AdmissionHost<Permit = P>,
     ) -> bool {
         let window = running.window;
-        let lock = running
-            .lock
-            .map_or_else(|| self.locks.acquire(self.cutter.footprint(&window), key), |lock| (lock, true));
-        let (lock, held) = lock;
+        let (lock, held) = match running.lock {
+            Some(lock) => (lock, true),
+            None => self.locks.acquire(self.footprint(&window), key),
+        };
         if !held {
             self.give_back(running.buffer);
             let request = &mut self.requests[key];
@@ -118,15 +120,22 @@ impl<P> Carrier<P> {
             request.stage = Stage::Locking;
             return false;
         }
-        let stage = match host.attempt(window.cover) {
+        let without = self.plan.has_bug(CarrierBug::PermitWithoutBlocks);
+        let stage = match host.attempt(if without { window.range } else { window.cover }) {
             Attempt::Granted(permit) => {
                 running.lock = Some(lock);
-                running.permit = Some(permit);
+                running.permit = Some(permit).filter(|_| !self.plan.has_bug(CarrierBug::PermitDroppedEarly));
                 return true;
             }
             Attempt::AtBarrier => {
                 self.barred.push(key);
                 Stage::AtBarrier
+            }
+            // A job has started since it was cut: what a guest waits for at a time stays small.
+            Attempt::Copy(..) if window.cover.length > self.plan.limits.window_bytes => {
+                self.requests[key].narrow = true;
+                self.ready.push_front(key);
+                Stage::Ready
             }
             Attempt::Copy(job, clusters) => {
                 let wait = CopyWait { number: self.next_wait, since: self.requests[key].since };
@@ -142,6 +151,20 @@ impl<P> Carrier<P> {
         false
     }
 
+    /// What `window` locks.
+    fn footprint(&self, window: &Window) -> Footprint {
+        let mut footprint = self.cutter.footprint(window);
+        let bug = match window.act {
+            Act::Discard => CarrierBug::DiscardNotLocked,
+            _ => CarrierBug::BlocksNotLocked,
+        };
+        if self.plan.has_bug(bug) {
+            footprint.range.length = 0;
+            footprint.exclusive = [footprint.range; 2];
+        }
+        footprint
+    }
+
     pub(super) fn give_back(&mut self, buffer: Option<BufferRange>) {
         if let Some(buffer) = buffer {
             self.buffers.give_back(buffer);
@@ -154,7 +177,7 @@ impl<P> Carrier<P> {
         let request = &mut self.requests[key];
         request.started = true;
         request.stage = Stage::Running(running);
-        if window.modifies() {
+        if window.modifies() && !self.plan.has_bug(CarrierBug::DiscardAfterWrite) {
             // The guest changes it after the discards that it was told are done: they must not come later.
             self.deferred.remove(self.cutter.outward(window.range));
         }
@@ -166,11 +189,12 @@ impl<P> Carrier<P> {
                 self.move_bytes(key, Direction::Read, range, Doing::Load);
             }
             Act::Write => {
+                let blind = self.plan.has_bug(CarrierBug::BlocksNotRead);
                 let fetches = self.cutter.fetches(&window);
-                for &range in fetches.iter().filter(|range| !range.is_empty()) {
+                for &range in fetches.iter().filter(|range| !range.is_empty() && !blind) {
                     self.move_bytes(key, Direction::Read, range, Doing::Fetch);
                 }
-                if fetches[0].is_empty() {
+                if self.requests[key].running().operations == 0 {
                     self.store(key, arena);
                 }
             }
@@ -227,7 +251,7 @@ impl<P> Carrier<P> {
 
     /// Give out a discard if nothing at all is in its way.
     fn try_discard(&mut self, key: Key, window: Window, host: &mut dyn AdmissionHost<Permit = P>) -> bool {
-        let Some(lock) = self.locks.try_acquire(Footprint::exclusive(window.cover), key) else {
+        let Some(lock) = self.locks.try_acquire(self.footprint(&window), key) else {
             return false;
         };
         let Attempt::Granted(permit) = host.attempt(window.cover) else {
@@ -270,6 +294,7 @@ impl<P> Carrier<P> {
                 at: range.offset,
                 since: now,
                 started: false,
+                narrow: false,
                 claimed: None,
                 stage: Stage::Ready,
             });

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
+use super::super::jobs::JobId;
 use super::*;
 use crate::copier::plan::Side;
 use crate::error::ErrorKind;
@@ -34,6 +35,7 @@ struct Host {
     barrier: bool,
     to_copy: Option<ClusterRange>,
     asked: Vec<CopyWait>,
+    attempts: Vec<ByteRange>,
     discardable: Option<ByteRange>,
 }
 
@@ -41,6 +43,7 @@ impl AdmissionHost for Host {
     type Permit = Permit;
 
     fn attempt(&mut self, range: ByteRange) -> Attempt<Permit> {
+        self.attempts.push(range);
         if self.barrier {
             return Attempt::AtBarrier;
         }
@@ -83,6 +86,7 @@ impl Rig {
             length: Length(LENGTH),
             buffers: BufferRange { start: 4096, length: 16384 },
             limits,
+            planted: None,
         };
         Self {
             carrier: Carrier::new(plan),
@@ -314,6 +318,25 @@ fn zeros_step_down_to_data() {
     assert!(rig.outcome(1).unwrap().is_empty());
     rig.submit(2, IoRequest::WriteZeroes { range: ByteRange::new(0, 512), may_unmap: true });
     assert_eq!(shape(&rig.succeed()), ("write", 0, 512), "it is remembered");
+}
+
+#[test]
+fn a_job_that_starts_meanwhile_makes_windows_small_again() {
+    let mut rig = Rig::new(Some(512));
+    rig.write(1, 100, &[1; 100]);
+    rig.submit(2, IoRequest::WriteZeroes { range: ByteRange::new(0, 32768), may_unmap: true });
+    rig.host.to_copy = Some(ClusterRange::new(0, 1));
+    rig.succeed();
+    rig.succeed();
+    assert!(rig.outcome(1).is_ok() && rig.ops.is_empty() && rig.permits().is_empty());
+    assert_eq!(rig.host.asked.len(), 1);
+    assert_eq!(rig.host.attempts[1..], [ByteRange::new(0, 32768), ByteRange::new(0, 8192)]);
+    rig.host.to_copy = None;
+    rig.carrier.copied(rig.host.asked[0], Ok(()));
+    rig.poll();
+    assert_eq!(shape(&rig.succeed()), ("unmap", 0, 8192));
+    assert_eq!(shape(&rig.succeed()), ("unmap", 8192, 24576));
+    assert!(rig.outcome(2).is_ok());
 }
 
 #[test]

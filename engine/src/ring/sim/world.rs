@@ -171,6 +171,12 @@ impl Disk {
         &self.medium
     }
 
+    /// Whether the medium holds all that was written.
+    #[must_use]
+    pub fn is_flushed(&self) -> bool {
+        self.unflushed.is_empty()
+    }
+
     /// Bytes in blocks that hold data.
     #[must_use]
     pub fn allocated_bytes(&self) -> u64 {

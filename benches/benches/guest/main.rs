@@ -1,0 +1,102 @@
+//! What a guest feels while its disk is copied, and what the copy gets, over the choices of the sweep's depth.
+//!
+//! A guest in this process writes 4 KiB at random places of a disk, without pause, before and during a full, unthrottled backup to
+//! another file. Every choice of the depth takes its turn in every round, so that a drift of the machine hits all alike. The latencies
+//! are corrected for coordinated omission ([`engine::live::Latencies::corrected`]). One table, and on request plots.
+//!
+//! `cargo bench -p benches --bench guest -- --help`
+
+mod load;
+mod plot;
+mod table;
+mod trial;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use engine::live::SweepDepth;
+use engine::storage::locator;
+
+use trial::{Choice, Setup, Trial};
+
+/// Guest latency and backup throughput, over the choices of the sweep's depth.
+#[derive(Debug, Parser)]
+struct Options {
+    /// Bytes of the disk
+    #[arg(long, default_value = "4G", value_parser = size)]
+    size: u64,
+    /// Requests of the guest in flight
+    #[arg(long, default_value = "1,16", value_delimiter = ',')]
+    depths: Vec<u32>,
+    /// Choices: auto, or fixed numbers of clusters in flight (64 KiB each)
+    #[arg(long, default_value = "auto,4,8,16,64", value_delimiter = ',', value_parser = choice)]
+    choices: Vec<Choice>,
+    /// Rounds
+    #[arg(long, default_value_t = 3)]
+    rounds: u32,
+    /// Where disks are made; on the disk that is to be measured
+    #[arg(long, default_value = "/tmp")]
+    workdir: PathBuf,
+    /// Write latencies.svg and timeline.svg here
+    #[arg(long)]
+    plots: Option<PathBuf>,
+    /// Write every trial as JSON here
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Cargo says so.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    locator::parse_size(text).map(|length| length.0).map_err(|error| error.to_string())
+}
+
+fn choice(text: &str) -> Result<Choice, String> {
+    if text == "auto" {
+        return Ok(Choice { name: "auto".into(), depth: SweepDepth::Auto });
+    }
+    let clusters = text.parse().map_err(|_| "auto, or a number of clusters".to_owned())?;
+    Ok(Choice { name: format!("{clusters} clusters"), depth: SweepDepth::Fixed(clusters) })
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    match run(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("guest: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<(), Box<dyn std::error::Error>> {
+    let setup = Setup::make(&options.workdir, options.size)?;
+    let mut trials: Vec<Trial> = Vec::new();
+    for round in 0..options.rounds {
+        let alone = Choice { name: "auto".into(), depth: SweepDepth::Auto };
+        trials.push(told(setup.run(&alone, 0, round)?));
+        for &depth in &options.depths {
+            for at in 0..options.choices.len() {
+                let choice = &options.choices[(at + round as usize) % options.choices.len()];
+                trials.push(told(setup.run(choice, depth, round)?));
+            }
+        }
+    }
+    println!("{}", table::table(&trials));
+    if let Some(directory) = &options.plots {
+        plot::latencies(&directory.join("latencies.svg"), &trials)?;
+        plot::timeline(&directory.join("timeline.svg"), &trials)?;
+    }
+    if let Some(path) = &options.json {
+        std::fs::write(path, serde_json::to_vec_pretty(&table::json(&trials))?)?;
+    }
+    Ok(())
+}
+
+fn told(trial: Trial) -> Trial {
+    eprintln!("{}", table::line(&trial));
+    trial
+}

@@ -1,0 +1,288 @@
+//! Reading the disk as it was at t0 while the job runs.
+//!
+//! # Model
+//! A read goes window by window. What is copied already is read from the target, which nobody changes any more; what is not is read
+//! from the source under a claim, which keeps guests from changing it meanwhile and is released afterwards, for it is not a copy. What
+//! somebody else is copying is waited for. Clusters that were left out of the copy are an error: their old contents may be gone.
+//!
+//! # Ordering
+//! Reads come after guests and before the sweep. They never take the slots that are kept for guests.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use crossbeam::queue::SegQueue;
+use nix::errno::Errno;
+
+use super::slots::SlotRun;
+use super::{Copier, Task, one};
+use crate::error::{Error, ErrorKind, Operation};
+use crate::interval_set::{Claim, ClusterState, Registration, Ticket, Waiter};
+use crate::piece::{Direction, Fault, Piece, Step};
+use crate::ring::{Arena, Output};
+use crate::units::{ByteRange, ClusterCount, ClusterIndex, ClusterRange};
+
+/// Names a read among those of one copier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SnapshotId(pub u64);
+
+/// The bytes, or why they cannot be had.
+pub type SnapshotOutcome = Result<Vec<u8>, Error>;
+
+/// Where a window is read from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum From {
+    Source,
+    Target,
+}
+
+/// A window that is being read, and what it holds.
+#[derive(Debug)]
+pub(super) struct SnapshotRead {
+    id: SnapshotId,
+    from: From,
+    piece: Piece,
+    /// Where the window's bytes are in the arena.
+    buffer: u32,
+    slots: SlotRun,
+    claim: Option<Claim>,
+}
+
+impl SnapshotRead {
+    /// Whether guests cannot change `cluster` until it is over.
+    pub(super) fn holds(&self, cluster: ClusterIndex) -> bool {
+        self.claim.as_ref().is_some_and(|claim| claim.range().contains(cluster))
+    }
+
+    /// The claim, whatever is under way: the copier is going away.
+    pub(super) fn abandon(self) -> Option<Claim> {
+        self.claim
+    }
+}
+
+#[derive(Debug)]
+struct Request {
+    range: ByteRange,
+    /// Filled so far.
+    bytes: Vec<u8>,
+    running: bool,
+    waits: Option<Ticket>,
+}
+
+/// The reads of one copier. See the module's header.
+#[derive(Debug, Default)]
+pub(super) struct Snapshots {
+    requests: BTreeMap<SnapshotId, Request>,
+    ready: BTreeSet<SnapshotId>,
+    woken: Arc<SegQueue<SnapshotId>>,
+    outcomes: Vec<(SnapshotId, SnapshotOutcome)>,
+    /// Windows in flight.
+    pub(super) running: u32,
+}
+
+impl Copier {
+    /// Read `range` as it was at t0. Answered through [`Self::take_snapshot_outcomes`].
+    ///
+    /// # Panics
+    /// If `id` is in use.
+    pub fn read_snapshot(&mut self, id: SnapshotId, range: ByteRange) {
+        if range.end() > self.plan.geometry.length().0 {
+            let error = self.snapshot_error(range, "it lies beyond the end of the disk", Errno::EINVAL);
+            return self.snapshots.outcomes.push((id, Err(error)));
+        }
+        let request = Request { range, bytes: Vec::new(), running: false, waits: None };
+        let before = self.snapshots.requests.insert(id, request);
+        assert!(before.is_none(), "{id:?} is in use");
+        self.snapshots.ready.insert(id);
+    }
+
+    /// What became of reads since the last call.
+    pub fn take_snapshot_outcomes(&mut self) -> Vec<(SnapshotId, SnapshotOutcome)> {
+        std::mem::take(&mut self.snapshots.outcomes)
+    }
+
+    fn snapshot_error(&self, range: ByteRange, reason: &'static str, errno: Errno) -> Error {
+        let path = self.plan.source.name.to_string();
+        Error::new(ErrorKind::Io(errno), Operation::ReadSnapshot, path, reason).at(range)
+    }
+
+    /// Let the reads go on.
+    pub(super) fn serve_snapshots(&mut self) {
+        while let Some(id) = self.snapshots.woken.pop() {
+            if let Some(request) = self.snapshots.requests.get_mut(&id) {
+                request.waits = None;
+                self.snapshots.ready.insert(id);
+            }
+        }
+        if self.ending.is_some() {
+            return self.end_snapshots();
+        }
+        while let Some(&id) = self.snapshots.ready.first() {
+            if !self.serve_snapshot(id) {
+                break;
+            }
+        }
+    }
+
+    /// The job is ending: guests do not wait for it any more, so what is not on the target is not as of t0.
+    fn end_snapshots(&mut self) {
+        let ids: Vec<SnapshotId> = self.snapshots.requests.keys().copied().collect();
+        for id in ids {
+            let range = self.snapshots.requests[&id].range;
+            let error =
+                self.snapshot_error(range, "the job has ended, and with it the snapshot", Errno::ESTALE);
+            self.answer_snapshot(id, Err(error));
+        }
+    }
+
+    fn answer_snapshot(&mut self, id: SnapshotId, outcome: SnapshotOutcome) {
+        self.snapshots.ready.remove(&id);
+        let Some(request) = self.snapshots.requests.remove(&id) else { return };
+        if let Some(ticket) = request.waits {
+            // Woken already or not: nobody looks for it any more.
+            let _ = self.set.cancel(ticket);
+        }
+        self.snapshots.outcomes.push((id, outcome));
+    }
+
+    /// Start the next window of a read. `false`: there is no slot.
+    fn serve_snapshot(&mut self, id: SnapshotId) -> bool {
+        let request = self.snapshots.requests.get_mut(&id).expect("it is ready");
+        let rest = ByteRange::between(request.range.offset + request.bytes.len() as u64, request.range.end());
+        if rest.is_empty() {
+            let bytes = std::mem::take(&mut request.bytes);
+            self.answer_snapshot(id, Ok(bytes));
+            return true;
+        }
+        let clusters = self.plan.geometry.covering(rest);
+        let first = clusters.start;
+        if let Some(error) = self.skipped.get(&first) {
+            let reason = format!(
+                "it was left out of the copy, and a guest may have changed it since: {}",
+                error.reason()
+            );
+            let range = self.plan.geometry.bytes_of(one(first));
+            let path = self.plan.source.name.to_string();
+            let error =
+                Error::new(ErrorKind::Io(Errno::EIO), Operation::ReadSnapshot, path, reason).at(range);
+            self.answer_snapshot(id, Err(error));
+            return true;
+        }
+        match self.set.state(first) {
+            ClusterState::Copying | ClusterState::CopyingWithWaiters => {
+                self.wait_for_snapshot(id, first);
+                true
+            }
+            state => self.start_window(id, clusters, rest, state == ClusterState::Done),
+        }
+    }
+
+    fn wait_for_snapshot(&mut self, id: SnapshotId, cluster: ClusterIndex) {
+        let woken = Arc::clone(&self.snapshots.woken);
+        match self.set.wait_for(cluster, Waiter::callback(move || woken.push(id))) {
+            Registration::Registered { ticket, .. } => {
+                self.snapshots.ready.remove(&id);
+                self.snapshots.requests.get_mut(&id).expect("it is there").waits = Some(ticket);
+            }
+            // Looked at again at once.
+            Registration::AlreadyReleased(_) | Registration::Closed(_) => {}
+        }
+    }
+
+    fn start_window(&mut self, id: SnapshotId, clusters: ClusterRange, rest: ByteRange, done: bool) -> bool {
+        let reserved = self.plan.live.map_or(0, |live| live.reserved_slots);
+        let room = self.slots.free_count().saturating_sub(reserved);
+        let max = u64::from(self.plan.max_run.min(room)).min(clusters.count());
+        let (slot, free) = match u32::try_from(max).expect("bounded by max_run") {
+            0 => return false,
+            max => self.slots.longest_run(max),
+        };
+        if free == 0 {
+            return false;
+        }
+        let wanted = ClusterRange::new(clusters.start.0, clusters.start.0 + u64::from(free));
+        let (run, claim) = if done {
+            let same = wanted.iter().take_while(|&cluster| {
+                self.set.state(cluster) == ClusterState::Done && !self.skipped.contains_key(&cluster)
+            });
+            let end = wanted.start.0 + same.count() as u64;
+            (ClusterRange::new(wanted.start.0, end), None)
+        } else {
+            let Some(claim) = self.set.claim_first(wanted, ClusterCount(u64::from(free))) else {
+                return true;
+            };
+            (claim.range(), Some(claim))
+        };
+        assert_eq!(run.start, clusters.start, "the ring thread alone claims");
+        let slots = self.slots.take(slot, u32::try_from(run.count()).expect("bounded by the slots"));
+        let window = self.plan.geometry.bytes_of(run);
+        let cluster_bytes = u32::try_from(self.plan.geometry.cluster_size().bytes()).expect("at most 4 MiB");
+        let buffer = slots.buffer(cluster_bytes).start;
+        // Whole clusters, so that offsets and lengths suit direct I/O.
+        let piece = Piece::new(Direction::Read, window, buffer);
+        debug_assert!(window.offset <= rest.offset);
+        self.snapshots.ready.remove(&id);
+        self.snapshots.requests.get_mut(&id).expect("it is there").running = true;
+        self.snapshots.running += 1;
+        let from = if done { From::Target } else { From::Source };
+        self.push_snapshot(SnapshotRead { id, from, piece, buffer, slots, claim });
+        true
+    }
+
+    fn push_snapshot(&mut self, read: SnapshotRead) {
+        let side = if read.from == From::Source { &self.plan.source } else { &self.plan.target };
+        let op = read.piece.op(side);
+        self.push(Task::Snapshot(Box::new(read)), op);
+    }
+
+    pub(super) fn on_snapshot_read(
+        &mut self,
+        mut read: Box<SnapshotRead>,
+        result: Result<Output, Errno>,
+        arena: &Arena,
+    ) {
+        let side = if read.from == From::Source { &self.plan.source } else { &self.plan.target };
+        let fault = match read.piece.on_result(result, side) {
+            Step::Again if self.ending.is_none() => return self.push_snapshot(*read),
+            Step::Again => Some(Fault::Errno(Errno::ECANCELED)),
+            Step::Finished => None,
+            Step::Failed(fault) => Some(fault),
+        };
+        let SnapshotRead { id, from, piece, buffer, slots, claim } = *read;
+        let window = piece.range();
+        let path =
+            if from == From::Source { &self.plan.source.name } else { &self.plan.target.name }.to_string();
+        // The guest cannot have changed it before this: it was claimed, or is on the target.
+        let valid = from == From::Target || self.ending.is_none();
+        if let Some(request) = self.snapshots.requests.get_mut(&id) {
+            request.running = false;
+            match fault {
+                None if valid => {
+                    let start = request.range.offset + request.bytes.len() as u64;
+                    let part = ByteRange::between(start, window.end().min(request.range.end()));
+                    let skip = u32::try_from(start - window.offset).expect("within the window");
+                    let length = u32::try_from(part.length).expect("within the window");
+                    let at = crate::ring::BufferRange { start: buffer + skip, length };
+                    request.bytes.extend_from_slice(arena.slice(at));
+                    self.snapshots.ready.insert(id);
+                }
+                None => {
+                    self.snapshots.ready.insert(id);
+                }
+                Some(fault) => {
+                    let errno = if let Fault::Errno(errno) = fault { errno } else { Errno::EIO };
+                    let error = Error::io(Operation::ReadSnapshot, path, Some(window), errno);
+                    self.answer_snapshot(id, Err(error));
+                }
+            }
+        }
+        if let Some(claim) = claim {
+            let first = claim.range().start;
+            self.set.release(claim);
+            // The sweep, or a retry that was due, may have passed it by as somebody else's.
+            self.rewind_to(first);
+        }
+        self.slots.give_back(&slots);
+        self.snapshots.running -= 1;
+    }
+}

@@ -1,0 +1,270 @@
+//! The live disk as its users have it: permits, requests, starts, snapshots, on a real engine and real files.
+
+use std::fs;
+use std::future::Future;
+use std::path::PathBuf;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use engine::copy::SyncMode;
+use engine::job::Outcome;
+use engine::live::{
+    BackupOptions, DiskOptions, Engine, EngineOptions, GroupFailure, IoRequest, LiveDisk, read,
+};
+use engine::units::ByteRange;
+
+const CLUSTER: u64 = 64 << 10;
+const LENGTH: u64 = 20 * CLUSTER + 700;
+
+struct Fixture {
+    directory: tempfile::TempDir,
+    engine: Engine,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        Self { directory, engine: Engine::start(&EngineOptions::default()).unwrap() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// A disk of random bytes, and these.
+    fn disk(&self, name: &str, writable: bool) -> (LiveDisk, Vec<u8>) {
+        let mut contents = vec![0; usize::try_from(LENGTH).unwrap()];
+        fastrand::Rng::with_seed(7).fill(&mut contents);
+        // A cluster of zeros.
+        contents[3 << 16..4 << 16].fill(0);
+        fs::write(self.path(name), &contents).unwrap();
+        let path = self.path(name).display().to_string();
+        (self.engine.open_disk(&DiskOptions { path, writable }).unwrap(), contents)
+    }
+
+    fn options(&self, target: &str) -> BackupOptions {
+        BackupOptions::new(self.path(target).display().to_string())
+    }
+}
+
+/// Polls a future on this thread until it is ready.
+fn block_on<F: Future>(future: F) -> F::Output {
+    struct Unpark(thread::Thread);
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let mut context = Context::from_waker(&waker);
+    let mut future = pin!(future);
+    loop {
+        if let Poll::Ready(output) = future.as_mut().poll(&mut context) {
+            return output;
+        }
+        thread::park();
+    }
+}
+
+#[test]
+fn a_disk_nobody_writes_to_is_copied_whole() {
+    let fixture = Fixture::new();
+    let (disk, contents) = fixture.disk("disk", false);
+    let backup = fixture.engine.start_backup(&disk, &fixture.options("backup")).unwrap();
+    let result = backup.job.wait();
+    assert!(matches!(result.outcome, Outcome::Complete), "{result:?}");
+    assert_eq!(result.progress.done, LENGTH);
+    assert_eq!(result.progress.zeros, CLUSTER);
+    assert!(fs::read(fixture.path("backup")).unwrap() == contents);
+}
+
+#[test]
+fn the_backup_is_of_the_start_and_the_disk_of_now() {
+    let fixture = Fixture::new();
+    let (disk, contents) = fixture.disk("disk", true);
+    let mut options = fixture.options("backup");
+    // Slow enough that the guest is there first.
+    options.speed = std::num::NonZeroU64::new(4 * CLUSTER);
+    let backup = fixture.engine.start_backup(&disk, &options).unwrap();
+    let mut now = contents.clone();
+    for (offset, length) in
+        [(5 * CLUSTER + 17, 3000), (LENGTH - 700, 700), (10 * CLUSTER - 1, 2), (CLUSTER, 65536)]
+    {
+        let data = vec![0xEE; length];
+        disk.write(offset, data.clone()).unwrap();
+        now[usize::try_from(offset).unwrap()..][..length].copy_from_slice(&data);
+    }
+    disk.write_zeroes(ByteRange::new(12 * CLUSTER + 5, 2 * CLUSTER), true).unwrap();
+    now[usize::try_from(12 * CLUSTER + 5).unwrap()..][..usize::try_from(2 * CLUSTER).unwrap()].fill(0);
+    disk.flush().unwrap();
+    assert!(disk.read(0, now.len()).unwrap() == now, "the guest reads what it wrote");
+    // As of the start, whatever is copied by now.
+    assert!(backup.snapshot.read(0, contents.len()).unwrap() == contents);
+    assert!(
+        block_on(backup.snapshot.read_async(5 * CLUSTER, 70_000)).unwrap() == contents[5 << 16..][..70_000]
+    );
+    backup.job.set_speed(None).unwrap();
+    let result = backup.job.wait();
+    assert!(matches!(result.outcome, Outcome::Complete), "{result:?}");
+    assert!(fs::read(fixture.path("backup")).unwrap() == contents);
+    assert!(fs::read(fixture.path("disk")).unwrap() == now);
+    let error = backup.snapshot.read(0, 10).unwrap_err();
+    assert!(error.to_string().contains("the job has ended"), "{error}");
+}
+
+#[test]
+fn sync_none_copies_what_guests_change_and_keeps_it_when_it_is_cancelled() {
+    let fixture = Fixture::new();
+    let (disk, contents) = fixture.disk("disk", true);
+    let mut options = fixture.options("old");
+    options.sync = SyncMode::None;
+    let backup = fixture.engine.start_backup(&disk, &options).unwrap();
+    disk.write(6 * CLUSTER, vec![1; 10]).unwrap();
+    disk.write(8 * CLUSTER - 5, vec![2; 10]).unwrap();
+    assert!(backup.snapshot.read(0, contents.len()).unwrap() == contents, "of t0 in every mode");
+    assert_eq!(backup.job.progress().done, 3 * CLUSTER, "nothing but what was changed");
+    backup.job.cancel().unwrap();
+    let result = backup.job.wait();
+    assert!(matches!(result.outcome, Outcome::Cancelled), "{result:?}");
+    let old = fs::read(fixture.path("old")).unwrap();
+    assert_eq!(old.len(), contents.len());
+    for cluster in [6, 7, 8] {
+        assert!(old[cluster << 16..][..65536] == contents[cluster << 16..][..65536], "cluster {cluster}");
+    }
+    assert!(old[..65536].iter().all(|&byte| byte == 0), "never changed, never copied");
+}
+
+#[test]
+fn requests_come_as_callbacks_and_futures_too() {
+    let fixture = Fixture::new();
+    let (disk, contents) = fixture.disk("disk", true);
+    let (sender, receiver) = mpsc::channel();
+    disk.request_with(read(100, 50), move |outcome| sender.send(outcome).unwrap());
+    assert!(receiver.recv().unwrap().unwrap() == contents[100..150]);
+    block_on(disk.request(IoRequest::Write { offset: 1, data: vec![9; 3] })).unwrap();
+    assert_eq!(block_on(disk.request(read(0, 5))).unwrap(), [contents[0], 9, 9, 9, contents[4]]);
+    drop(disk.request(IoRequest::Write { offset: 1000, data: vec![8; 1000] }));
+    disk.flush().unwrap();
+    let permit = block_on(disk.begin_write_async(ByteRange::new(0, 1))).unwrap();
+    drop(permit);
+    let (sender, receiver) = mpsc::channel();
+    disk.begin_write_with(ByteRange::new(0, 1), move |permit| sender.send(permit.is_ok()).unwrap());
+    assert!(receiver.recv().unwrap());
+}
+
+#[test]
+fn a_start_waits_for_permits_and_gives_up_without_a_trace() {
+    let fixture = Fixture::new();
+    let (disk, contents) = fixture.disk("disk", false);
+    let permit = disk.begin_write(ByteRange::new(0, 4096)).unwrap();
+    let mut options = fixture.options("backup");
+    options.start_timeout = Duration::from_millis(50);
+    let error = fixture.engine.start_backup(&disk, &options).unwrap_err();
+    assert!(error.to_string().contains("did not end within"), "{error}");
+    assert!(!fixture.path("backup").exists(), "the new file is gone again");
+    // A thread that holds a permit gets another through the raised barrier; others wait until it is down.
+    let starting = thread::spawn({
+        let (engine, disk, options) = (fixture.engine.clone(), disk.clone(), fixture.options("backup"));
+        move || engine.start_backup(&disk, &options).unwrap().job.wait()
+    });
+    thread::sleep(Duration::from_millis(100));
+    let nested = disk.begin_write(ByteRange::new(0, 10)).unwrap();
+    let waiting = thread::spawn({
+        let disk = disk.clone();
+        move || drop(disk.begin_write(ByteRange::new(0, 10)).unwrap())
+    });
+    thread::sleep(Duration::from_millis(50));
+    assert!(!starting.is_finished() && !waiting.is_finished());
+    drop(nested);
+    // Dropped on another thread.
+    thread::spawn(move || drop(permit)).join().unwrap();
+    waiting.join().unwrap();
+    assert!(matches!(starting.join().unwrap().outcome, Outcome::Complete));
+    assert!(fs::read(fixture.path("backup")).unwrap() == contents);
+}
+
+#[test]
+fn a_future_that_waits_at_the_barrier_may_be_dropped() {
+    let fixture = Fixture::new();
+    let (disk, _) = fixture.disk("disk", false);
+    let permit = disk.begin_write(ByteRange::new(0, 4096)).unwrap();
+    let starting = thread::spawn({
+        let (engine, disk, options) = (fixture.engine.clone(), disk.clone(), fixture.options("backup"));
+        move || engine.start_backup(&disk, &options).unwrap().job.wait()
+    });
+    thread::sleep(Duration::from_millis(100));
+    let mut context = Context::from_waker(Waker::noop());
+    let mut dropped = Box::pin(disk.begin_write_async(ByteRange::new(0, 1)));
+    assert!(dropped.as_mut().poll(&mut context).is_pending());
+    drop(dropped);
+    let kept = disk.begin_write_async(ByteRange::new(0, 1));
+    drop(permit);
+    drop(block_on(kept).unwrap());
+    assert!(matches!(starting.join().unwrap().outcome, Outcome::Complete));
+}
+
+#[test]
+fn a_group_starts_as_a_whole_or_not_at_all() {
+    let fixture = Fixture::new();
+    let (first, contents) = fixture.disk("first", false);
+    let (second, _) = fixture.disk("second", false);
+    fs::write(fixture.path("taken"), b"mine").unwrap();
+    let group = [(first.clone(), fixture.options("a")), (second.clone(), fixture.options("taken"))];
+    let timeout = Duration::from_secs(1);
+    let error = fixture.engine.start_group(&group, GroupFailure::FailAll, timeout).unwrap_err();
+    assert!(error.is_refusal(), "{error}");
+    assert!(!fixture.path("a").exists(), "nothing of the group is left");
+    assert_eq!(fs::read(fixture.path("taken")).unwrap(), b"mine");
+    let permit = second.begin_write(ByteRange::new(0, 1)).unwrap();
+    let group = [(first, fixture.options("a")), (second, fixture.options("b"))];
+    let soon = Duration::from_millis(50);
+    assert!(fixture.engine.start_group(&group, GroupFailure::FailAll, soon).is_err());
+    assert!(!fixture.path("a").exists() && !fixture.path("b").exists());
+    drop(permit);
+    let backups = fixture.engine.start_group(&group, GroupFailure::FailAll, timeout).unwrap();
+    for backup in &backups {
+        assert!(matches!(backup.job.wait().outcome, Outcome::Complete));
+    }
+    assert!(
+        fs::read(fixture.path("a")).unwrap() == contents && fs::read(fixture.path("b")).unwrap() == contents
+    );
+}
+
+#[test]
+fn what_cannot_be_is_refused() {
+    let fixture = Fixture::new();
+    let (disk, _) = fixture.disk("disk", false);
+    let refused = disk.write(0, vec![1]).unwrap_err();
+    assert!(refused.to_string().contains("opened for reading"), "{refused}");
+    assert!(disk.read(LENGTH, 1).is_err());
+    let (writable, _) = fixture.disk("other", true);
+    let beyond = writable.write(LENGTH - 1, vec![1, 2]).unwrap_err();
+    assert!(beyond.to_string().contains("other"), "{beyond}");
+    let onto_itself = fixture.options("disk");
+    assert!(fixture.engine.start_backup(&disk, &onto_itself).unwrap_err().is_refusal());
+    let again = DiskOptions { path: fixture.path("other").display().to_string(), writable: true };
+    let error = fixture.engine.open_disk(&again).unwrap_err();
+    assert!(error.is_refusal(), "{error}");
+}
+
+#[test]
+fn a_cancelled_job_lets_its_guests_go_and_removes_its_file() {
+    let fixture = Fixture::new();
+    let (disk, _) = fixture.disk("disk", true);
+    let mut options = fixture.options("backup");
+    options.speed = std::num::NonZeroU64::new(1);
+    let backup = fixture.engine.start_backup(&disk, &options).unwrap();
+    backup.job.cancel().unwrap();
+    let began = Instant::now();
+    disk.write(9 * CLUSTER, vec![1; 100]).unwrap();
+    assert!(began.elapsed() < Duration::from_secs(5));
+    assert!(matches!(backup.job.wait().outcome, Outcome::Cancelled));
+    assert!(!fixture.path("backup").exists());
+    // The engine and the disk serve on.
+    let again = fixture.engine.start_backup(&disk, &fixture.options("backup")).unwrap();
+    assert!(matches!(again.job.wait().outcome, Outcome::Complete));
+}
