@@ -23,6 +23,7 @@ mod controller;
 mod disk;
 mod engine;
 mod gate;
+mod host;
 mod jobs;
 mod latency;
 mod memory;

@@ -21,15 +21,13 @@ use std::sync::Arc;
 use slab::Slab;
 
 use super::DiskId;
-use super::admission::{Permit, attempt_unnested};
+use super::admission::Permit;
 use super::ask::Answer;
-use super::carrier::{
-    AdmissionHost, Attempt, Carrier, CarrierLimits, CarrierPlan, CopyWait, DiscardRule, IoId, IoOutcome,
-    IoRequest,
-};
+use super::carrier::{Carrier, CarrierLimits, CarrierPlan, CopyWait, IoId, IoOutcome, IoRequest};
 use super::command::{Command, GroupFailure, Inbox, NewGroup};
 use super::controller::Controller;
 use super::disk::DiskShared;
+use super::host::{Host, ask_job};
 use super::jobs::{JobId, Watch};
 use super::memory::Memory;
 #[cfg(feature = "sim")]
@@ -45,7 +43,7 @@ use crate::ring::{BufferRange, Completion, FileId, Op, Ring, RingFailure, Token,
 use crate::units::{ByteRange, ClusterRange, Timestamp};
 
 /// Who waits for a copy-before-write.
-enum Asker {
+pub(super) enum Asker {
     Guest(Answer<Result<(), Arc<Error>>>),
     Carrier(CopyWait),
 }
@@ -90,13 +88,13 @@ pub(super) struct Job {
     pub(super) target: FileId,
     pub(super) memory: BufferRange,
     pub(super) watch: Arc<Watch>,
-    controller: Controller,
+    pub(super) controller: Controller,
     pub(super) attached: bool,
     pub(super) group: u64,
     pub(super) on_failure: GroupFailure,
-    asks: BTreeMap<CbwId, Asker>,
+    pub(super) asks: BTreeMap<CbwId, Asker>,
     reads: BTreeMap<SnapshotId, Answer<IoOutcome>>,
-    next_ask: u64,
+    pub(super) next_ask: u64,
     /// Operations on the ring.
     in_flight: usize,
 }
@@ -557,62 +555,4 @@ pub(super) struct NewlyMade {
     pub(super) watch: Arc<Watch>,
     pub(super) group: u64,
     pub(super) on_failure: GroupFailure,
-}
-
-/// Have `clusters` copied by a job for a guest that has asked at `since`.
-fn ask_job(jobs: &mut Slab<Job>, id: JobId, clusters: ClusterRange, asker: Asker, since: Timestamp) {
-    let job = jobs.iter_mut().map(|(_, job)| job).find(|job| job.watch.id() == id && job.attached);
-    let Some(job) = job else {
-        // It has ended meanwhile: the asker looks again and does not find it.
-        return match asker {
-            Asker::Guest(answer) => answer.give(Ok(())),
-            Asker::Carrier(_) => unreachable!("the carrier has just found it"),
-        };
-    };
-    let ask = CbwId(job.next_ask);
-    job.next_ask += 1;
-    job.asks.insert(ask, asker);
-    job.controller.on_guest(since);
-    job.runner.copier.copy_before_write(ask, clusters, since);
-}
-
-/// What a disk's carrier finds around it.
-struct Host<'a> {
-    disk: &'a DiskShared,
-    jobs: &'a mut Slab<Job>,
-    #[cfg(feature = "sim")]
-    planted: &'a mut Planted,
-}
-
-impl AdmissionHost for Host<'_> {
-    type Permit = Permit;
-
-    fn attempt(&mut self, range: ByteRange) -> Attempt<Permit> {
-        use super::admission::Attempt as Found;
-        #[cfg(feature = "sim")]
-        let planted = self.planted.pass(self.disk.id(), self.disk.gate(), range);
-        #[cfg(not(feature = "sim"))]
-        let planted = None;
-        match planted.unwrap_or_else(|| attempt_unnested(self.disk.gate(), self.disk.jobs(), range)) {
-            Found::Granted(permit) => Attempt::Granted(permit),
-            Found::AtBarrier => Attempt::AtBarrier,
-            Found::Copy(job, clusters) => {
-                #[cfg(feature = "sim")]
-                self.planted.looked(self.disk.id(), range);
-                Attempt::Copy(job, clusters)
-            }
-        }
-    }
-
-    fn copy(&mut self, job: JobId, clusters: ClusterRange, wait: CopyWait) {
-        ask_job(self.jobs, job, clusters, Asker::Carrier(wait), wait.since);
-    }
-
-    fn discards(&mut self, range: ByteRange) -> DiscardRule {
-        #[cfg(feature = "sim")]
-        if self.planted.discards(range) {
-            return DiscardRule { now: Some(range) };
-        }
-        DiscardRule { now: self.disk.jobs().first_done(range) }
-    }
 }

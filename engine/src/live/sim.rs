@@ -54,6 +54,8 @@ pub struct SimJobState {
     pub sweep: u32,
     /// Whether guests still copy for it before they write.
     pub attached: bool,
+    /// Whether its end is decided.
+    pub ends: bool,
     /// Whether it is decided that it does not succeed.
     pub fails: bool,
 }
@@ -253,6 +255,7 @@ impl Reactor<SimRing> {
             target: self.ring.disk_of(job.target),
             sweep: job.runner.copier.sweep_in_flight(),
             attached: job.attached,
+            ends: job.runner.copier.is_ending(),
             fails: job.runner.copier.is_ending() && !job.runner.copier.is_complete(),
         })
     }

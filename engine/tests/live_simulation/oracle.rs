@@ -23,8 +23,10 @@ pub(crate) struct Job {
     /// The disk at t0, once that was taken.
     pub(crate) t0: Option<Vec<u8>>,
     pub(crate) ended: bool,
-    /// How, and when it was told.
-    pub(crate) ended_as: Option<(Outcome, Timestamp)>,
+    /// How.
+    pub(crate) ended_as: Option<Outcome>,
+    /// Whether its end is decided.
+    pub(crate) ends: bool,
     /// Whether guests copy for it, as was seen last.
     pub(crate) attached: bool,
     /// Its number on the engine, once it has started.
@@ -48,6 +50,7 @@ impl Job {
             t0: None,
             ended: false,
             ended_as: None,
+            ends: false,
             attached: false,
             id: None,
             refused: false,
@@ -86,6 +89,7 @@ impl Job {
     ) -> Result<(), String> {
         let sweep = state.sweep;
         self.attached = state.attached;
+        self.ends = state.ends;
         if let SweepDepth::Fixed(limit) = self.spec.depth
             && sweep > limit.max(1)
         {
@@ -163,7 +167,6 @@ impl Job {
         scenario: &Scenario,
         world: &SharedWorld,
         may_fail: bool,
-        now: Timestamp,
         seen: &mut Seen,
     ) -> Result<(), String> {
         if !self.runs() {
@@ -171,7 +174,7 @@ impl Job {
         }
         let Some(result) = self.handle.wait_timeout(Duration::ZERO) else { return Ok(()) };
         self.ended = true;
-        self.ended_as = Some((result.outcome.clone(), now));
+        self.ended_as = Some(result.outcome.clone());
         self.check_result(scenario, world, &result, may_fail, seen)
             .map_err(|wrong| format!("{wrong}\n{result:?}\n{:?}", self.spec))
     }

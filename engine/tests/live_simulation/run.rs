@@ -392,7 +392,7 @@ impl<'a> Run<'a> {
         }
         let may_fail: Vec<bool> = (0..self.jobs.len()).map(|number| self.job_may_fail(number)).collect();
         for (number, job) in self.jobs.iter_mut().enumerate() {
-            job.check_ended(self.scenario, &self.world, may_fail[number], now, &mut self.seen)?;
+            job.check_ended(self.scenario, &self.world, may_fail[number], &mut self.seen)?;
         }
         self.check_groups()?;
         self.observe_reads()?;
@@ -417,20 +417,11 @@ impl<'a> Run<'a> {
             if spec.on_failure == GroupFailure::GoOn || jobs.len() < 2 {
                 continue;
             }
-            let failed =
-                |job: &Job| matches!(job.ended_as, Some((Outcome::Failed(_) | Outcome::Cancelled, _)));
-            let first = jobs
-                .iter()
-                .filter(|job| failed(job))
-                .filter_map(|job| job.ended_as.as_ref())
-                .map(|(_, at)| at);
-            let Some(&first) = first.min() else { continue };
-            // One that was just being told of its end may be.
-            let late = jobs.iter().filter(|job| !failed(job)).filter_map(|job| job.ended_as.as_ref());
-            for (_, at) in late {
-                if at.since(first) > SLACK {
-                    return Err(format!("complete at {at:?}, and another had failed at {first:?}"));
-                }
+            let failed = |job: &Job| matches!(job.ended_as, Some(Outcome::Failed(_) | Outcome::Cancelled));
+            if jobs.iter().any(failed)
+                && let Some(other) = jobs.iter().find(|job| job.runs() && !job.ends)
+            {
+                return Err(format!("another has failed, and this goes on: {:?}", other.spec));
             }
         }
         Ok(())
@@ -514,7 +505,7 @@ impl<'a> Run<'a> {
             }
         }
         for job in &mut self.jobs {
-            job.check_ended(self.scenario, &self.world, true, now, &mut self.seen)?;
+            job.check_ended(self.scenario, &self.world, true, &mut self.seen)?;
             if job.runs() {
                 return Err("a job does not know that the engine has died".into());
             }
