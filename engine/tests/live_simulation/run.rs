@@ -92,7 +92,8 @@ pub(crate) fn run_script(scenario: &Scenario, script: Script) -> Result<Ended, S
     let mut run = Run::new(scenario, script);
     run.go().map_err(|wrong| {
         let guests: Vec<String> = run.guests.iter().map(Guests::tell).collect();
-        format!("{wrong}\nturn {}, {guests:?}\n{scenario:?}", run.turns)
+        let jobs: Vec<_> = run.jobs.iter().filter(|job| job.runs()).map(|job| &job.handle).collect();
+        format!("{wrong}\nturn {}, {guests:?}, {jobs:?}\n{scenario:?}", run.turns)
     })
 }
 
@@ -316,7 +317,7 @@ impl<'a> Run<'a> {
             self.starts.iter().position(|start| start.jobs.contains(&number)).expect("it was asked for");
         if self.scenario.starts[start].on_failure == GroupFailure::FailAll {
             for other in self.starts[start].jobs.clone() {
-                self.jobs[other].cancel_asked = true;
+                self.jobs[other].may_be_taken_along = true;
             }
         }
     }
