@@ -148,7 +148,7 @@ impl Copier {
             self.checkpoints.dirty = true;
             let Some(failure) = failure else { continue };
             // Whatever the target's blanks were believed to be, this one was not what it should be.
-            self.blank_is_zero = false;
+            self.blanks_are_not_zero();
             if self.ending.is_some() {
                 continue;
             }

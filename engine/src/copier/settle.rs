@@ -195,8 +195,6 @@ impl Copier {
             self.set.reopen(range);
         }
         tracing::info!(ranges = lost.len(), "withdrawn");
-        // What was written and lost may be there in part: nothing on the target is known to be zero any more.
-        self.blank_is_zero = false;
         self.tally = durable.tally;
         self.tally.settled_clusters += self.skipped.len() as u64;
         for (_, transfer) in &mut self.transfers {
@@ -209,6 +207,23 @@ impl Copier {
         self.checkpoints.dirty = true;
         self.retries.clear();
         self.rewind_to(crate::units::ClusterIndex(0));
+        // What was written and lost may be there in part: nothing on the target is known to be zero any more. A later run must not
+        // believe it either, however this one ends.
+        self.blanks_are_not_zero();
+        if self.plan.map.is_some() {
+            self.checkpoints.stage = Stage::Publishing;
+            self.push_map(false);
+        }
+    }
+
+    /// What was not written yet does not read as zeros on the target, or is not known to. Transfers that leave holes out, because it did, have
+    /// to begin again; those that have not written yet do not write at all.
+    pub(super) fn blanks_are_not_zero(&mut self) {
+        self.blank_is_zero = false;
+        for (_, transfer) in &mut self.transfers {
+            let copies = !matches!(transfer.purpose, super::transfer::Purpose::Verify(_));
+            transfer.tainted |= copies && !transfer.reads_whole(transfer.bytes);
+        }
     }
 
     /// When the window under verification is through: claim what compared equal.

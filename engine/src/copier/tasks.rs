@@ -109,6 +109,13 @@ impl Copier {
         self.finish_if_over(id, now);
     }
 
+    /// A task of a transfer that is tainted is not carried on: its clusters are copied again, each alone and as a whole.
+    fn drop_task(&mut self, id: TransferId, now: Timestamp) {
+        assert!(self.transfers[id].tainted, "what is dropped is copied again");
+        self.transfers[id].outstanding -= 1;
+        self.finish_if_over(id, now);
+    }
+
     /// A task over `clusters` of a transfer has succeeded: settle the clusters that have none left.
     fn task_done(&mut self, id: TransferId, clusters: ClusterRange, now: Timestamp) {
         let transfer = &mut self.transfers[id];
@@ -123,6 +130,10 @@ impl Copier {
         if self.ending.is_some() {
             let range = self.transfers[id].bytes;
             return self.fail_task(id, range, Fault::Errno(Errno::ECANCELED), Operation::Read, now);
+        }
+        if self.transfers[id].tainted {
+            // It would not count. And what it read may be too little: what lies between the data is in the arena's slot as it was before.
+            return self.drop_task(id, now);
         }
         if self.allocation.holds(self.transfers[id].bytes) {
             self.held.push(id);
@@ -236,9 +247,13 @@ impl Copier {
     ) {
         match (result, needed) {
             (Err(errno), Some(method)) => {
-                // The buffer holds nothing but zeros: write them as data.
                 self.zeroing_failed(method, *errno);
                 let transfer = &self.transfers[id];
+                if transfer.tainted {
+                    return self.drop_task(id, now);
+                }
+                // The buffer holds nothing but zeros: write them as data.
+                assert!(transfer.reads_whole(range), "zeros are needed where everything was read");
                 let piece = transfer.piece(Direction::Write, range);
                 let op = piece.op(&self.plan.target);
                 self.push(Task::Move { transfer: id, piece }, op);

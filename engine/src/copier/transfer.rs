@@ -83,7 +83,8 @@ pub(super) struct Transfer {
     pub(super) outstanding: u32,
     /// First failure met.
     pub(super) failure: Option<Failure>,
-    /// What it wrote cannot be believed (a flush failed meanwhile): none of its clusters may be completed.
+    /// What it wrote cannot be believed (a flush failed meanwhile), or was too little (the target's blanks are not zero after
+    /// all): none of its clusters may be completed.
     pub(super) tainted: bool,
     /// Checksums of the clusters, once they are there.
     pub(super) digests: Vec<u128>,
@@ -136,6 +137,12 @@ impl Transfer {
     /// A piece that moves `range`.
     pub(super) fn piece(&self, direction: super::piece::Direction, range: ByteRange) -> Piece {
         Piece::new(direction, range, self.buffer_of(range).start)
+    }
+
+    /// Whether all of `range`, which is contiguous, was taken for data. Else its holes were not read: the slots hold what was in
+    /// them before.
+    pub(super) fn reads_whole(&self, range: ByteRange) -> bool {
+        self.data.iter().any(|data| data.offset <= range.offset && range.end() <= data.end())
     }
 
     fn index(&self, cluster: ClusterIndex) -> usize {

@@ -14,3 +14,4 @@ mod run;
 mod scenario;
 mod seeded;
 mod verification;
+mod withdrawal;
