@@ -39,6 +39,14 @@ pub(super) struct Captured {
     pub(super) complete: bool,
 }
 
+impl Captured {
+    /// Whether `cluster` is among them.
+    pub(super) fn holds(&self, cluster: ClusterIndex) -> bool {
+        let at = self.done.partition_point(|range| range.end <= cluster);
+        self.done.get(at).is_some_and(|range| range.start <= cluster)
+    }
+}
+
 /// See the module's header.
 #[derive(Debug)]
 pub(super) struct Checkpoints {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use super::checkpoint::Stage;
 use super::piece::Fault;
 use super::retry::{Verdict, verdict};
-use super::tally::Was;
 use super::transfer::{Expected, Failure};
+use super::verify::Unverified;
 use super::{Copier, Ending, Event, one};
 use crate::error::{Error, ErrorKind, Operation};
 use crate::job::IoStatus;
@@ -109,6 +109,7 @@ impl Copier {
         self.skipped_bytes += self.plan.geometry.bytes_of(one(cluster)).length;
         self.checkpoints.on_settled(1);
         self.skipped.insert(cluster, Arc::clone(&error));
+        self.mismatches.remove(&cluster);
         if self.skipped.len() > self.plan.limits.skipped_ranges {
             let reason = format!("more than {} clusters cannot be copied", self.plan.limits.skipped_ranges);
             let error =
@@ -131,27 +132,35 @@ impl Copier {
         if unsettled.len() > 1 && failure.fault != Fault::Mismatch {
             return verification.take_apart(unsettled.into_iter());
         }
-        verification.failed.extend(unsettled.into_iter().map(|(cluster, _)| (cluster, Some(failure))));
+        let failures = verification.failed(unsettled.into_iter(), failure);
+        if failures >= self.plan.limits.mismatches {
+            verification.abandon();
+        }
+        // One is enough, when it ends the job.
+        let policy = self.policy_of(failure.operation);
+        if verdict(policy, failure.fault, 0, &self.plan.limits) == Verdict::Fail {
+            self.end_with(Ending::Failed(Arc::new(self.error_of(failure))));
+        }
     }
 
     /// Clusters that failed their verification, or were not verified any more: they are not done after all.
-    pub(super) fn reopen_unverified(
-        &mut self,
-        failed: Vec<(ClusterIndex, Was, Option<Failure>)>,
-        now: Timestamp,
-    ) {
-        for (cluster, was, failure) in failed {
-            let reopened = self.set.reopen(one(cluster));
-            assert_eq!(reopened.0, 1, "a cluster that was read back was done");
-            let range = self.plan.geometry.bytes_of(one(cluster));
-            self.tally.withdraw(was, range.length);
+    pub(super) fn reopen_unverified(&mut self, unverified: &[Unverified], now: Timestamp) {
+        for &Unverified { clusters, was, failure } in unverified {
+            let reopened = self.set.reopen(clusters);
+            assert_eq!(reopened.0, clusters.count(), "clusters to be read back were done");
+            let range = self.plan.geometry.bytes_of(clusters);
+            self.tally.withdraw(was, clusters.count(), range.length);
             self.checkpoints.dirty = true;
-            let Some(failure) = failure else { continue };
+            let Some(failure) = failure else {
+                self.rewind_to(clusters.start);
+                continue;
+            };
             // Whatever the target's blanks were believed to be, this one was not what it should be.
             self.blanks_are_not_zero();
             if self.ending.is_some() {
                 continue;
             }
+            let cluster = clusters.start;
             let attempts = self.mismatches.entry(cluster).or_insert(0);
             *attempts += 1;
             let attempts = *attempts - 1;

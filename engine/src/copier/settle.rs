@@ -8,7 +8,7 @@ use super::checkpoint::{Captured, Stage, subtract, without};
 use super::piece::Fault;
 use super::plan::{Checkpoint, planted};
 use super::retry::{Verdict, verdict};
-use super::verify::{Verification, Window};
+use super::verify::{Unverified, Verification, Window};
 use super::{Copier, Ending, Event, Task, one};
 use crate::error::{Error, Operation};
 use crate::ring::{Op, Output};
@@ -235,22 +235,22 @@ impl Copier {
         if !verification.is_done() {
             return;
         }
-        let failed: Vec<_> = std::mem::take(&mut verification.failed)
-            .into_iter()
-            .map(|(cluster, failure)| (cluster, verification.was(cluster), failure))
-            .collect();
+        let unverified = verification.take_unverified();
         self.checkpoints.stage = Stage::Idle;
         let mut captured = std::mem::take(&mut self.checkpoints.captured);
-        if !failed.is_empty() {
+        if !unverified.is_empty() {
+            let ranges: Vec<ClusterRange> = unverified.iter().map(|unverified| unverified.clusters).collect();
             captured.complete = false;
-            captured.done = without(&captured.done, failed.iter().map(|&(cluster, ..)| cluster).collect());
-            for &(cluster, was, _) in &failed {
-                captured.tally.withdraw(was, self.plan.geometry.bytes_of(one(cluster)).length);
+            captured.done = subtract(&captured.done, &ranges);
+            for &Unverified { clusters, was, .. } in &unverified {
+                let bytes = self.plan.geometry.bytes_of(clusters).length;
+                captured.tally.withdraw(was, clusters.count(), bytes);
             }
         }
         let complete = captured.complete;
+        self.mismatches.retain(|&cluster, _| !captured.holds(cluster));
         self.checkpoints.durable = captured;
-        self.reopen_unverified(failed, now);
+        self.reopen_unverified(&unverified, now);
         if complete {
             self.end_with(Ending::Complete);
         }

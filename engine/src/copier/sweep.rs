@@ -144,8 +144,10 @@ impl Copier {
 
     /// Clusters of `range` that need no I/O: not covered (`None`), or holes of a target that is zero.
     fn settle_at_once(&mut self, range: ClusterRange, was: Option<Was>) {
-        let Some(claim) = self.set.claim_first(range, ClusterCount(range.count().min(MAX_SETTLED_AT_ONCE)))
-        else {
+        let to_read_back = was.is_some() && self.plan.verify && !self.plan.target_shows_holes;
+        let window = (self.plan.limits.checkpoint_bytes / self.plan.geometry.cluster_size().bytes()).max(1);
+        let max = if to_read_back { window.min(MAX_SETTLED_AT_ONCE) } else { MAX_SETTLED_AT_ONCE };
+        let Some(claim) = self.set.claim_first(range, ClusterCount(range.count().min(max))) else {
             self.position = range.end;
             return;
         };
@@ -162,7 +164,13 @@ impl Copier {
                 self.tally.settled_clusters += clusters.count();
             }
         }
-        self.checkpoints.on_settled(0);
+        // A window holds what is to be read back, and no more questions to the target than it could hold clusters.
+        let charge = match was {
+            Some(_) if to_read_back => bytes,
+            Some(_) if self.plan.verify => self.plan.geometry.cluster_size().bytes(),
+            _ => 0,
+        };
+        self.checkpoints.on_settled(charge);
     }
 
     fn start_zero_run(&mut self, range: ClusterRange) -> bool {

@@ -10,6 +10,7 @@
 
 use super::piece::{Fault, Piece};
 use super::slots::SlotRun;
+use super::tally::Was;
 use crate::error::Operation;
 use crate::interval_set::Claim;
 use crate::ring::BufferRange;
@@ -21,10 +22,25 @@ pub(super) type TransferId = usize;
 /// What reading back a cluster must give.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Expected {
-    /// Contents with this checksum.
-    Digest(u128),
-    /// Zeros.
-    Zeros,
+    /// Contents with the checksum `digest`, of which `written` bytes were written.
+    Digest {
+        /// See above.
+        digest: u128,
+        /// See above.
+        written: u32,
+    },
+    /// Zeros, noted as this.
+    Zeros(Was),
+}
+
+impl Expected {
+    /// As what the cluster was counted.
+    pub(super) fn was(self) -> Was {
+        match self {
+            Self::Digest { written, .. } => Was::Data { written },
+            Self::Zeros(was) => was,
+        }
+    }
 }
 
 /// What a transfer is for.

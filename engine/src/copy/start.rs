@@ -264,11 +264,13 @@ where
             Some(map) => Some(ring.add_document(Arc::clone(map) as Arc<dyn Document>).map_err(broken)?),
             None => None,
         };
+        let target_is_file = target.storage().descriptors().is_some_and(|fds| !fds.block_device);
         let plan = Plan {
             source: from,
             target: to,
             target_is_zero: target.known_zero(),
-            allocate_ahead: target.storage().descriptors().is_some_and(|fds| !fds.block_device),
+            allocate_ahead: target_is_file,
+            target_shows_holes: target_is_file,
             map: document.map(|document| map_plan(document, header)),
             resumed,
             ..plan_of(&options, geometry, slots)
@@ -298,6 +300,7 @@ fn plan_of(options: &CopyOptions, geometry: Geometry, slots: u32) -> Plan {
         zero_detect: options.zero_detect,
         target_is_zero: false,
         allocate_ahead: false,
+        target_shows_holes: false,
         slots,
         max_run: u32::try_from((MAX_REQUEST_BYTES / cluster).max(1)).expect("small").min(slots.div_ceil(2)),
         on_source_error: options.on_source_error,

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use engine::copier::Copier;
 use engine::copier::plan::Plan;
+use engine::copier::{Copier, Counters};
 use engine::interval_set::IntervalSet;
 use engine::job::driver::Driver;
 use engine::job::{IoStatus, JobResult, Lifecycle, Status};
@@ -99,6 +99,7 @@ fn run_plan(scenario: &Scenario, plan: Plan, world: &SharedWorld, faults: FaultP
                 break false;
             }
             turns += 1;
+            check_window(scenario, &driver.counters());
             assert!(
                 turns < MAX_TURNS,
                 "{} hangs: {:?}\n{:#?}",
@@ -115,4 +116,20 @@ fn run_plan(scenario: &Scenario, plan: Plan, world: &SharedWorld, faults: FaultP
     }
     assert_eq!(driver.ring().in_flight(), 0, "nothing is in flight at the end");
     Run { end: End::Over(handle.wait()), operations, turns, written }
+}
+
+/// What waits to be read back is bounded, whatever it is.
+fn check_window(scenario: &Scenario, counters: &Counters) {
+    if !scenario.verify || !scenario.opaque {
+        return;
+    }
+    let waiting = (counters.copied + counters.holes + counters.zeros).saturating_sub(counters.verified);
+    // One window is filled while the other is compared; what was in flight when one became full goes beyond it.
+    let in_flight = u64::from(scenario.slots) + 4 * 6;
+    let most = 4 * scenario.checkpoint_bytes + 2 * in_flight * scenario.cluster;
+    assert!(
+        waiting <= most,
+        "{}: {waiting} bytes wait to be read back, at most {most} should",
+        scenario.seed
+    );
 }

@@ -37,7 +37,11 @@ pub(crate) struct Scenario {
     pub(crate) faults: FaultPlan,
     pub(crate) bad_source: Vec<ByteRange>,
     pub(crate) bad_target: Vec<ByteRange>,
+    /// Clusters that a verification finds wrong before it gives up the rest.
+    pub(crate) most_mismatches: usize,
     pub(crate) planted: Option<PlantedBug>,
+    /// A target that is zero, and does not tell where: a blank device.
+    pub(crate) opaque: bool,
     /// Blocks of 4 KiB of a target that is said to be zero and is not.
     pub(crate) stained: Vec<u64>,
 }
@@ -67,7 +71,9 @@ impl Scenario {
             faults: FaultPlan::default(),
             bad_source: Vec::new(),
             bad_target: Vec::new(),
+            most_mismatches: 4,
             planted: None,
+            opaque: false,
             stained: Vec::new(),
         }
     }
@@ -136,7 +142,9 @@ impl Scenario {
             },
             bad_source: if faulty { bad_source } else { Vec::new() },
             bad_target: if faulty { bad_target } else { Vec::new() },
+            most_mismatches: 4,
             planted: None,
+            opaque: rng.u8(0..4) == 0,
             stained: Vec::new(),
         }
     }
@@ -174,7 +182,11 @@ impl Scenario {
             source.set_bad(range);
         }
         let mut target = if self.target_is_zero {
-            let mut target = Disk::sparse(length, self.target_traits());
+            let mut target = if self.opaque {
+                Disk::new(vec![0; length], self.target_traits())
+            } else {
+                Disk::sparse(length, self.target_traits())
+            };
             target.stain(&self.stained);
             target
         } else {
@@ -213,6 +225,7 @@ impl Scenario {
             checkpoint_bytes: self.checkpoint_bytes,
             retries: 3,
             retry_pause: Duration::from_millis(2),
+            mismatches: self.most_mismatches,
             zero_run_bytes: 6 * self.cluster,
             allocation_window_min: 4 * self.cluster,
             allocation_window_max: 16 * self.cluster,
@@ -232,6 +245,7 @@ impl Scenario {
             zero_detect: self.zero_detect,
             target_is_zero: self.target_is_zero && blank_is_zero,
             allocate_ahead: self.target_is_zero,
+            target_shows_holes: self.target_is_zero && !self.opaque,
             slots: self.slots,
             max_run: self.max_run,
             on_source_error: self.source_policy,

@@ -1,5 +1,7 @@
 //! What verification finds, and what becomes of it: the cases that random runs seldom meet.
 
+use std::time::Duration;
+
 use engine::copy::ErrorPolicy;
 use engine::job::Outcome;
 use engine::ring::sim::{Fault, FaultPlan};
@@ -85,4 +87,68 @@ fn a_run_that_cannot_be_read_back_is_taken_apart() {
         skipped_alone += usize::from(matches!(run.result().outcome, Outcome::Complete));
     }
     assert!(skipped_alone > 100, "{skipped_alone} of 150 single errors were survived");
+}
+
+/// A blank device is read back window by window too, although nothing was written to it; a file shows its holes.
+#[test]
+fn what_has_to_be_read_back_is_bounded_although_it_is_holes() {
+    let scenario = Scenario {
+        length: 600 * 8192,
+        opaque: true,
+        verify: true,
+        checkpoint_interval: Duration::from_secs(3600),
+        ..Scenario::plain(27)
+    };
+    let world = scenario.world();
+    world.borrow_mut().disk(0).punch(0..scenario.length / 4096);
+    let before = Before::of(&world);
+    let opaque = run(&scenario, &world, FaultPlan::default(), Script::default());
+    assert!(matches!(opaque.result().outcome, Outcome::Complete));
+    check(&scenario, &world, &before, opaque.result()).unwrap();
+    assert_eq!(opaque.result().progress.verified, scenario.length);
+    let shown = Scenario { opaque: false, ..scenario };
+    let world = shown.world();
+    world.borrow_mut().disk(0).punch(0..shown.length / 4096);
+    let shown = run(&shown, &world, FaultPlan::default(), Script::default());
+    assert!(matches!(shown.result().outcome, Outcome::Complete));
+    assert!(shown.operations < 10, "{} operations for one hole", shown.operations);
+}
+
+/// A target that is wrong all over: the first word of it ends the copy, if it is to.
+#[test]
+fn one_mismatch_is_enough_to_fail() {
+    let scenario = Scenario {
+        checkpoint_bytes: 1 << 30,
+        checkpoint_interval: Duration::from_secs(3600),
+        most_mismatches: usize::MAX,
+        ..stained(ErrorPolicy::Report)
+    };
+    let world = scenario.world();
+    let before = Before::of(&world);
+    let run = run(&scenario, &world, FaultPlan::default(), Script::default());
+    check(&scenario, &world, &before, run.result()).unwrap();
+    assert!(matches!(run.result().outcome, Outcome::Failed(_)));
+    let read_back = run.result().progress.verified;
+    let in_flight = u64::from(scenario.slots) * scenario.cluster;
+    assert!(read_back <= in_flight, "{read_back} bytes were compared, {in_flight} may have been under way");
+}
+
+/// A target that is wrong all over, and a copy that goes on all the same: what is remembered of it is bounded, and the rest of the window is
+/// swept again instead of being tried again cluster by cluster.
+#[test]
+fn a_window_that_is_wrong_all_over_is_given_up() {
+    for (most_mismatches, fewest, most) in [(4, 1, 20), (usize::MAX, 21, 80)] {
+        let scenario =
+            Scenario { checkpoint_bytes: 1 << 30, most_mismatches, ..stained(ErrorPolicy::Ignore) };
+        let world = scenario.world();
+        let before = Before::of(&world);
+        let run = run(&scenario, &world, FaultPlan::default(), Script::default());
+        check(&scenario, &world, &before, run.result()).unwrap();
+        assert!(matches!(run.result().outcome, Outcome::Complete));
+        let alone = run.result().progress.retries;
+        assert!(
+            (fewest..=most).contains(&alone),
+            "{alone} retries after at most {most_mismatches} mismatches"
+        );
+    }
 }
