@@ -47,10 +47,16 @@ impl Copier {
             return;
         }
         let decided = matches!(self.ending, Some(Ending::Complete));
-        let salvage = self.plan.map.is_some() && self.checkpoints.dirty && !self.salvaged && !decided;
+        let last_word = self.plan.map.is_some() && !self.salvaged && !decided;
         self.salvaged = true;
-        if salvage {
+        if last_word && self.checkpoints.dirty && !self.plan.verify {
             self.begin_checkpoint(false, now);
+        } else if last_word && (self.checkpoints.dirty || self.checkpoints.map_stale) {
+            // To claim more it would have to be read back first, for as long as that takes. So no more is called done either.
+            self.tally = self.checkpoints.durable.tally;
+            self.tally.settled_clusters += self.skipped.clusters();
+            self.checkpoints.stage = Stage::Publishing;
+            self.push_map(false);
         } else if self.nothing_under_way() {
             let ending = self.ending.clone().expect("it is ending");
             self.finish(ending);
@@ -139,7 +145,8 @@ impl Copier {
     /// The window that the last capture closed is on the medium: read it back. Without `verify` it is empty.
     fn begin_verification(&mut self) {
         let window = std::mem::take(&mut self.closed_window);
-        let cached = self.plan.verify && self.plan.target.direct_alignment.is_none();
+        let wanted = self.plan.verify && self.ending.is_none();
+        let cached = wanted && self.plan.target.direct_alignment.is_none();
         if cached {
             let range = ByteRange::new(0, self.plan.geometry.length().0);
             self.push(Task::DropBeforeVerify, Op::DropCache { file: self.plan.target.file, range });
@@ -229,7 +236,8 @@ impl Copier {
     /// When the window under verification is through: claim what compared equal.
     fn finish_verification(&mut self, now: Timestamp) {
         let Stage::Verifying(verification) = &mut self.checkpoints.stage else { return };
-        if matches!(self.ending, Some(Ending::Failed(_))) {
+        if self.ending.is_some() {
+            // Whoever wants it to end does not wait for the rest. What was compared so far is claimed.
             verification.abandon();
         }
         if !verification.is_done() {

@@ -38,6 +38,8 @@ pub(crate) struct Run {
     pub(crate) end: End,
     pub(crate) operations: u64,
     pub(crate) turns: u64,
+    /// Operations that were pushed after the cancel.
+    pub(crate) after_cancel: u64,
     pub(crate) written: u64,
 }
 
@@ -68,10 +70,12 @@ fn run_plan(scenario: &Scenario, plan: Plan, world: &SharedWorld, faults: FaultP
     let (mut driver, handle) = Driver::new(ring, copier, Lifecycle::new(true, false), scenario.speed());
     let mut rng = Rng::with_seed(script.fidget.unwrap_or(0));
     let mut turns = 0;
+    let mut cancelled_at = None;
     let crashed =
         loop {
             if script.cancel_at == Some(turns) {
                 let _too_late = handle.cancel();
+                cancelled_at = Some(driver.ring().pushed());
             }
             if script.crash_at.is_some_and(|at| driver.ring().pushed() >= at) {
                 break true;
@@ -109,13 +113,14 @@ fn run_plan(scenario: &Scenario, plan: Plan, world: &SharedWorld, faults: FaultP
             );
         };
     let operations = driver.ring().pushed();
+    let after_cancel = cancelled_at.map_or(0, |at| operations - at);
     let written = driver.counters().written;
     if crashed {
         driver.into_ring().crash();
-        return Run { end: End::Crashed, operations, turns, written };
+        return Run { end: End::Crashed, operations, turns, after_cancel, written };
     }
     assert_eq!(driver.ring().in_flight(), 0, "nothing is in flight at the end");
-    Run { end: End::Over(handle.wait()), operations, turns, written }
+    Run { end: End::Over(handle.wait()), operations, turns, after_cancel, written }
 }
 
 /// What waits to be read back is bounded, whatever it is.

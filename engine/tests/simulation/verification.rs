@@ -152,3 +152,58 @@ fn a_window_that_is_wrong_all_over_is_given_up() {
         );
     }
 }
+
+/// Whoever cancels does not wait until everything is read back; what was compared so far is claimed.
+#[test]
+fn a_cancel_does_not_read_back_the_rest() {
+    for (map, buffered) in [(false, false), (true, false), (true, true)] {
+        let scenario = Scenario {
+            verify: true,
+            map,
+            buffered,
+            checkpoint_bytes: 1 << 30,
+            checkpoint_interval: Duration::from_secs(3600),
+            ..Scenario::plain(29)
+        };
+        let uncancelled = run(&scenario, &scenario.world(), FaultPlan::default(), Script::default());
+        let mut kept = 0;
+        for cancel_at in 0..uncancelled.turns {
+            let world = scenario.world();
+            let before = Before::of(&world);
+            let script = Script { cancel_at: Some(cancel_at), ..Script::default() };
+            let first = run(&scenario, &world, FaultPlan::default(), script);
+            check(&scenario, &world, &before, first.result()).unwrap();
+            // The checksums of what is in flight, the questions under way, the map.
+            let few = 2 * u64::from(scenario.slots);
+            assert!(first.after_cancel <= few, "{} more after a cancel at {cancel_at}", first.after_cancel);
+            if map && matches!(first.result().outcome, Outcome::Cancelled) {
+                let second = run(&scenario, &world, FaultPlan::default(), Script::default());
+                assert!(matches!(second.result().outcome, Outcome::Complete));
+                check(&scenario, &world, &before, second.result()).unwrap();
+                kept += u64::from(second.result().progress.resumed > 0);
+            }
+        }
+        assert!(!map || kept > 5, "what was compared before a cancel was claimed {kept} times");
+    }
+}
+
+/// What is found wrong while a copy ends for another reason is told.
+#[test]
+fn a_mismatch_that_is_found_after_a_cancel_is_told() {
+    let mut told = 0;
+    for corrupt in (0..150).step_by(3) {
+        for cancel_at in (10..200).step_by(2) {
+            let scenario = Scenario { verify: true, map: true, ..Scenario::plain(33) };
+            let world = scenario.world();
+            let script = Script { cancel_at: Some(cancel_at), ..Script::default() };
+            let run = run(&scenario, &world, FaultPlan::single(corrupt, Fault::Corrupt), script);
+            let result = run.result();
+            let noticed = result.notices.iter().filter(|notice| notice.contains("differs")).count();
+            match &result.outcome {
+                Outcome::Cancelled => told += noticed,
+                _ => assert_eq!(noticed, 0, "it is the error: {result:?}"),
+            }
+        }
+    }
+    assert!(told > 0, "no cancel came between a mismatch and its end");
+}
