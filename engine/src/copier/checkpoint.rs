@@ -151,33 +151,6 @@ pub(super) fn subtract(ranges: &[ClusterRange], others: &[ClusterRange]) -> Vec<
     rest
 }
 
-/// `ranges` without `clusters`; both ascending (`clusters` in any order).
-pub(super) fn without(ranges: &[ClusterRange], mut clusters: Vec<ClusterIndex>) -> Vec<ClusterRange> {
-    clusters.sort_unstable();
-    let mut holes = clusters.into_iter().peekable();
-    let mut rest = Vec::with_capacity(ranges.len());
-    for range in ranges {
-        let mut start = range.start;
-        while let Some(&hole) = holes.peek() {
-            if hole >= range.end {
-                break;
-            }
-            holes.next();
-            if hole < start {
-                continue;
-            }
-            if start < hole {
-                rest.push(ClusterRange { start, end: hole });
-            }
-            start = ClusterIndex(hole.0 + 1);
-        }
-        if start < range.end {
-            rest.push(ClusterRange { start, end: range.end });
-        }
-    }
-    rest
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -209,17 +182,5 @@ mod tests {
             }
             assert!(rest.iter().all(|range| !range.is_empty()));
         }
-    }
-
-    #[test]
-    fn clusters_are_cut_out_of_ranges() {
-        let ranges = [ClusterRange::new(0, 5), ClusterRange::new(8, 10)];
-        let cut = |clusters: &[u64]| without(&ranges, clusters.iter().map(|&c| ClusterIndex(c)).collect());
-        assert_eq!(cut(&[]), ranges);
-        assert_eq!(
-            cut(&[9, 0, 2, 2, 7]),
-            [ClusterRange::new(1, 2), ClusterRange::new(3, 5), ClusterRange::new(8, 9)]
-        );
-        assert_eq!(cut(&[0, 1, 2, 3, 4, 8, 9]), []);
     }
 }

@@ -109,10 +109,10 @@ impl Copier {
         self.tally.settled_clusters += 1;
         self.skipped_bytes += self.plan.geometry.bytes_of(one(cluster)).length;
         self.checkpoints.on_settled(1);
-        self.skipped.insert(cluster, Arc::clone(&error));
+        self.skipped.add(cluster, Arc::clone(&error));
         self.mismatches.remove(&cluster);
-        if self.skipped.len() > self.plan.limits.skipped_ranges {
-            let reason = format!("more than {} clusters cannot be copied", self.plan.limits.skipped_ranges);
+        if self.skipped.count() > self.plan.limits.skipped_ranges {
+            let reason = format!("more than {} ranges cannot be copied", self.plan.limits.skipped_ranges);
             let error = Error::new(ErrorKind::Io(Errno::EIO), Operation::Copy, error.path(), reason);
             self.end_with(Ending::Failed(Arc::new(error)));
         }

@@ -28,6 +28,7 @@ mod piece;
 pub mod plan;
 mod retry;
 mod settle;
+mod skipped;
 mod slots;
 mod sweep;
 mod tally;
@@ -45,7 +46,7 @@ use crate::error::Error;
 use crate::interval_set::{Claim, IntervalSet};
 use crate::job::{IoStatus, SkippedRange};
 use crate::ring::{Op, Token, ZeroMethod};
-use crate::units::{ByteRange, ClusterIndex, Speed, Timestamp};
+use crate::units::{ByteRange, ClusterIndex, ClusterRange, Speed, Timestamp};
 
 use allocation::AllocateAhead;
 use checkpoint::{Captured, Checkpoints};
@@ -53,6 +54,7 @@ use extents::ExtentWindow;
 use piece::Piece;
 use plan::Plan;
 use retry::RetryList;
+use skipped::Skipped;
 use slots::Slots;
 use tally::Tally;
 use throttle::Throttle;
@@ -180,7 +182,9 @@ pub struct Copier {
     retries: RetryList,
     /// Failed verifications of a cluster so far.
     mismatches: BTreeMap<ClusterIndex, u32>,
-    skipped: BTreeMap<ClusterIndex, Arc<Error>>,
+    skipped: Skipped,
+    /// What an earlier run left out, as long as the sweep passes over it.
+    postponed: Vec<ClusterRange>,
     /// What was copied since the last capture.
     window: Window,
     /// What was copied between the last two captures, while its flush is under way.
@@ -246,7 +250,8 @@ impl Copier {
             throttle: Throttle::new(plan.speed, geometry.cluster_size().bytes()),
             retries: RetryList::default(),
             mismatches: BTreeMap::new(),
-            skipped: BTreeMap::new(),
+            skipped: Skipped::default(),
+            postponed: plan.postponed.clone(),
             window: Window::default(),
             closed_window: Window::default(),
             checkpoints: Checkpoints::new(resumed, plan.map.is_some()),
@@ -361,21 +366,7 @@ impl Copier {
     /// Ranges left out so far, ascending; neighbours with the same error merged.
     #[must_use]
     pub fn skipped_ranges(&self) -> Vec<SkippedRange> {
-        let mut ranges: Vec<(ByteRange, &Error)> = Vec::new();
-        for (&cluster, error) in &self.skipped {
-            let range = self.plan.geometry.bytes_of(one(cluster));
-            match ranges.last_mut() {
-                Some((last, first)) if last.end() == range.offset && first.tells_the_same_as(error) => {
-                    last.length += range.length;
-                }
-                _ => ranges.push((range, error)),
-            }
-        }
-        let told = |(range, error): (ByteRange, &Error)| SkippedRange {
-            range,
-            error: error.clone().at(range).to_string(),
-        };
-        ranges.into_iter().map(told).collect()
+        self.skipped.told(self.plan.geometry)
     }
 
     /// Whether a later run can go on from the map as it stands.

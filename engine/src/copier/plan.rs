@@ -74,6 +74,8 @@ pub struct Plan {
     pub map: Option<MapPlan>,
     /// What an earlier run has done.
     pub resumed: Vec<ClusterRange>,
+    /// What an earlier run left out, ascending: tried again after all else.
+    pub postponed: Vec<ClusterRange>,
     /// Limits that tests make smaller.
     pub limits: Limits,
     /// A bug put in on purpose, to see that the tests catch it.
@@ -92,7 +94,7 @@ pub struct Limits {
     pub retries: u32,
     /// Pause before the first retry; doubles with each.
     pub retry_pause: Duration,
-    /// Most ranges left out; one more fails the job.
+    /// Most ranges left out, of whatever size; one more fails the job.
     pub skipped_ranges: usize,
     /// Clusters that a verification finds wrong before it leaves the rest of its window to be copied again.
     pub mismatches: usize,

@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::checkpoint::{Captured, Stage, subtract, without};
+use super::checkpoint::{Captured, Stage, subtract};
 use super::piece::Fault;
 use super::plan::{Checkpoint, planted};
 use super::retry::{Verdict, verdict};
+use super::skipped::merged;
 use super::verify::{Unverified, Verification, Window};
-use super::{Copier, Ending, Event, Task, one};
+use super::{Copier, Ending, Event, Task};
 use crate::error::{Error, Operation};
 use crate::ring::{Op, Output};
 use crate::units::{ByteRange, ClusterRange, Timestamp};
@@ -104,12 +105,11 @@ impl Copier {
 
     /// The set of done clusters now, without those left out.
     fn capture(&self) -> Captured {
-        let skipped = self.skipped.keys().copied().collect();
         let mut tally = self.tally;
-        tally.settled_clusters -= self.skipped.len() as u64;
+        tally.settled_clusters -= self.skipped.clusters();
         let ranges: Vec<ClusterRange> = self.set.done_ranges().collect();
         let complete = self.tally.settled_clusters == self.plan.geometry.clusters().0;
-        Captured { done: without(&ranges, skipped), tally, complete }
+        Captured { done: subtract(&ranges, &self.skipped.ranges()), tally, complete }
     }
 
     fn begin_checkpoint(&mut self, last: bool, now: Timestamp) {
@@ -197,13 +197,13 @@ impl Copier {
     fn withdraw(&mut self) {
         let durable = &self.checkpoints.durable;
         let done: Vec<ClusterRange> = self.set.done_ranges().collect();
-        let lost = without(&subtract(&done, &durable.done), self.skipped.keys().copied().collect());
+        let lost = subtract(&subtract(&done, &durable.done), &self.skipped.ranges());
         for &range in &lost {
             self.set.reopen(range);
         }
         tracing::info!(ranges = lost.len(), "withdrawn");
         self.tally = durable.tally;
-        self.tally.settled_clusters += self.skipped.len() as u64;
+        self.tally.settled_clusters += self.skipped.clusters();
         for (_, transfer) in &mut self.transfers {
             transfer.tainted = !matches!(transfer.purpose, super::transfer::Purpose::Verify(_));
         }
@@ -265,14 +265,16 @@ impl Copier {
         if self.plan.map.is_some() {
             self.checkpoints.stage = Stage::Publishing;
             let succeeded = matches!(self.ending, Some(Ending::Complete));
-            self.push_map(succeeded && self.skipped.is_empty());
+            self.push_map(succeeded && self.skipped.count() == 0);
         }
     }
 
     /// Publish what is durable, or, at the end of a complete copy, remove the map.
     fn push_map(&mut self, remove: bool) {
         let Some(map) = &self.plan.map else { return };
-        let skipped = ranges_of(self.skipped.keys().copied());
+        let mut skipped = [self.skipped.ranges().as_slice(), &self.postponed].concat();
+        skipped.sort_unstable_by_key(|range| range.start);
+        let skipped = merged(skipped.into_iter());
         let contents = (!remove).then(|| {
             (map.encode)(&Checkpoint {
                 done: self.checkpoints.durable.done.clone(),
@@ -328,16 +330,4 @@ impl Copier {
             self.push(Task::DropTargetCache, Op::DropCache { file: self.plan.target.file, range });
         }
     }
-}
-
-/// Ascending clusters as ranges.
-fn ranges_of(clusters: impl Iterator<Item = crate::units::ClusterIndex>) -> Vec<ClusterRange> {
-    let mut ranges: Vec<ClusterRange> = Vec::new();
-    for cluster in clusters {
-        match ranges.last_mut() {
-            Some(last) if last.end == cluster => last.end.0 += 1,
-            _ => ranges.push(one(cluster)),
-        }
-    }
-    ranges
 }

@@ -1,4 +1,4 @@
-//! What to start next: verification runs, retries, then the sweep in order.
+//! What to start next: verification runs, retries, then the sweep in order, and last what an earlier run left out.
 
 use super::checkpoint::Stage;
 use super::extents::{ExtentWindow, Known};
@@ -80,13 +80,19 @@ impl Copier {
     fn sweep(&mut self, now: Timestamp) -> bool {
         let end = ClusterIndex(self.plan.geometry.clusters().0);
         if self.position >= end {
-            return false;
+            return self.turn_to_postponed();
         }
         let Some(next) = self.set.next_not_done(self.position) else {
             self.position = end;
-            return false;
+            return self.turn_to_postponed();
         };
         self.position = next;
+        let following = self.postponed.partition_point(|range| range.end <= next);
+        let postponed = self.postponed.get(following).copied();
+        if let Some(range) = postponed.filter(|range| range.contains(next)) {
+            self.position = range.end;
+            return true;
+        }
         let offset = self.plan.geometry.offset_of(next);
         self.holes.passed(offset);
         if let Some(layers) = &mut self.layers {
@@ -100,6 +106,7 @@ impl Copier {
             }
             return false;
         };
+        let end = postponed.map_or(end, |range| end.min(range.start));
         match stretch {
             Stretch::Uncovered => {
                 self.settle_at_once(ClusterRange { start: next, end }, None);
@@ -112,6 +119,17 @@ impl Copier {
             Stretch::Hole => self.start_zero_run(ClusterRange { start: next, end }),
             Stretch::Data => self.start_run(ClusterRange { start: next, end }, now),
         }
+    }
+
+    /// Everything else was passed: once it is also done, try what an earlier run left out. It may fail again, and take long to.
+    fn turn_to_postponed(&mut self) -> bool {
+        let Some(&first) = self.postponed.first() else { return false };
+        if !self.transfers.is_empty() || self.zero_runs > 0 || self.retries.len() > 0 {
+            return false;
+        }
+        self.postponed.clear();
+        self.rewind_to(first.start);
+        true
     }
 
     /// What lies from `cluster` on, and up to where; `None`: not known yet.

@@ -243,6 +243,8 @@ where
         notices.extend(target.warnings().iter().cloned());
         let resumed: Vec<ClusterRange> =
             map.as_ref().and_then(|map| map.map()).map(|map| map.done().to_vec()).unwrap_or_default();
+        let postponed: Vec<ClusterRange> =
+            map.as_ref().and_then(|map| map.map()).map(|map| map.skipped().to_vec()).unwrap_or_default();
         let header = MapHeader {
             source: source.identity().clone(),
             target: target.identity().clone(),
@@ -273,6 +275,7 @@ where
             target_shows_holes: target_is_file,
             map: document.map(|document| map_plan(document, header)),
             resumed,
+            postponed,
             ..plan_of(&options, geometry, slots)
         };
         let copier = Copier::new(plan, Arc::new(set));
@@ -309,6 +312,7 @@ fn plan_of(options: &CopyOptions, geometry: Geometry, slots: u32) -> Plan {
         verify: options.verify,
         map: None,
         resumed: Vec::new(),
+        postponed: Vec::new(),
         limits: Limits::default(),
         #[cfg(feature = "sim")]
         planted: None,
@@ -343,8 +347,8 @@ fn going_on(map: &MapFile, geometry: Geometry, resumed: &[ClusterRange]) -> Opti
     let bytes: u64 = resumed.iter().map(|&range| geometry.bytes_of(range).length).sum();
     let again = match found.skipped().len() {
         0 => String::new(),
-        1 => "; 1 range that was left out is tried again".to_owned(),
-        again => format!("; {again} ranges that were left out are tried again"),
+        1 => "; 1 range that was left out is tried again at the end".to_owned(),
+        again => format!("; {again} ranges that were left out are tried again at the end"),
     };
     Some(format!(
         "going on from map file {}: {bytes} of {} bytes are done{again}",

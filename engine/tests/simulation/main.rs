@@ -13,5 +13,6 @@ mod planted;
 mod run;
 mod scenario;
 mod seeded;
+mod skipping;
 mod verification;
 mod withdrawal;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use engine::copier::plan::Plan;
+use engine::copier::plan::{Checkpoint, Plan};
 use engine::copier::{Copier, Counters};
 use engine::interval_set::IntervalSet;
 use engine::job::driver::Driver;
@@ -54,8 +54,8 @@ impl Run {
 
 /// Run `scenario` over `world` from the beginning, or from the map in it.
 pub(crate) fn run(scenario: &Scenario, world: &SharedWorld, faults: FaultPlan, script: Script) -> Run {
-    let (resumed, blank_is_zero) = world.borrow().document(0).map_or((Vec::new(), true), decode);
-    let plan = scenario.plan(resumed, blank_is_zero);
+    let nothing = Checkpoint { done: Vec::new(), skipped: Vec::new(), blank_is_zero: true };
+    let plan = scenario.plan(world.borrow().document(0).map_or(nothing, decode));
     run_plan(scenario, plan, world, faults, script)
 }
 

@@ -37,6 +37,8 @@ pub(crate) struct Scenario {
     pub(crate) faults: FaultPlan,
     pub(crate) bad_source: Vec<ByteRange>,
     pub(crate) bad_target: Vec<ByteRange>,
+    /// Most ranges left out.
+    pub(crate) most_skipped: usize,
     /// Clusters that a verification finds wrong before it gives up the rest.
     pub(crate) most_mismatches: usize,
     pub(crate) planted: Option<PlantedBug>,
@@ -71,6 +73,7 @@ impl Scenario {
             faults: FaultPlan::default(),
             bad_source: Vec::new(),
             bad_target: Vec::new(),
+            most_skipped: Limits::default().skipped_ranges,
             most_mismatches: 4,
             planted: None,
             opaque: false,
@@ -142,6 +145,7 @@ impl Scenario {
             },
             bad_source: if faulty { bad_source } else { Vec::new() },
             bad_target: if faulty { bad_target } else { Vec::new() },
+            most_skipped: Limits::default().skipped_ranges,
             most_mismatches: 4,
             planted: None,
             opaque: rng.u8(0..4) == 0,
@@ -218,20 +222,20 @@ impl Scenario {
         bytes
     }
 
-    /// The plan for a run that goes on after `resumed`.
-    pub(crate) fn plan(&self, resumed: Vec<ClusterRange>, blank_is_zero: bool) -> Plan {
+    /// The plan for a run that goes on from `map`.
+    pub(crate) fn plan(&self, map: Checkpoint) -> Plan {
         let limits = Limits {
             checkpoint_interval: self.checkpoint_interval,
             checkpoint_bytes: self.checkpoint_bytes,
             retries: 3,
             retry_pause: Duration::from_millis(2),
+            skipped_ranges: self.most_skipped,
             mismatches: self.most_mismatches,
             zero_run_bytes: 6 * self.cluster,
             allocation_window_min: 4 * self.cluster,
             allocation_window_max: 16 * self.cluster,
             extents: 3,
             drop_step: 5 * self.cluster,
-            ..Limits::default()
         };
         Plan {
             geometry: self.geometry(),
@@ -243,7 +247,7 @@ impl Scenario {
             },
             sync: self.sync,
             zero_detect: self.zero_detect,
-            target_is_zero: self.target_is_zero && blank_is_zero,
+            target_is_zero: self.target_is_zero && map.blank_is_zero,
             allocate_ahead: self.target_is_zero,
             target_shows_holes: self.target_is_zero && !self.opaque,
             slots: self.slots,
@@ -253,7 +257,8 @@ impl Scenario {
             speed: self.speed(),
             verify: self.verify,
             map: self.map.then(|| MapPlan { document: DocumentId(0), encode: Box::new(encode) }),
-            resumed,
+            resumed: map.done,
+            postponed: map.skipped,
             limits,
             planted: self.planted,
         }
@@ -277,19 +282,19 @@ fn runs(rng: &mut Rng, end: u64) -> Vec<u64> {
     chosen
 }
 
-/// A map for the simulation: whether blanks are zero, then pairs of numbers.
+/// A map for the simulation: whether blanks are zero, how many ranges are done, then pairs of numbers.
 fn encode(checkpoint: &Checkpoint) -> Vec<u8> {
-    let ranges = checkpoint
-        .done
-        .iter()
-        .flat_map(|range| [range.start.0.to_le_bytes(), range.end.0.to_le_bytes()].concat());
-    std::iter::once(u8::from(checkpoint.blank_is_zero)).chain(ranges).collect()
+    let pair = |range: &ClusterRange| [range.start.0.to_le_bytes(), range.end.0.to_le_bytes()].concat();
+    let count = checkpoint.done.len() as u64;
+    let ranges = checkpoint.done.iter().chain(&checkpoint.skipped).flat_map(pair);
+    std::iter::once(u8::from(checkpoint.blank_is_zero)).chain(count.to_le_bytes()).chain(ranges).collect()
 }
 
-/// What is done, and whether blanks are zero.
-pub(crate) fn decode(map: &[u8]) -> (Vec<ClusterRange>, bool) {
+/// What a map tells.
+pub(crate) fn decode(map: &[u8]) -> Checkpoint {
     let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap());
-    let ranges =
-        map[1..].chunks(16).map(|pair| ClusterRange::new(number(&pair[..8]), number(&pair[8..]))).collect();
-    (ranges, map[0] != 0)
+    let mut done: Vec<ClusterRange> =
+        map[9..].chunks(16).map(|pair| ClusterRange::new(number(&pair[..8]), number(&pair[8..]))).collect();
+    let skipped = done.split_off(usize::try_from(number(&map[1..9])).unwrap());
+    Checkpoint { done, skipped, blank_is_zero: map[0] != 0 }
 }
