@@ -61,6 +61,7 @@ pub(super) struct Checkpoints {
     pub(super) map_stale: bool,
     /// A map was written (or was there to resume from).
     pub(super) map_written: bool,
+    /// Since something last became durable. A write-back between the flush and the claim counts.
     pub(super) failed_flushes: u32,
     last_start: Timestamp,
     bytes_since: u64,

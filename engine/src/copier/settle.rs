@@ -132,7 +132,6 @@ impl Copier {
                 if planted!(self.plan, CaptureAfterFlush) {
                     self.checkpoints.captured = self.capture();
                 }
-                self.checkpoints.failed_flushes = 0;
                 self.begin_verification();
             }
             Err(_) if planted!(self.plan, FlushRetriedAndBelieved) => {
@@ -258,6 +257,7 @@ impl Copier {
         let complete = captured.complete;
         self.mismatches.retain(|&cluster, _| !captured.holds(cluster));
         self.checkpoints.durable = captured;
+        self.checkpoints.failed_flushes = 0;
         self.reopen_unverified(&unverified, now);
         if complete {
             self.end_with(Ending::Complete);

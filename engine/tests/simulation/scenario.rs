@@ -111,6 +111,7 @@ impl Scenario {
             nospace: rng.u16(0..30),
             flush: rng.u16(0..200),
             unsupported: rng.u16(0..300),
+            ..Rates::default()
         };
         let bad_source = bad(&mut rng);
         let bad_target = bad(&mut rng);

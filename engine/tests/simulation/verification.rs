@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use engine::copy::ErrorPolicy;
+use engine::error::Operation;
 use engine::job::Outcome;
-use engine::ring::sim::{Fault, FaultPlan};
+use engine::ring::sim::{Fault, FaultPlan, Rates};
 use nix::errno::Errno;
 
 use crate::oracle::{Before, check};
@@ -206,4 +207,22 @@ fn a_mismatch_that_is_found_after_a_cancel_is_told() {
         }
     }
     assert!(told > 0, "no cancel came between a mismatch and its end");
+}
+
+/// A write-back that fails before everything is read back is tried again a bounded number of times, however often the flush
+/// before it succeeds.
+#[test]
+fn a_page_cache_that_can_never_be_written_back_ends_the_copy() {
+    let scenario = Scenario {
+        length: 6 * 8192,
+        verify: true,
+        buffered: true,
+        target_policy: ErrorPolicy::Ignore,
+        ..Scenario::plain(35)
+    };
+    let rates = Rates { drop_cache: 1024, ..Rates::default() };
+    let faults = FaultPlan { rates, ..FaultPlan::default() };
+    let run = run(&scenario, &scenario.world(), faults, Script::default());
+    let Outcome::Failed(error) = &run.result().outcome else { panic!("{:?}", run.result()) };
+    assert_eq!(error.operation(), Operation::Flush);
 }
