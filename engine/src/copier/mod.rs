@@ -71,7 +71,7 @@ pub enum Event {
         /// The error.
         error: Arc<Error>,
     },
-    /// Nothing is in flight; said once after each pause.
+    /// Nothing is in flight, and nothing will be before a resume (or the end); said once after each pause.
     Drained,
     /// Something worth telling a person that is no error of the copy.
     Notice(String),
@@ -297,11 +297,13 @@ impl Copier {
     /// When to call [`Self::poll`] again although nothing has happened.
     #[must_use]
     pub fn next_deadline(&self, now: Timestamp) -> Option<Timestamp> {
-        let checkpoint =
-            (self.keeps_checkpoints() && self.checkpoints.awaits_time() && self.ending.is_none())
-                .then(|| self.checkpoints.due_at(&self.plan.limits))
-                // One that is due already waits for something in flight, whose completion comes first.
-                .filter(|&due| due > now);
+        let checkpoint = (self.keeps_checkpoints()
+            && self.checkpoints.awaits_time()
+            && self.ending.is_none()
+            && !self.drained())
+        .then(|| self.checkpoints.due_at(&self.plan.limits))
+        // One that is due already waits for something in flight, whose completion comes first.
+        .filter(|&due| due > now);
         let sweep = match self.hold_until {
             _ if self.ending.is_some() || self.paused() => None,
             Some(until) => Some(until),
@@ -392,6 +394,11 @@ impl Copier {
 
     fn paused(&self) -> bool {
         self.user_paused || self.stopped.is_some()
+    }
+
+    /// Paused, and it was said that nothing is in flight: nothing may be started then, a checkpoint that is due neither.
+    fn drained(&self) -> bool {
+        self.paused() && self.drained_said
     }
 }
 

@@ -26,7 +26,8 @@ impl Copier {
             return self.settle_ending(now);
         }
         let idle = self.is_idle();
-        if self.paused() && idle && !self.drained_said {
+        let still = idle && self.checkpoints.is_idle() && self.nothing_under_way();
+        if self.paused() && still && !self.drained_said {
             self.drained_said = true;
             self.events.push(Event::Drained);
         }
@@ -37,10 +38,12 @@ impl Copier {
         if all_settled && idle && self.checkpoints.is_idle() && !self.paused() {
             return self.begin_checkpoint(true, now);
         }
-        if self.keeps_checkpoints() && self.checkpoints.is_due(now, &self.plan.limits) {
+        if self.keeps_checkpoints() && !self.drained() && self.checkpoints.is_due(now, &self.plan.limits) {
             self.begin_checkpoint(false, now);
         }
-        self.drop_cache();
+        if !self.paused() {
+            self.drop_cache();
+        }
     }
 
     fn settle_ending(&mut self, now: Timestamp) {

@@ -35,6 +35,9 @@ impl Copier {
     /// Start what can be started now. `true`: the work budget of an iteration was used up before that.
     pub(super) fn advance(&mut self, now: Timestamp) -> bool {
         let steps = (0..STEPS).take_while(|_| self.step(now)).count();
+        if self.ending.is_some() || self.paused() {
+            return steps == STEPS as usize;
+        }
         if let Some(op) = self.holes.question(self.plan.source.file) {
             self.push(Task::SourceExtents, op);
         }

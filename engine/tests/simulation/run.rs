@@ -97,6 +97,9 @@ fn run_plan(scenario: &Scenario, plan: Plan, world: &SharedWorld, faults: FaultP
                     world.disk(0).repair();
                     world.disk(1).repair();
                 }
+                if script.cancel_at != Some(turns) {
+                    nothing_happens(&mut driver);
+                }
                 handle.resume().unwrap();
             }
             if driver.turn().unwrap() {
@@ -137,4 +140,15 @@ fn check_window(scenario: &Scenario, counters: &Counters) {
         "{}: {waiting} bytes wait to be read back, at most {most} should",
         scenario.seed
     );
+}
+
+/// A paused job has nothing in flight and begins nothing, however long it is left alone.
+fn nothing_happens(driver: &mut Driver<SimRing>) {
+    let (before, waited_from) = (driver.ring().pushed(), driver.ring().now());
+    for _ in 0..4 {
+        assert_eq!(driver.ring().in_flight(), 0, "a paused job has nothing in flight");
+        assert!(!driver.turn().unwrap(), "a paused job does not end by itself");
+    }
+    let waited = driver.ring().now().since(waited_from);
+    assert_eq!(driver.ring().pushed(), before, "a paused job began something in {waited:?}");
 }
