@@ -49,7 +49,7 @@ use crate::ring::{Op, Token, ZeroMethod};
 use crate::units::{ByteRange, ClusterIndex, ClusterRange, Speed, Timestamp};
 
 use allocation::AllocateAhead;
-use checkpoint::{Captured, Checkpoints};
+use checkpoint::{Captured, Checkpoints, Stage};
 use extents::ExtentWindow;
 use piece::Piece;
 use plan::Plan;
@@ -309,7 +309,9 @@ impl Copier {
             Some(until) => Some(until),
             None => self.throttle.next_at(now).into_iter().chain(self.retries.next_after(now)).min(),
         };
-        checkpoint.into_iter().chain(sweep).min()
+        let reading_back = matches!(&self.checkpoints.stage, Stage::Verifying(window) if window.has_next());
+        let read_back = if reading_back { self.throttle.next_at(now) } else { None };
+        checkpoint.into_iter().chain(sweep).chain(read_back).min()
     }
 
     /// A user pauses the sweep, or lets it go on. Letting go on also lifts a pause on an error.

@@ -50,7 +50,7 @@ impl Copier {
 
     /// One step; `false` when nothing can be started before something happens.
     fn step(&mut self, now: Timestamp) -> bool {
-        if self.start_verification() {
+        if self.start_verification(now) {
             return true;
         }
         if self.ending.is_some() || self.paused() || self.hold_until.is_some() {
@@ -316,7 +316,7 @@ impl Copier {
     }
 
     /// Read back the next run of the window under verification.
-    fn start_verification(&mut self) -> bool {
+    fn start_verification(&mut self, now: Timestamp) -> bool {
         let Stage::Verifying(verification) = &mut self.checkpoints.stage else { return false };
         if verification.cached {
             return false;
@@ -328,8 +328,16 @@ impl Copier {
         if !verification.has_next() {
             return false;
         }
-        let (start, count) = self.slots.longest_run(self.plan.max_run);
-        if count == 0 || (count < self.plan.max_run.div_ceil(2) && !self.transfers.is_empty()) {
+        let mut max = self.plan.max_run;
+        if let Some(allowance) = self.throttle.allowance(now) {
+            let clusters = allowance / self.plan.geometry.cluster_size().bytes();
+            max = u32::try_from(clusters).map_or(max, |clusters| max.min(clusters));
+        }
+        if max == 0 {
+            return false;
+        }
+        let (start, count) = self.slots.longest_run(max);
+        if count == 0 || (count < max.div_ceil(2) && !self.transfers.is_empty()) {
             return false;
         }
         let Some(ReadBack { clusters, expected }) = verification.next(u64::from(count)) else { return false };
@@ -338,6 +346,7 @@ impl Copier {
         let run = self.slots.take(start, count);
         let transfer = Transfer::new(Purpose::Verify(expected), clusters, self.plan.geometry, run);
         let bytes = transfer.bytes;
+        self.throttle.spend(bytes.length, now);
         tracing::trace!(?clusters, "read back");
         self.start_read(transfer, bytes);
         true

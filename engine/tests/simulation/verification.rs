@@ -226,3 +226,23 @@ fn a_page_cache_that_can_never_be_written_back_ends_the_copy() {
     let Outcome::Failed(error) = &run.result().outcome else { panic!("{:?}", run.result()) };
     assert_eq!(error.operation(), Operation::Flush);
 }
+
+/// What is read back counts against the speed limit, also while the job is being paused.
+#[test]
+fn the_speed_limit_holds_for_what_is_read_back() {
+    let scenario = Scenario { verify: true, speed: Some(1 << 20), ..Scenario::plain(37) };
+    for fidget in [None, Some(1), Some(2)] {
+        let script = Script { fidget, ..Script::default() };
+        let world = scenario.world();
+        let before = Before::of(&world);
+        let run = run(&scenario, &world, FaultPlan::default(), script);
+        check(&scenario, &world, &before, run.result()).unwrap();
+        assert!(matches!(run.result().outcome, Outcome::Complete));
+        if fidget.is_none() {
+            let progress = &run.result().progress;
+            // Each byte is read twice; where there are holes, nothing is.
+            let least = Duration::from_secs_f64((2 * progress.copied) as f64 / f64::from(1 << 20) - 0.11);
+            assert!(run.result().elapsed >= least, "{:?} instead of {least:?}", run.result().elapsed);
+        }
+    }
+}
