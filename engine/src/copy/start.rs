@@ -266,6 +266,9 @@ where
             Some(map) => Some(ring.add_document(Arc::clone(map) as Arc<dyn Document>).map_err(broken)?),
             None => None,
         };
+        if options.verify && to.direct_alignment.is_none() {
+            notices.push(verified_through_cache(&to.name));
+        }
         let target_is_file = target.storage().descriptors().is_some_and(|fds| !fds.block_device);
         let plan = Plan {
             source: from,
@@ -329,6 +332,14 @@ fn side<R: Ring<File = Arc<dyn Storage>>>(
     let direct_alignment = if storage.descriptors().is_some() { limits.direct_alignment } else { Some(512) };
     let file = ring.add_file(storage)?;
     Ok(Side { file, name, direct_alignment })
+}
+
+/// Said where a verification cannot ask the medium itself.
+fn verified_through_cache(target: &str) -> String {
+    format!(
+        "{target}: without direct I/O, what is read back comes through the page cache; that is written back and \
+         dropped first, but where the system keeps pages all the same, memory is compared and not the medium"
+    )
 }
 
 fn map_plan(document: DocumentId, header: MapHeader) -> MapPlan {
