@@ -59,6 +59,8 @@ pub(super) struct Checkpoints {
     pub(super) dirty: bool,
     /// The map does not show all that is durable, because it could not be written.
     pub(super) map_stale: bool,
+    /// It was said that the map cannot be written.
+    pub(super) map_failure_said: bool,
     /// A map was written (or was there to resume from).
     pub(super) map_written: bool,
     /// Since something last became durable. A write-back between the flush and the claim counts.
@@ -76,6 +78,7 @@ impl Checkpoints {
             durable: resumed,
             dirty: true,
             map_stale: false,
+            map_failure_said: false,
             failed_flushes: 0,
             last_start: Timestamp::default(),
             bytes_since: 0,

@@ -299,19 +299,22 @@ impl Copier {
                 self.checkpoints.map_stale = false;
                 self.checkpoints.map_written = !self.map_removed;
             }
-            Err(errno) if !self.checkpoints.map_stale => {
-                self.checkpoints.map_stale = true;
-                let notice = if self.map_removed {
-                    format!("the copy is complete, but its map file cannot be removed: {}", errno.desc())
-                } else {
-                    format!(
-                        "the map file cannot be written ({}): an interrupted copy would go on from an older one",
-                        errno.desc()
-                    )
-                };
+            Err(errno) if self.map_removed => {
+                let reason = errno.desc();
+                let notice = format!("the copy is complete, but its map file cannot be removed: {reason}");
                 self.events.push(Event::Notice(notice));
             }
-            Err(errno) => tracing::warn!(%errno, "map file still cannot be written"),
+            Err(errno) => {
+                self.checkpoints.map_stale = true;
+                tracing::warn!(%errno, "map file cannot be written");
+                // Once a job: a map file that fails now and then fails often.
+                if !std::mem::replace(&mut self.checkpoints.map_failure_said, true) {
+                    self.events.push(Event::Notice(format!(
+                        "the map file cannot be written ({}): an interrupted copy would go on from an older one",
+                        errno.desc()
+                    )));
+                }
+            }
         }
     }
 

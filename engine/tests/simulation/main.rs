@@ -8,6 +8,7 @@
 //! names its seed, and `SIM_FIRST=<seed> SIM_SEEDS=1` repeats it.
 
 mod exhaustive;
+mod maps;
 mod oracle;
 mod planted;
 mod run;

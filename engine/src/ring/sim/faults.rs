@@ -42,6 +42,8 @@ pub struct Rates {
     pub flush: u16,
     /// Of page caches that are written back and dropped, on top.
     pub drop_cache: u16,
+    /// Of documents that are replaced or removed.
+    pub publish: u16,
     /// `EOPNOTSUPP`, of zero operations and reservations.
     pub unsupported: u16,
 }
@@ -97,7 +99,8 @@ impl FaultPlan {
                 }
                 hit(rates.eio).then_some(Fault::Errno(Errno::EIO))
             }
-            Op::Extents { .. } | Op::Publish { .. } => hit(rates.eio).then_some(Fault::Errno(Errno::EIO)),
+            Op::Extents { .. } => hit(rates.eio).then_some(Fault::Errno(Errno::EIO)),
+            Op::Publish { .. } => (hit(rates.eio) || hit(rates.publish)).then_some(Fault::Errno(Errno::EIO)),
             Op::Discard { .. } | Op::Digest { .. } | Op::Cancel { .. } => None,
         }
     }
