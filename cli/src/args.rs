@@ -147,7 +147,7 @@ pub(crate) struct CopyArgs {
     /// Most clusters in flight (default: chosen from the cluster size)
     #[arg(long, value_name = "N", value_parser = queue_depth)]
     queue_depth: Option<u32>,
-    /// Speed limit in bytes a second, like 200M (default: none)
+    /// Speed limit in bytes a second, like 200M; what --verify reads back counts too (default: none)
     #[arg(long, value_name = "RATE", value_parser = speed)]
     speed: Option<Speed>,
     /// What to do when the source cannot be read

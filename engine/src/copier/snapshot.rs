@@ -151,7 +151,7 @@ impl Copier {
         }
         let clusters = self.plan.geometry.covering(rest);
         let first = clusters.start;
-        if let Some(error) = self.skipped.get(&first) {
+        if let Some(error) = self.skipped.error_of(first) {
             let reason = format!(
                 "it was left out of the copy, and a guest may have changed it since: {}",
                 error.reason()
@@ -198,7 +198,7 @@ impl Copier {
         let wanted = ClusterRange::new(clusters.start.0, clusters.start.0 + u64::from(free));
         let (run, claim) = if done {
             let same = wanted.iter().take_while(|&cluster| {
-                self.set.state(cluster) == ClusterState::Done && !self.skipped.contains_key(&cluster)
+                self.set.state(cluster) == ClusterState::Done && self.skipped.error_of(cluster).is_none()
             });
             let end = wanted.start.0 + same.count() as u64;
             (ClusterRange::new(wanted.start.0, end), None)
