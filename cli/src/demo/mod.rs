@@ -107,13 +107,11 @@ impl Demo<'_> {
         let path = directory.path().to_owned();
         self.account.directory = Some(path.clone());
         let performed = self.perform(directory.path(), signalled);
-        let removed = directory.close().map_err(|error| {
-            Stop::Error(
-                io_error(Operation::Remove, &path, None, &error).advise("remove it with rm -r"),
-                FAILED,
-            )
-        });
-        performed.and(removed)
+        self.account.left = directory
+            .close()
+            .err()
+            .map(|error| io_error(Operation::Remove, &path, None, &error).advise("remove it with rm -r"));
+        performed
     }
 
     fn perform(&mut self, directory: &Path, signalled: &Signalled) -> Result<(), Stop> {

@@ -41,6 +41,8 @@ pub(crate) struct Account<'a> {
     pub(crate) kept: Option<Result<u64, Error>>,
     /// Why it ended before its end.
     pub(crate) stop: Option<Stop>,
+    /// Why its files are still there, if they are.
+    pub(crate) left: Option<Error>,
 }
 
 impl<'a> Account<'a> {
@@ -54,6 +56,7 @@ impl<'a> Account<'a> {
             shown: None,
             kept: None,
             stop: None,
+            left: None,
         }
     }
 
@@ -140,11 +143,13 @@ impl<'a> Account<'a> {
         messages.extend(self.flaws().map(Error::to_string));
         match &self.stop {
             Some(Stop::Error(error, _)) => messages.push(error.to_string()),
-            Some(Stop::Signal(ending)) => {
+            Some(Stop::Signal(ending)) if self.left.is_none() => {
                 messages.push(format!("ended by {}; its files were removed", ending.name()));
             }
+            Some(Stop::Signal(ending)) => messages.push(format!("ended by {}", ending.name())),
             None => {}
         }
+        messages.extend(self.left.as_ref().map(Error::to_string));
         messages
     }
 
@@ -154,6 +159,7 @@ impl<'a> Account<'a> {
             _ if self.flaws().next().is_some() => FAILED,
             Some(Stop::Error(_, code)) => *code,
             Some(Stop::Signal(ending)) => ending.exit_code(),
+            None if self.left.is_some() => FAILED,
             None => DONE,
         }
     }
@@ -169,7 +175,8 @@ impl<'a> Account<'a> {
     pub(crate) fn json(&self) -> Value {
         let error = self.flaws().next().or(match &self.stop {
             Some(Stop::Error(error, _)) => Some(error),
-            _ => None,
+            Some(Stop::Signal(_)) => None,
+            None => self.left.as_ref(),
         });
         let ending = match &self.stop {
             Some(Stop::Signal(ending)) => Some(*ending),
