@@ -121,7 +121,7 @@ fn sizes_and_times_out_of_range_are_refused() {
 fn what_does_not_fit_is_refused_before_anything_is_written() {
     let there = directory();
     let space = nix::sys::statvfs::statvfs(there.path()).expect("asked");
-    let free = u64::from(space.blocks_available()) * u64::from(space.fragment_size());
+    let free = space.blocks_available() * space.fragment_size();
     // A disk of three quarters and a backup of as much: whatever others free or take meanwhile, it does not fit.
     let size = (free / 4 * 3).clamp(1 << 20, 64 << 30) >> 12 << 12;
     if size * 3 / 2 < free {

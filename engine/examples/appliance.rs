@@ -33,7 +33,7 @@ type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
 /// Bytes of a disk.
 const DISK: u64 = 192 << 20;
 /// Bytes of a write.
-const BLOCK: u64 = 4096;
+const BLOCK: usize = 4096;
 /// The journal is a ring of so many places, spread over the disk so that its entries lie in many clusters.
 const PLACES: u64 = 1024;
 /// The other threads keep off the blocks of the journal.
@@ -85,7 +85,7 @@ fn keep_journal(data: &Disk, log: &Disk, stop: &AtomicBool) -> Result<u64> {
     let mut entry = 0_u64;
     while !stop.load(Ordering::Relaxed) {
         entry += 1;
-        let mut block = [0; BLOCK as usize];
+        let mut block = [0; BLOCK];
         block[..8].copy_from_slice(&entry.to_le_bytes());
         data.write(entry % PLACES * APART, &block)?;
         log.write(entry % PLACES * APART, &block)?;
@@ -96,9 +96,9 @@ fn keep_journal(data: &Disk, log: &Disk, stop: &AtomicBool) -> Result<u64> {
 /// All over the disk, except where the journal is.
 fn write_at_random(disk: &Disk, stop: &AtomicBool, writes: &AtomicU64) -> Result<()> {
     let mut random = fastrand::Rng::new();
-    let mut block = [0; BLOCK as usize];
+    let mut block = [0; BLOCK];
     while !stop.load(Ordering::Relaxed) {
-        let offset = random.u64(..DISK / BLOCK) * BLOCK;
+        let offset = random.u64(..DISK / BLOCK as u64) * BLOCK as u64;
         if !offset.is_multiple_of(APART) {
             random.fill(&mut block);
             disk.write(offset, &block)?;

@@ -268,7 +268,7 @@ fn follow(backup: &Backup, meter: &mut Meter) -> Arc<JobResult> {
 fn check_space(parent: &Path, size: u64) -> Result<(), Error> {
     let found =
         statvfs(parent).map_err(|errno| Error::refused_by_system(Operation::Create, name(parent), errno))?;
-    let free = u64::from(found.blocks_available()).saturating_mul(u64::from(found.fragment_size()));
+    let free = found.blocks_available().saturating_mul(found.fragment_size());
     let needed = needed(size);
     if needed <= free {
         return Ok(());

@@ -197,7 +197,7 @@ impl<'a> Account<'a> {
             "seconds": self.args.seconds,
             "directory": self.directory.as_ref().map(|path| path.to_string_lossy()),
             "backup": self.backup.as_ref().map(|result| backup_value(result)),
-            "guest": self.felt.as_ref().map(|felt| guest_value(felt)),
+            "guest": self.felt.as_ref().map(guest_value),
             "proof": {
                 "backup": self.shown.as_ref().map(shown_value),
                 "disk": self.kept.as_ref().map(kept_value),
@@ -281,7 +281,7 @@ fn grouped(count: u64) -> String {
     let digits = count.to_string();
     let mut text = String::new();
     for (at, digit) in digits.char_indices() {
-        if at > 0 && (digits.len() - at) % 3 == 0 {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
             text.push(',');
         }
         text.push(digit);
