@@ -90,7 +90,7 @@ mod tests {
     use nix::errno::Errno;
 
     use super::*;
-    use crate::job::driver::empty_progress;
+    use crate::job::runner::empty_progress;
 
     fn result(outcome: Outcome, resumable: bool) -> JobResult {
         JobResult {

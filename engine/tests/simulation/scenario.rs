@@ -258,7 +258,6 @@ impl Scenario {
             speed: self.speed(),
             verify: self.verify,
             map: self.map.then(|| MapPlan { document: DocumentId(0), encode: Box::new(encode) }),
-            resumed,
             live: None,
             arena_start: 0,
             resumed: map.done,
