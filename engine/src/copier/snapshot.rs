@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use super::slots::SlotRun;
 use super::{Copier, Task, one};
 use crate::error::{Error, ErrorKind, Operation};
-use crate::interval_set::{Claim, ClusterState, Registration, Ticket, Waiter};
+use crate::interval_set::{Cancellation, Claim, ClusterState, Registration, Ticket, Waiter};
 use crate::piece::{Direction, Fault, Piece, Step};
 use crate::ring::{Arena, Output};
 use crate::units::{ByteRange, ClusterCount, ClusterRange};
@@ -135,7 +135,7 @@ impl Copier {
         let Some(request) = self.snapshots.requests.remove(&id) else { return };
         if let Some(ticket) = request.waits {
             // Woken already or not: nobody looks for it any more.
-            let _ = self.set.cancel(ticket);
+            let (Cancellation::Removed | Cancellation::AlreadyWoken) = self.set.cancel(ticket);
         }
         self.snapshots.outcomes.push((id, outcome));
     }
@@ -232,18 +232,18 @@ impl Copier {
 
     pub(super) fn on_snapshot_read(
         &mut self,
-        mut read: Box<SnapshotRead>,
+        mut read: SnapshotRead,
         result: Result<Output, Errno>,
         arena: &Arena,
     ) {
         let side = if read.from == From::Source { &self.plan.source } else { &self.plan.target };
         let fault = match read.piece.on_result(result, side) {
-            Step::Again if self.ending.is_none() => return self.push_snapshot(*read),
+            Step::Again if self.ending.is_none() => return self.push_snapshot(read),
             Step::Again => Some(Fault::Errno(Errno::ECANCELED)),
             Step::Finished => None,
             Step::Failed(fault) => Some(fault),
         };
-        let SnapshotRead { id, from, piece, buffer, slots, claim } = *read;
+        let SnapshotRead { id, from, piece, buffer, slots, claim } = read;
         let window = piece.range();
         let path =
             if from == From::Source { &self.plan.source.name } else { &self.plan.target.name }.to_string();

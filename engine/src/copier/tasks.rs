@@ -38,7 +38,7 @@ impl Copier {
             Task::Flush => self.on_flushed(&result, now),
             Task::Publish => self.on_published(&result),
             Task::DropBeforeVerify | Task::DropTargetCache => self.on_written_back(&result, now),
-            Task::Snapshot(read) => self.on_snapshot_read(read, result, arena),
+            Task::Snapshot(read) => self.on_snapshot_read(*read, result, arena),
             Task::DropSourceCache => {
                 if let Err(errno) = result {
                     tracing::debug!(%errno, "page cache not dropped");

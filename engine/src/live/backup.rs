@@ -137,7 +137,6 @@ impl Snapshot {
     }
 
     /// As [`Self::read`], as a future.
-    #[must_use]
     pub fn read_async(&self, offset: u64, length: usize) -> Io {
         let (answer, asked) = ask();
         self.send(offset, length, answer);
