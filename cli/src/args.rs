@@ -10,7 +10,9 @@ use clap_complete::Shell;
 use engine::copy::{CopyOptions, ErrorPolicy, Format, IoEngine, SyncMode};
 use engine::error::Error;
 use engine::storage::locator;
-use engine::units::{ClusterSize, Speed};
+use engine::units::{ClusterSize, Length, Speed};
+
+use crate::demo::BLOCK;
 
 /// Exit codes, as `--help` of every command that does work shows them.
 const COPY_EXIT_CODES: &str = "\
@@ -53,6 +55,23 @@ Exit codes:
   1    something could not be read
   2    wrong usage, or refused";
 
+const DEMO_HELP: &str = "\
+A disk of random data is made in a directory of its own below $TMPDIR (else /tmp), which goes at the end. \
+Every block that the guest writes carries its number and its version, so the proof finds what is missing, torn, too old \
+or too new. Twice the size is needed; what does not fit is refused before anything is written.
+
+Examples:
+  engine-cli demo
+  engine-cli demo --size 8G --seconds 10
+  TMPDIR=/mnt/nvme engine-cli demo --json
+
+Exit codes:
+  0    the backup shows one instant, and the disk has every acknowledged write
+  1    a proof failed, or something else did
+  2    wrong usage, no space, or refused
+  129, 130, 143
+       interrupted by SIGHUP, SIGINT (Ctrl-C), SIGTERM; the files are removed";
+
 const COMPLETIONS_HELP: &str = "\
 Examples:
   engine-cli completions bash > /etc/bash_completion.d/engine-cli
@@ -77,6 +96,7 @@ const MAIN_HELP: &str = "\
 Sizes are written like 4096, 64K, 1.5G (powers of 1024), speeds the same, a second.
 
 Examples:
+  engine-cli demo
   engine-cli copy disk.img backup.img
   engine-cli compare disk.img backup.img
   engine-cli copy --help
@@ -121,6 +141,9 @@ pub(crate) enum Command {
     /// Tell what is known about a disk, and what this host offers for copying it
     #[command(after_help = INFO_HELP)]
     Info(InfoArgs),
+    /// Back up a disk while a guest writes to it, and prove that the backup shows one instant
+    #[command(after_help = DEMO_HELP)]
+    Demo(DemoArgs),
     /// Print a completion script for a shell
     #[command(after_help = COMPLETIONS_HELP)]
     Completions(CompletionsArgs),
@@ -147,7 +170,7 @@ pub(crate) struct CopyArgs {
     /// Most clusters in flight (default: chosen from the cluster size)
     #[arg(long, value_name = "N", value_parser = queue_depth)]
     queue_depth: Option<u32>,
-    /// Speed limit in bytes a second, like 200M (default: none)
+    /// Speed limit in bytes a second, like 200M; what --verify reads back counts too (default: none)
     #[arg(long, value_name = "RATE", value_parser = speed)]
     speed: Option<Speed>,
     /// What to do when the source cannot be read
@@ -213,6 +236,27 @@ pub(crate) struct InfoArgs {
     pub(crate) json: bool,
 }
 
+/// `demo`.
+#[derive(Args, Debug)]
+pub(crate) struct DemoArgs {
+    /// How large the disk is, 1M to 64G
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = demo_size)]
+    pub(crate) size: Length,
+    /// How long the guest writes before the backup, and once more after it, 1 to 3600
+    #[arg(long, value_name = "N", default_value = "3", value_parser = demo_seconds)]
+    pub(crate) seconds: u64,
+    /// What is shown.
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+impl DemoArgs {
+    /// Blocks of the disk.
+    pub(crate) fn blocks(&self) -> u32 {
+        u32::try_from(self.size.0 / BLOCK as u64).expect("at most 64 GiB")
+    }
+}
+
 /// `completions`.
 #[derive(Args, Debug)]
 pub(crate) struct CompletionsArgs {
@@ -228,7 +272,7 @@ pub(crate) struct ManArgs {
     pub(crate) dir: Option<PathBuf>,
 }
 
-/// What `copy` and `compare` show while they work and at the end.
+/// What `copy`, `compare` and `demo` show while they work and at the end.
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct OutputArgs {
     /// Progress on standard error; auto: a bar on a terminal, else nothing; json: a line at most twice a second
@@ -370,6 +414,26 @@ fn queue_depth(text: &str) -> Result<u32, String> {
         Ok(0) => Err("nothing would ever be copied; use 1 or more, or leave the option out".to_owned()),
         Ok(depth) => Ok(depth),
         Err(_) => Err("it is no whole number; use 1 or more, or leave the option out".to_owned()),
+    }
+}
+
+/// Large enough for some clusters; small enough for the versions of all blocks in memory.
+fn demo_size(text: &str) -> Result<Length, String> {
+    let size = locator::parse_size(text).map_err(|error| why(&error))?;
+    if !(1 << 20..=64 << 30).contains(&size.0) {
+        return Err("it is out of range; choose 1M to 64G".to_owned());
+    }
+    if !size.0.is_multiple_of(BLOCK as u64) {
+        return Err("it is no multiple of the guest's blocks; choose a multiple of 4K".to_owned());
+    }
+    Ok(size)
+}
+
+fn demo_seconds(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(seconds @ 1..=3600) => Ok(seconds),
+        Ok(_) => Err("it is out of range; choose 1 to 3600".to_owned()),
+        Err(_) => Err("it is no whole number; choose 1 to 3600".to_owned()),
     }
 }
 

@@ -149,7 +149,13 @@ fn completions_and_man_pages_come_from_the_same_definition() {
     let there = directory();
     let output = run_in(there.path(), &["man", "pages"]);
     assert_eq!(code(&output), 0, "{}", stderr(&output));
-    for page in ["engine-cli.1", "engine-cli-copy.1", "engine-cli-compare.1", "engine-cli-info.1"] {
+    for page in [
+        "engine-cli.1",
+        "engine-cli-copy.1",
+        "engine-cli-compare.1",
+        "engine-cli-info.1",
+        "engine-cli-demo.1",
+    ] {
         let text = std::fs::read_to_string(there.path().join("pages").join(page)).expect(page);
         assert!(text.contains("engine"), "{page}");
     }

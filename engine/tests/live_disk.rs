@@ -70,6 +70,16 @@ fn block_on<F: Future>(future: F) -> F::Output {
     }
 }
 
+/// Waits until a start has raised the disk's barrier.
+fn await_barrier(disk: &LiveDisk) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let mut context = Context::from_waker(Waker::noop());
+    while pin!(disk.begin_write_async(ByteRange::new(0, 1))).poll(&mut context).is_ready() {
+        assert!(Instant::now() < deadline, "the barrier was never raised");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
 #[test]
 fn a_disk_nobody_writes_to_is_copied_whole() {
     let fixture = Fixture::new();
@@ -168,10 +178,11 @@ fn a_start_waits_for_permits_and_gives_up_without_a_trace() {
     assert!(!fixture.path("backup").exists(), "the new file is gone again");
     // A thread that holds a permit gets another through the raised barrier; others wait until it is down.
     let starting = thread::spawn({
-        let (engine, disk, options) = (fixture.engine.clone(), disk.clone(), fixture.options("backup"));
+        let (engine, disk, mut options) = (fixture.engine.clone(), disk.clone(), fixture.options("backup"));
+        options.start_timeout = Duration::from_secs(60);
         move || engine.start_backup(&disk, &options).unwrap().job.wait()
     });
-    thread::sleep(Duration::from_millis(100));
+    await_barrier(&disk);
     let nested = disk.begin_write(ByteRange::new(0, 10)).unwrap();
     let waiting = thread::spawn({
         let disk = disk.clone();
@@ -193,10 +204,11 @@ fn a_future_that_waits_at_the_barrier_may_be_dropped() {
     let (disk, _) = fixture.disk("disk", false);
     let permit = disk.begin_write(ByteRange::new(0, 4096)).unwrap();
     let starting = thread::spawn({
-        let (engine, disk, options) = (fixture.engine.clone(), disk.clone(), fixture.options("backup"));
+        let (engine, disk, mut options) = (fixture.engine.clone(), disk.clone(), fixture.options("backup"));
+        options.start_timeout = Duration::from_secs(60);
         move || engine.start_backup(&disk, &options).unwrap().job.wait()
     });
-    thread::sleep(Duration::from_millis(100));
+    await_barrier(&disk);
     let mut context = Context::from_waker(Waker::noop());
     let mut dropped = Box::pin(disk.begin_write_async(ByteRange::new(0, 1)));
     assert!(dropped.as_mut().poll(&mut context).is_pending());

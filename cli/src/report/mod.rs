@@ -4,6 +4,7 @@
 
 pub(crate) mod compare;
 pub(crate) mod copy;
+pub(crate) mod demo;
 pub(crate) mod info;
 pub(crate) mod units;
 

@@ -35,11 +35,13 @@ fn ended_by_a_signal_with_a_map_nothing_is_copied_twice() {
         assert_eq!(ended["result"], "cancelled");
         assert_eq!(ended["signal"], format!("SIG{signal}"));
         assert_eq!(ended["resumable"], true);
-        assert!(ended["done"].as_u64() >= Some(MIB as u64), "{ended}");
+        // With --verify what was not read back yet does not count: to end would take as long as to read it.
+        let verify = options.contains(&"--verify");
+        assert!(verify || ended["done"].as_u64() >= Some(MIB as u64), "{ended}");
         assert_eq!(fs::metadata(place.join("b")).expect("kept").len(), LENGTH as u64);
         let again = json(place, &[options, &["a", "b"]].concat(), 0);
-        assert_eq!(again["resumed"], ended["done"], "the last checkpoint holds everything that was done");
-        assert_eq!(again["verified"], options.contains(&"--verify"));
+        assert_eq!(again["resumed"], ended["done"], "the map holds everything that was called done");
+        assert_eq!(again["verified"], verify);
         assert!(same(&place.join("a"), &place.join("b")));
         assert!(!place.join("m").exists());
     }

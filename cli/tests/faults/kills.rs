@@ -4,7 +4,7 @@
 //!
 //! Copies are slowed down so that kills fall before, between and behind checkpoints (5 s apart), and several run at a time. What is
 //! checked: every result equals the source; no run does again more than the last checkpoint interval, that is, what the
-//! killed run had told as done [`INTERVAL`] and some [`SLACK`] before its death is not copied again.
+//! killed run had told as done [`INTERVAL`] and some [`SLACK`] before its death (twice that with `--verify`) is not copied again.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -130,11 +130,12 @@ fn told(lines: &[String]) -> Vec<(f64, u64)> {
         .collect()
 }
 
-/// What the map must hold after a run that told this.
-fn promised(told: &[(f64, u64)]) -> u64 {
+/// What the map must hold after a run that told this. What is read back first goes at the same speed, so it takes as long again.
+fn promised(told: &[(f64, u64)], verify: bool) -> u64 {
+    let interval = if verify { 2.0 * INTERVAL } else { INTERVAL };
     let Some(&(end, _)) = told.last() else { return 0 };
     told.iter()
-        .filter(|(seconds, _)| seconds + INTERVAL + SLACK <= end)
+        .filter(|(seconds, _)| seconds + interval + SLACK <= end)
         .map(|&(_, done)| done)
         .max()
         .unwrap_or(0)
@@ -208,7 +209,7 @@ fn one_copy(rng: &mut Rng, rounds: u32, seen: &Mutex<Seen>, devices: bool) {
         if let Some(first) = first {
             account(&first, promise, last_told, seen);
         }
-        promise = promise.max(promised(&told));
+        promise = promise.max(promised(&told, case.options.iter().any(|option| option == "--verify")));
         last_told = told.last().map_or(last_told, |&(_, done)| done);
         if promise > 0 && !case.place.join("m").exists() {
             // Killed behind the end: there is nothing to go on with.

@@ -119,6 +119,12 @@ fn file_systems_without_direct_io() {
                 assert_eq!(messages.matches(&notice).count(), 1, "{from} {to}: {messages}");
                 assert!(same(&place.join(from), &place.join(to)), "{from} {to} {length}");
             }
+            // What is read back from such a target has been in memory all the time, for all that is known.
+            for (from, to, told) in [("a", "fs/b", 1), ("fs/a", "b", 0)] {
+                let messages = copied(place, &[options, &["--force", "--verify", from, to]].concat());
+                let notice = "what is read back comes through the page cache";
+                assert_eq!(messages.matches(notice).count(), told, "{from} {to}: {messages}");
+            }
         }
     }
 }

@@ -39,6 +39,14 @@ pub(super) struct Captured {
     pub(super) complete: bool,
 }
 
+impl Captured {
+    /// Whether `cluster` is among them.
+    pub(super) fn holds(&self, cluster: ClusterIndex) -> bool {
+        let at = self.done.partition_point(|range| range.end <= cluster);
+        self.done.get(at).is_some_and(|range| range.start <= cluster)
+    }
+}
+
 /// See the module's header.
 #[derive(Debug)]
 pub(super) struct Checkpoints {
@@ -51,8 +59,11 @@ pub(super) struct Checkpoints {
     pub(super) dirty: bool,
     /// The map does not show all that is durable, because it could not be written.
     pub(super) map_stale: bool,
+    /// It was said that the map cannot be written.
+    pub(super) map_failure_said: bool,
     /// A map was written (or was there to resume from).
     pub(super) map_written: bool,
+    /// Since something last became durable. A write-back between the flush and the claim counts.
     pub(super) failed_flushes: u32,
     last_start: Timestamp,
     bytes_since: u64,
@@ -67,6 +78,7 @@ impl Checkpoints {
             durable: resumed,
             dirty: true,
             map_stale: false,
+            map_failure_said: false,
             failed_flushes: 0,
             last_start: Timestamp::default(),
             bytes_since: 0,
@@ -143,33 +155,6 @@ pub(super) fn subtract(ranges: &[ClusterRange], others: &[ClusterRange]) -> Vec<
     rest
 }
 
-/// `ranges` without `clusters`; both ascending (`clusters` in any order).
-pub(super) fn without(ranges: &[ClusterRange], mut clusters: Vec<ClusterIndex>) -> Vec<ClusterRange> {
-    clusters.sort_unstable();
-    let mut holes = clusters.into_iter().peekable();
-    let mut rest = Vec::with_capacity(ranges.len());
-    for range in ranges {
-        let mut start = range.start;
-        while let Some(&hole) = holes.peek() {
-            if hole >= range.end {
-                break;
-            }
-            holes.next();
-            if hole < start {
-                continue;
-            }
-            if start < hole {
-                rest.push(ClusterRange { start, end: hole });
-            }
-            start = ClusterIndex(hole.0 + 1);
-        }
-        if start < range.end {
-            rest.push(ClusterRange { start, end: range.end });
-        }
-    }
-    rest
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -201,17 +186,5 @@ mod tests {
             }
             assert!(rest.iter().all(|range| !range.is_empty()));
         }
-    }
-
-    #[test]
-    fn clusters_are_cut_out_of_ranges() {
-        let ranges = [ClusterRange::new(0, 5), ClusterRange::new(8, 10)];
-        let cut = |clusters: &[u64]| without(&ranges, clusters.iter().map(|&c| ClusterIndex(c)).collect());
-        assert_eq!(cut(&[]), ranges);
-        assert_eq!(
-            cut(&[9, 0, 2, 2, 7]),
-            [ClusterRange::new(1, 2), ClusterRange::new(3, 5), ClusterRange::new(8, 9)]
-        );
-        assert_eq!(cut(&[0, 1, 2, 3, 4, 8, 9]), []);
     }
 }

@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
+use nix::errno::Errno;
+
 use super::checkpoint::Stage;
 use super::piece::Fault;
 use super::retry::{Verdict, verdict};
-use super::tally::Was;
 use super::transfer::{Expected, Failure};
+use super::verify::Unverified;
 use super::{Copier, Ending, Event, one};
 use crate::error::{Error, ErrorKind, Operation};
 use crate::job::IoStatus;
@@ -45,8 +47,7 @@ impl Copier {
                     .at(range)
             }
             Fault::NothingWritten => {
-                Error::new(ErrorKind::Io(nix::errno::Errno::EIO), operation, path, "nothing was written")
-                    .at(range)
+                Error::new(ErrorKind::Io(Errno::EIO), operation, path, "nothing was written").at(range)
             }
             Fault::Mismatch => Error::verify_mismatch(path, range),
         }
@@ -108,11 +109,11 @@ impl Copier {
         self.tally.settled_clusters += 1;
         self.skipped_bytes += self.plan.geometry.bytes_of(one(cluster)).length;
         self.checkpoints.on_settled(1);
-        self.skipped.insert(cluster, Arc::clone(&error));
-        if self.skipped.len() > self.plan.limits.skipped_ranges {
-            let reason = format!("more than {} clusters cannot be copied", self.plan.limits.skipped_ranges);
-            let error =
-                Error::new(ErrorKind::Io(nix::errno::Errno::EIO), Operation::Copy, error.path(), reason);
+        self.skipped.add(cluster, Arc::clone(&error));
+        self.mismatches.remove(&cluster);
+        if self.skipped.count() > self.plan.limits.skipped_ranges {
+            let reason = format!("more than {} ranges cannot be copied", self.plan.limits.skipped_ranges);
+            let error = Error::new(ErrorKind::Io(Errno::EIO), Operation::Copy, error.path(), reason);
             self.end_with(Ending::Failed(Arc::new(error)));
         }
     }
@@ -128,34 +129,62 @@ impl Copier {
         };
         verification.running -= 1;
         let Some(failure) = failure else { return };
-        if unsettled.len() > 1 && failure.fault != Fault::Mismatch {
+        // When the job ends, a read that was to go on does not: its clusters are passed over with the rest.
+        let given_up = self.ending.is_some() && failure.fault == Fault::Errno(Errno::ECANCELED);
+        if given_up || (unsettled.len() > 1 && failure.fault != Fault::Mismatch) {
             return verification.take_apart(unsettled.into_iter());
         }
-        verification.failed.extend(unsettled.into_iter().map(|(cluster, _)| (cluster, Some(failure))));
+        let failures = verification.failed(unsettled.into_iter(), failure);
+        if failures >= self.plan.limits.mismatches {
+            verification.abandon();
+        }
+        // One is enough, when it ends the job.
+        let policy = self.policy_of(failure.operation);
+        if verdict(policy, failure.fault, 0, &self.plan.limits) == Verdict::Fail {
+            self.end_with(Ending::Failed(Arc::new(self.error_of(failure))));
+        }
     }
 
     /// Clusters that failed their verification, or were not verified any more: they are not done after all.
-    pub(super) fn reopen_unverified(
-        &mut self,
-        failed: Vec<(ClusterIndex, Was, Option<Failure>)>,
-        now: Timestamp,
-    ) {
-        for (cluster, was, failure) in failed {
-            let reopened = self.set.reopen(one(cluster));
-            assert_eq!(reopened.0, 1, "a cluster that was read back was done");
-            let range = self.plan.geometry.bytes_of(one(cluster));
-            self.tally.withdraw(was, range.length);
+    pub(super) fn reopen_unverified(&mut self, unverified: &[Unverified], now: Timestamp) {
+        let mut untold: Option<(Failure, u64)> = None;
+        for &Unverified { clusters, was, failure } in unverified {
+            let reopened = self.set.reopen(clusters);
+            assert_eq!(reopened.0, clusters.count(), "clusters to be read back were done");
+            let range = self.plan.geometry.bytes_of(clusters);
+            self.tally.withdraw(was, clusters.count(), range.length);
             self.checkpoints.dirty = true;
-            let Some(failure) = failure else { continue };
+            let Some(failure) = failure else {
+                self.rewind_to(clusters.start);
+                continue;
+            };
             // Whatever the target's blanks were believed to be, this one was not what it should be.
-            self.blank_is_zero = false;
+            self.blanks_are_not_zero();
+            let failure = Failure { range, ..failure };
             if self.ending.is_some() {
+                untold.get_or_insert((failure, 0)).1 += clusters.count();
                 continue;
             }
+            let cluster = clusters.start;
             let attempts = self.mismatches.entry(cluster).or_insert(0);
             *attempts += 1;
             let attempts = *attempts - 1;
-            self.apply_verdict(cluster, attempts, Failure { range, ..failure }, now);
+            self.apply_verdict(cluster, attempts, failure, now);
         }
+        if let Some((first, clusters)) = untold {
+            self.tell_unverified(first, clusters);
+        }
+    }
+
+    /// The job is ending, and no policy is asked about `clusters` clusters that failed their verification: say so, unless that is why it ends.
+    fn tell_unverified(&mut self, first: Failure, clusters: u64) {
+        if matches!(&self.ending, Some(Ending::Failed(error)) if error.operation() == Operation::Verify) {
+            return;
+        }
+        let more = match clusters {
+            1 => String::new(),
+            _ => format!(" (the first of {clusters} clusters)"),
+        };
+        self.events.push(Event::Notice(format!("found while ending: {}{more}", self.error_of(first))));
     }
 }

@@ -28,7 +28,7 @@ use super::plan::planted;
 use super::transfer::{Failure, TransferId};
 use super::{Copier, Ending, Task, one};
 use crate::error::{Error, ErrorKind, Operation};
-use crate::interval_set::{ClusterState, Registration, Ticket, Waiter};
+use crate::interval_set::{Cancellation, ClusterState, Registration, Ticket, Waiter};
 use crate::modes::{CbwErrorPolicy, ErrorPolicy};
 use crate::units::{ClusterCount, ClusterIndex, ClusterRange, Timestamp};
 
@@ -113,7 +113,7 @@ impl Copier {
         let Some(request) = self.guests.requests.remove(&id) else { return false };
         if let Some(ticket) = request.waits {
             // Woken already or not: nobody looks for it any more.
-            let _ = self.set.cancel(ticket);
+            let (Cancellation::Removed | Cancellation::AlreadyWoken) = self.set.cancel(ticket);
         }
         true
     }

@@ -28,6 +28,7 @@ pub mod inspect;
 pub mod plan;
 mod retry;
 mod settle;
+mod skipped;
 mod slots;
 pub mod snapshot;
 mod sweep;
@@ -47,14 +48,15 @@ use crate::interval_set::{Claim, IntervalSet};
 use crate::job::{IoStatus, SkippedRange};
 use crate::piece::{self, Piece};
 use crate::ring::{Op, Token, ZeroMethod};
-use crate::units::{ByteRange, ClusterIndex, Speed, Timestamp};
+use crate::units::{ByteRange, ClusterIndex, ClusterRange, Speed, Timestamp};
 
 use allocation::AllocateAhead;
-use checkpoint::{Captured, Checkpoints};
+use checkpoint::{Captured, Checkpoints, Stage};
 use extents::ExtentWindow;
 use guests::Guests;
 use plan::Plan;
 use retry::RetryList;
+use skipped::Skipped;
 use slots::Slots;
 use snapshot::Snapshots;
 use tally::Tally;
@@ -72,7 +74,7 @@ pub enum Event {
         /// The error.
         error: Arc<Error>,
     },
-    /// Nothing is in flight; said once after each pause.
+    /// Nothing is in flight, and nothing will be before a resume (or the end); said once after each pause.
     Drained,
     /// Something worth telling a person that is no error of the copy.
     Notice(String),
@@ -197,7 +199,9 @@ pub struct Copier {
     retries: RetryList,
     /// Failed verifications of a cluster so far.
     mismatches: BTreeMap<ClusterIndex, u32>,
-    skipped: BTreeMap<ClusterIndex, Arc<Error>>,
+    skipped: Skipped,
+    /// What an earlier run left out, as long as the sweep passes over it.
+    postponed: Vec<ClusterRange>,
     /// What was copied since the last capture.
     window: Window,
     /// What was copied between the last two captures, while its flush is under way.
@@ -273,7 +277,8 @@ impl Copier {
             throttle: Throttle::new(plan.speed, geometry.cluster_size().bytes()),
             retries: RetryList::default(),
             mismatches: BTreeMap::new(),
-            skipped: BTreeMap::new(),
+            skipped: Skipped::default(),
+            postponed: plan.postponed.clone(),
             window: Window::default(),
             closed_window: Window::default(),
             checkpoints: Checkpoints::new(resumed, plan.map.is_some()),
@@ -325,17 +330,22 @@ impl Copier {
     /// When to call [`Self::poll`] again although nothing has happened.
     #[must_use]
     pub fn next_deadline(&self, now: Timestamp) -> Option<Timestamp> {
-        let checkpoint =
-            (self.keeps_checkpoints() && self.checkpoints.awaits_time() && self.ending.is_none())
-                .then(|| self.checkpoints.due_at(&self.plan.limits))
-                // One that is due already waits for something in flight, whose completion comes first.
-                .filter(|&due| due > now);
+        let checkpoint = (self.keeps_checkpoints()
+            && self.checkpoints.awaits_time()
+            && self.ending.is_none()
+            && !self.drained())
+        .then(|| self.checkpoints.due_at(&self.plan.limits))
+        // One that is due already waits for something in flight, whose completion comes first.
+        .filter(|&due| due > now);
         let sweep = match self.hold_until {
             _ if self.ending.is_some() || self.paused() => None,
             Some(until) => Some(until),
             None => self.throttle.next_at(now).into_iter().chain(self.retries.next_after(now)).min(),
         };
-        checkpoint.into_iter().chain(sweep).chain(self.guests.next_deadline()).min()
+        let reading_back = matches!(&self.checkpoints.stage, Stage::Verifying(window) if window.has_next());
+        let read_back = if reading_back { self.throttle.next_at(now) } else { None };
+        let guests = self.guests.next_deadline();
+        checkpoint.into_iter().chain(sweep).chain(read_back).chain(guests).min()
     }
 
     /// A user pauses the sweep, or lets it go on. Letting go on also lifts a pause on an error.
@@ -420,21 +430,7 @@ impl Copier {
     /// Ranges left out so far, ascending; neighbours with the same error merged.
     #[must_use]
     pub fn skipped_ranges(&self) -> Vec<SkippedRange> {
-        let mut ranges: Vec<(ByteRange, &Error)> = Vec::new();
-        for (&cluster, error) in &self.skipped {
-            let range = self.plan.geometry.bytes_of(one(cluster));
-            match ranges.last_mut() {
-                Some((last, first)) if last.end() == range.offset && first.tells_the_same_as(error) => {
-                    last.length += range.length;
-                }
-                _ => ranges.push((range, error)),
-            }
-        }
-        let told = |(range, error): (ByteRange, &Error)| SkippedRange {
-            range,
-            error: error.clone().at(range).to_string(),
-        };
-        ranges.into_iter().map(told).collect()
+        self.skipped.told(self.plan.geometry)
     }
 
     /// Whether a later run can go on from the map as it stands.
@@ -467,6 +463,11 @@ impl Copier {
 
     fn paused(&self) -> bool {
         self.user_paused || self.stopped.is_some()
+    }
+
+    /// Paused, and it was said that nothing is in flight: nothing may be started then, a checkpoint that is due neither.
+    fn drained(&self) -> bool {
+        self.paused() && self.drained_said
     }
 }
 

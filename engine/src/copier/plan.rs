@@ -67,6 +67,8 @@ pub struct Plan {
     pub target_is_zero: bool,
     /// Reserve space on the target ahead of the data.
     pub allocate_ahead: bool,
+    /// The target can tell which of its ranges are holes; else what was not written has to be read back, to verify that it is zero.
+    pub target_shows_holes: bool,
     /// In-flight clusters; the arena holds as many.
     pub slots: u32,
     /// Where the first slot lies in the arena, in bytes.
@@ -87,6 +89,8 @@ pub struct Plan {
     pub resumed: Vec<ClusterRange>,
     /// The source is a disk that guests write to.
     pub live: Option<LivePlan>,
+    /// What an earlier run left out, ascending: tried again after all else.
+    pub postponed: Vec<ClusterRange>,
     /// Limits that tests make smaller.
     pub limits: Limits,
     /// A bug put in on purpose, to see that the tests catch it.
@@ -105,8 +109,10 @@ pub struct Limits {
     pub retries: u32,
     /// Pause before the first retry; doubles with each.
     pub retry_pause: Duration,
-    /// Most ranges left out; one more fails the job.
+    /// Most ranges left out, of whatever size; one more fails the job.
     pub skipped_ranges: usize,
+    /// Clusters that a verification finds wrong before it leaves the rest of its window to be copied again.
+    pub mismatches: usize,
     /// Most bytes made zero by one request.
     pub zero_run_bytes: u64,
     /// First and smallest window of space reserved ahead, in bytes of data.
@@ -127,6 +133,7 @@ impl Default for Limits {
             retries: 5,
             retry_pause: Duration::from_millis(100),
             skipped_ranges: 65_536,
+            mismatches: 1024,
             zero_run_bytes: 32 << 20,
             allocation_window_min: 16 << 20,
             allocation_window_max: 1 << 30,

@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::checkpoint::{Captured, Stage, subtract, without};
+use super::checkpoint::{Captured, Stage, subtract};
 use super::piece::Fault;
 use super::plan::{Checkpoint, planted};
 use super::retry::{Verdict, verdict};
-use super::verify::{Verification, Window};
-use super::{Copier, Ending, Event, Task, one};
+use super::skipped::merged;
+use super::verify::{Unverified, Verification, Window};
+use super::{Copier, Ending, Event, Task};
 use crate::error::{Error, Operation};
 use crate::modes::SyncMode;
 use crate::ring::{Op, Output};
@@ -26,7 +27,12 @@ impl Copier {
             return self.settle_ending(now);
         }
         let idle = self.is_idle();
-        if self.paused() && self.sweep_is_idle() && !self.drained_said {
+        let still = match self.plan.live {
+            // Guests go on, and what is copied for them.
+            Some(_) => self.sweep_is_idle() && self.checkpoints.is_idle(),
+            None => idle && self.checkpoints.is_idle() && self.nothing_under_way(),
+        };
+        if self.paused() && still && !self.drained_said {
             self.drained_said = true;
             self.events.push(Event::Drained);
         }
@@ -37,10 +43,12 @@ impl Copier {
         if all_settled && idle && self.checkpoints.is_idle() && !self.paused() {
             return self.begin_checkpoint(true, now);
         }
-        if self.keeps_checkpoints() && self.checkpoints.is_due(now, &self.plan.limits) {
+        if self.keeps_checkpoints() && !self.drained() && self.checkpoints.is_due(now, &self.plan.limits) {
             self.begin_checkpoint(false, now);
         }
-        self.drop_cache();
+        if !self.paused() {
+            self.drop_cache();
+        }
     }
 
     fn settle_ending(&mut self, now: Timestamp) {
@@ -48,13 +56,20 @@ impl Copier {
             return;
         }
         let decided = matches!(self.ending, Some(Ending::Complete));
-        let kept = self.plan.map.is_some() && self.checkpoints.dirty;
+        let last_word = self.plan.map.is_some() && !self.salvaged && !decided;
         // What guests had copied is the result, and the user has ended it.
-        let fleeced = self.plan.sync == SyncMode::None && matches!(self.ending, Some(Ending::Cancelled));
-        let salvage = (kept || fleeced) && !self.salvaged && !decided;
+        let fleeced = self.plan.sync == SyncMode::None
+            && matches!(self.ending, Some(Ending::Cancelled))
+            && !self.salvaged;
         self.salvaged = true;
-        if salvage {
+        if fleeced || (last_word && self.checkpoints.dirty && !self.plan.verify) {
             self.begin_checkpoint(false, now);
+        } else if last_word && (self.checkpoints.dirty || self.checkpoints.map_stale) {
+            // To claim more it would have to be read back first, for as long as that takes. So no more is called done either.
+            self.tally = self.checkpoints.durable.tally;
+            self.tally.settled_clusters += self.skipped.clusters();
+            self.checkpoints.stage = Stage::Publishing;
+            self.push_map(false);
         } else if self.nothing_under_way() {
             let ending = self.ending.clone().expect("it is ending");
             self.finish(ending);
@@ -108,14 +123,13 @@ impl Copier {
 
     /// The set of done clusters now, without those left out.
     fn capture(&self) -> Captured {
-        let skipped = self.skipped.keys().copied().collect();
         let mut tally = self.tally;
-        tally.settled_clusters -= self.skipped.len() as u64;
+        tally.settled_clusters -= self.skipped.clusters();
         // Without checkpoints nothing is ever taken back to this.
         let ranges: Vec<ClusterRange> =
             if self.keeps_checkpoints() { self.set.done_ranges().collect() } else { Vec::new() };
         let complete = self.tally.settled_clusters == self.plan.geometry.clusters().0;
-        Captured { done: without(&ranges, skipped), tally, complete }
+        Captured { done: subtract(&ranges, &self.skipped.ranges()), tally, complete }
     }
 
     fn begin_checkpoint(&mut self, last: bool, now: Timestamp) {
@@ -138,7 +152,6 @@ impl Copier {
                 if planted!(self.plan, CaptureAfterFlush) {
                     self.checkpoints.captured = self.capture();
                 }
-                self.checkpoints.failed_flushes = 0;
                 self.begin_verification();
             }
             Err(_) if planted!(self.plan, FlushRetriedAndBelieved) => {
@@ -151,7 +164,8 @@ impl Copier {
     /// The window that the last capture closed is on the medium: read it back. Without `verify` it is empty.
     fn begin_verification(&mut self) {
         let window = std::mem::take(&mut self.closed_window);
-        let cached = self.plan.verify && self.plan.target.direct_alignment.is_none();
+        let wanted = self.plan.verify && self.ending.is_none();
+        let cached = wanted && self.plan.target.direct_alignment.is_none();
         if cached {
             let range = ByteRange::new(0, self.plan.geometry.length().0);
             self.push(Task::DropBeforeVerify, Op::DropCache { file: self.plan.target.file, range });
@@ -216,15 +230,13 @@ impl Copier {
     fn withdraw(&mut self) {
         let durable = &self.checkpoints.durable;
         let done: Vec<ClusterRange> = self.set.done_ranges().collect();
-        let lost = without(&subtract(&done, &durable.done), self.skipped.keys().copied().collect());
+        let lost = subtract(&subtract(&done, &durable.done), &self.skipped.ranges());
         for &range in &lost {
             self.set.reopen(range);
         }
         tracing::info!(ranges = lost.len(), "withdrawn");
-        // What was written and lost may be there in part: nothing on the target is known to be zero any more.
-        self.blank_is_zero = false;
         self.tally = durable.tally;
-        self.tally.settled_clusters += self.skipped.len() as u64;
+        self.tally.settled_clusters += self.skipped.clusters();
         for (_, transfer) in &mut self.transfers {
             transfer.tainted = !matches!(transfer.purpose, super::transfer::Purpose::Verify(_));
         }
@@ -235,47 +247,68 @@ impl Copier {
         self.checkpoints.dirty = true;
         self.retries.clear();
         self.rewind_to(crate::units::ClusterIndex(0));
+        // What was written and lost may be there in part: nothing on the target is known to be zero any more. A later run must not
+        // believe it either, however this one ends.
+        self.blanks_are_not_zero();
+        if self.plan.map.is_some() {
+            self.checkpoints.stage = Stage::Publishing;
+            self.push_map(false);
+        }
+    }
+
+    /// What was not written yet does not read as zeros on the target, or is not known to. Transfers that leave holes out, because it did, have
+    /// to begin again; those that have not written yet do not write at all.
+    pub(super) fn blanks_are_not_zero(&mut self) {
+        self.blank_is_zero = false;
+        for (_, transfer) in &mut self.transfers {
+            let copies = !matches!(transfer.purpose, super::transfer::Purpose::Verify(_));
+            transfer.tainted |= copies && !transfer.reads_whole(transfer.bytes);
+        }
     }
 
     /// When the window under verification is through: claim what compared equal.
     fn finish_verification(&mut self, now: Timestamp) {
         let Stage::Verifying(verification) = &mut self.checkpoints.stage else { return };
-        if matches!(self.ending, Some(Ending::Failed(_))) {
+        if self.ending.is_some() {
+            // Whoever wants it to end does not wait for the rest. What was compared so far is claimed.
             verification.abandon();
         }
         if !verification.is_done() {
             return;
         }
-        let failed: Vec<_> = std::mem::take(&mut verification.failed)
-            .into_iter()
-            .map(|(cluster, failure)| (cluster, verification.was(cluster), failure))
-            .collect();
+        let unverified = verification.take_unverified();
         self.checkpoints.stage = Stage::Idle;
         let mut captured = std::mem::take(&mut self.checkpoints.captured);
-        if !failed.is_empty() {
+        if !unverified.is_empty() {
+            let ranges: Vec<ClusterRange> = unverified.iter().map(|unverified| unverified.clusters).collect();
             captured.complete = false;
-            captured.done = without(&captured.done, failed.iter().map(|&(cluster, ..)| cluster).collect());
-            for &(cluster, was, _) in &failed {
-                captured.tally.withdraw(was, self.plan.geometry.bytes_of(one(cluster)).length);
+            captured.done = subtract(&captured.done, &ranges);
+            for &Unverified { clusters, was, .. } in &unverified {
+                let bytes = self.plan.geometry.bytes_of(clusters).length;
+                captured.tally.withdraw(was, clusters.count(), bytes);
             }
         }
         let complete = captured.complete;
+        self.mismatches.retain(|&cluster, _| !captured.holds(cluster));
         self.checkpoints.durable = captured;
-        self.reopen_unverified(failed, now);
+        self.checkpoints.failed_flushes = 0;
+        self.reopen_unverified(&unverified, now);
         if complete {
             self.end_with(Ending::Complete);
         }
         if self.plan.map.is_some() {
             self.checkpoints.stage = Stage::Publishing;
             let succeeded = matches!(self.ending, Some(Ending::Complete));
-            self.push_map(succeeded && self.skipped.is_empty());
+            self.push_map(succeeded && self.skipped.count() == 0);
         }
     }
 
     /// Publish what is durable, or, at the end of a complete copy, remove the map.
     fn push_map(&mut self, remove: bool) {
         let Some(map) = &self.plan.map else { return };
-        let skipped = ranges_of(self.skipped.keys().copied());
+        let mut skipped = [self.skipped.ranges().as_slice(), &self.postponed].concat();
+        skipped.sort_unstable_by_key(|range| range.start);
+        let skipped = merged(skipped.into_iter());
         let contents = (!remove).then(|| {
             (map.encode)(&Checkpoint {
                 done: self.checkpoints.durable.done.clone(),
@@ -297,19 +330,22 @@ impl Copier {
                 self.checkpoints.map_stale = false;
                 self.checkpoints.map_written = !self.map_removed;
             }
-            Err(errno) if !self.checkpoints.map_stale => {
-                self.checkpoints.map_stale = true;
-                let notice = if self.map_removed {
-                    format!("the copy is complete, but its map file cannot be removed: {}", errno.desc())
-                } else {
-                    format!(
-                        "the map file cannot be written ({}): an interrupted copy would go on from an older one",
-                        errno.desc()
-                    )
-                };
+            Err(errno) if self.map_removed => {
+                let reason = errno.desc();
+                let notice = format!("the copy is complete, but its map file cannot be removed: {reason}");
                 self.events.push(Event::Notice(notice));
             }
-            Err(errno) => tracing::warn!(%errno, "map file still cannot be written"),
+            Err(errno) => {
+                self.checkpoints.map_stale = true;
+                tracing::warn!(%errno, "map file cannot be written");
+                // Once a job: a map file that fails now and then fails often.
+                if !std::mem::replace(&mut self.checkpoints.map_failure_said, true) {
+                    self.events.push(Event::Notice(format!(
+                        "the map file cannot be written ({}): an interrupted copy would go on from an older one",
+                        errno.desc()
+                    )));
+                }
+            }
         }
     }
 
@@ -331,16 +367,4 @@ impl Copier {
             self.push(Task::DropTargetCache, Op::DropCache { file: self.plan.target.file, range });
         }
     }
-}
-
-/// Ascending clusters as ranges.
-fn ranges_of(clusters: impl Iterator<Item = crate::units::ClusterIndex>) -> Vec<ClusterRange> {
-    let mut ranges: Vec<ClusterRange> = Vec::new();
-    for cluster in clusters {
-        match ranges.last_mut() {
-            Some(last) if last.end == cluster => last.end.0 += 1,
-            _ => ranges.push(one(cluster)),
-        }
-    }
-    ranges
 }

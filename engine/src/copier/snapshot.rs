@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use super::slots::SlotRun;
 use super::{Copier, Task, one};
 use crate::error::{Error, ErrorKind, Operation};
-use crate::interval_set::{Claim, ClusterState, Registration, Ticket, Waiter};
+use crate::interval_set::{Cancellation, Claim, ClusterState, Registration, Ticket, Waiter};
 use crate::piece::{Direction, Fault, Piece, Step};
 use crate::ring::{Arena, Output};
 use crate::units::{ByteRange, ClusterCount, ClusterIndex, ClusterRange};
@@ -140,7 +140,7 @@ impl Copier {
         let Some(request) = self.snapshots.requests.remove(&id) else { return };
         if let Some(ticket) = request.waits {
             // Woken already or not: nobody looks for it any more.
-            let _ = self.set.cancel(ticket);
+            let (Cancellation::Removed | Cancellation::AlreadyWoken) = self.set.cancel(ticket);
         }
         self.snapshots.outcomes.push((id, outcome));
     }
@@ -156,7 +156,7 @@ impl Copier {
         }
         let clusters = self.plan.geometry.covering(rest);
         let first = clusters.start;
-        if let Some(error) = self.skipped.get(&first) {
+        if let Some(error) = self.skipped.error_of(first) {
             let reason = format!(
                 "it was left out of the copy, and a guest may have changed it since: {}",
                 error.reason()
@@ -203,7 +203,7 @@ impl Copier {
         let wanted = ClusterRange::new(clusters.start.0, clusters.start.0 + u64::from(free));
         let (run, claim) = if done {
             let same = wanted.iter().take_while(|&cluster| {
-                self.set.state(cluster) == ClusterState::Done && !self.skipped.contains_key(&cluster)
+                self.set.state(cluster) == ClusterState::Done && self.skipped.error_of(cluster).is_none()
             });
             let end = wanted.start.0 + same.count() as u64;
             (ClusterRange::new(wanted.start.0, end), None)
@@ -237,18 +237,18 @@ impl Copier {
 
     pub(super) fn on_snapshot_read(
         &mut self,
-        mut read: Box<SnapshotRead>,
+        mut read: SnapshotRead,
         result: Result<Output, Errno>,
         arena: &Arena,
     ) {
         let side = if read.from == From::Source { &self.plan.source } else { &self.plan.target };
         let fault = match read.piece.on_result(result, side) {
-            Step::Again if self.ending.is_none() => return self.push_snapshot(*read),
+            Step::Again if self.ending.is_none() => return self.push_snapshot(read),
             Step::Again => Some(Fault::Errno(Errno::ECANCELED)),
             Step::Finished => None,
             Step::Failed(fault) => Some(fault),
         };
-        let SnapshotRead { id, from, piece, buffer, slots, claim } = *read;
+        let SnapshotRead { id, from, piece, buffer, slots, claim } = read;
         let window = piece.range();
         let path =
             if from == From::Source { &self.plan.source.name } else { &self.plan.target.name }.to_string();

@@ -1,4 +1,4 @@
-//! What to start next: verification runs, retries, then the sweep in order.
+//! What to start next: verification runs, retries, then the sweep in order, and last what an earlier run left out.
 
 use super::checkpoint::Stage;
 use super::extents::{ExtentWindow, Known};
@@ -36,7 +36,7 @@ impl Copier {
     /// Start what can be started now. `true`: the work budget of an iteration was used up before that.
     pub(super) fn advance(&mut self, now: Timestamp) -> bool {
         let steps = (0..STEPS).take_while(|_| self.step(now)).count();
-        if self.plan.sync == SyncMode::None {
+        if self.ending.is_some() || self.paused() || self.plan.sync == SyncMode::None {
             return steps == STEPS as usize;
         }
         if let Some(op) = self.holes.question(self.plan.source.file) {
@@ -51,7 +51,7 @@ impl Copier {
 
     /// One step; `false` when nothing can be started before something happens.
     fn step(&mut self, now: Timestamp) -> bool {
-        if self.start_verification() {
+        if self.start_verification(now) {
             return true;
         }
         let idle = self.plan.sync == SyncMode::None;
@@ -86,13 +86,19 @@ impl Copier {
     fn sweep(&mut self, now: Timestamp) -> bool {
         let end = ClusterIndex(self.plan.geometry.clusters().0);
         if self.position >= end {
-            return false;
+            return self.turn_to_postponed();
         }
         let Some(next) = self.set.next_not_done(self.position) else {
             self.position = end;
-            return false;
+            return self.turn_to_postponed();
         };
         self.position = next;
+        let following = self.postponed.partition_point(|range| range.end <= next);
+        let postponed = self.postponed.get(following).copied();
+        if let Some(range) = postponed.filter(|range| range.contains(next)) {
+            self.position = range.end;
+            return true;
+        }
         let offset = self.plan.geometry.offset_of(next);
         self.holes.passed(offset);
         if let Some(layers) = &mut self.layers {
@@ -106,6 +112,7 @@ impl Copier {
             }
             return false;
         };
+        let end = postponed.map_or(end, |range| end.min(range.start));
         match stretch {
             Stretch::Uncovered => {
                 self.settle_at_once(ClusterRange { start: next, end }, None);
@@ -118,6 +125,17 @@ impl Copier {
             Stretch::Hole => self.start_zero_run(ClusterRange { start: next, end }),
             Stretch::Data => self.start_run(ClusterRange { start: next, end }, now),
         }
+    }
+
+    /// Everything else was passed: once it is also done, try what an earlier run left out. It may fail again, and take long to.
+    fn turn_to_postponed(&mut self) -> bool {
+        let Some(&first) = self.postponed.first() else { return false };
+        if !self.transfers.is_empty() || self.zero_runs > 0 || self.retries.len() > 0 {
+            return false;
+        }
+        self.postponed.clear();
+        self.rewind_to(first.start);
+        true
     }
 
     /// What lies from `cluster` on, and up to where; `None`: not known yet.
@@ -150,8 +168,10 @@ impl Copier {
 
     /// Clusters of `range` that need no I/O: not covered (`None`), or holes of a target that is zero.
     fn settle_at_once(&mut self, range: ClusterRange, was: Option<Was>) {
-        let Some(claim) = self.set.claim_first(range, ClusterCount(range.count().min(MAX_SETTLED_AT_ONCE)))
-        else {
+        let to_read_back = was.is_some() && self.plan.verify && !self.plan.target_shows_holes;
+        let window = (self.plan.limits.checkpoint_bytes / self.plan.geometry.cluster_size().bytes()).max(1);
+        let max = if to_read_back { window.min(MAX_SETTLED_AT_ONCE) } else { MAX_SETTLED_AT_ONCE };
+        let Some(claim) = self.set.claim_first(range, ClusterCount(range.count().min(max))) else {
             self.position = range.end;
             return;
         };
@@ -168,7 +188,13 @@ impl Copier {
                 self.tally.settled_clusters += clusters.count();
             }
         }
-        self.checkpoints.on_settled(0);
+        // A window holds what is to be read back, and no more questions to the target than it could hold clusters.
+        let charge = match was {
+            Some(_) if to_read_back => bytes,
+            Some(_) if self.plan.verify => self.plan.geometry.cluster_size().bytes(),
+            _ => 0,
+        };
+        self.checkpoints.on_settled(charge);
     }
 
     fn start_zero_run(&mut self, range: ClusterRange) -> bool {
@@ -328,7 +354,7 @@ impl Copier {
     }
 
     /// Read back the next run of the window under verification.
-    fn start_verification(&mut self) -> bool {
+    fn start_verification(&mut self, now: Timestamp) -> bool {
         let Stage::Verifying(verification) = &mut self.checkpoints.stage else { return false };
         if verification.cached {
             return false;
@@ -340,8 +366,16 @@ impl Copier {
         if !verification.has_next() {
             return false;
         }
-        let (start, count) = self.slots.longest_run(self.plan.max_run);
-        if count == 0 || (count < self.plan.max_run.div_ceil(2) && !self.transfers.is_empty()) {
+        let mut max = self.plan.max_run;
+        if let Some(allowance) = self.throttle.allowance(now) {
+            let clusters = allowance / self.plan.geometry.cluster_size().bytes();
+            max = u32::try_from(clusters).map_or(max, |clusters| max.min(clusters));
+        }
+        if max == 0 {
+            return false;
+        }
+        let (start, count) = self.slots.longest_run(max);
+        if count == 0 || (count < max.div_ceil(2) && !self.transfers.is_empty()) {
             return false;
         }
         let Some(ReadBack { clusters, expected }) = verification.next(u64::from(count)) else { return false };
@@ -351,6 +385,7 @@ impl Copier {
         self.sweep_slots += count;
         let transfer = Transfer::new(Purpose::Verify(expected), clusters, self.plan.geometry, run);
         let bytes = transfer.bytes;
+        self.throttle.spend(bytes.length, now);
         tracing::trace!(?clusters, "read back");
         self.start_read(transfer, bytes);
         true

@@ -3,7 +3,7 @@
 /// What a settled cluster was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Was {
-    /// Data, of which `written` bytes were written and the rest lay in holes.
+    /// Data, of which `written` bytes a cluster were written and the rest lay in holes.
     Data {
         /// See above.
         written: u32,
@@ -32,13 +32,14 @@ impl Tally {
         self.copied + self.holes + self.zeros + self.uncovered + self.resumed
     }
 
-    /// `clusters` clusters of together `bytes` bytes are done.
+    /// `clusters` clusters of together `bytes` bytes are done, each as `was` says.
     pub(super) fn settle(&mut self, was: Was, clusters: u64, bytes: u64) {
         match was {
             Was::Data { written } => {
-                assert!(u64::from(written) <= bytes, "no more is written than there is");
-                self.copied += u64::from(written);
-                self.holes += bytes - u64::from(written);
+                let written = u64::from(written) * clusters;
+                assert!(written <= bytes, "no more is written than there is");
+                self.copied += written;
+                self.holes += bytes - written;
             }
             Was::Zeros => self.zeros += bytes,
             Was::Hole => self.holes += bytes,
@@ -46,16 +47,17 @@ impl Tally {
         self.settled_clusters += clusters;
     }
 
-    /// One cluster of `bytes` bytes is not done after all.
-    pub(super) fn withdraw(&mut self, was: Was, bytes: u64) {
+    /// `clusters` clusters of together `bytes` bytes are not done after all, each as `was` says.
+    pub(super) fn withdraw(&mut self, was: Was, clusters: u64, bytes: u64) {
         match was {
             Was::Data { written } => {
-                self.copied -= u64::from(written);
-                self.holes -= bytes - u64::from(written);
+                let written = u64::from(written) * clusters;
+                self.copied -= written;
+                self.holes -= bytes - written;
             }
             Was::Zeros => self.zeros -= bytes,
             Was::Hole => self.holes -= bytes,
         }
-        self.settled_clusters -= 1;
+        self.settled_clusters -= clusters;
     }
 }

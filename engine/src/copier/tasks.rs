@@ -38,7 +38,7 @@ impl Copier {
             Task::Flush => self.on_flushed(&result, now),
             Task::Publish => self.on_published(&result),
             Task::DropBeforeVerify | Task::DropTargetCache => self.on_written_back(&result, now),
-            Task::Snapshot(read) => self.on_snapshot_read(read, result, arena),
+            Task::Snapshot(read) => self.on_snapshot_read(*read, result, arena),
             Task::DropSourceCache => {
                 if let Err(errno) = result {
                     tracing::debug!(%errno, "page cache not dropped");
@@ -115,6 +115,13 @@ impl Copier {
         self.finish_if_over(id, now);
     }
 
+    /// A task of a transfer that is tainted is not carried on: its clusters are copied again, each alone and as a whole.
+    fn drop_task(&mut self, id: TransferId, now: Timestamp) {
+        assert!(self.transfers[id].tainted, "what is dropped is copied again");
+        self.transfers[id].outstanding -= 1;
+        self.finish_if_over(id, now);
+    }
+
     /// A task over `clusters` of a transfer has succeeded: settle the clusters that have none left.
     fn task_done(&mut self, id: TransferId, clusters: ClusterRange, now: Timestamp) {
         let transfer = &mut self.transfers[id];
@@ -129,6 +136,10 @@ impl Copier {
         if self.ending.is_some() {
             let range = self.transfers[id].bytes;
             return self.fail_task(id, range, Fault::Errno(Errno::ECANCELED), Operation::Read, now);
+        }
+        if self.transfers[id].tainted {
+            // It would not count. And what it read may be too little: what lies between the data is in the arena's slot as it was before.
+            return self.drop_task(id, now);
         }
         if self.allocation.holds(self.transfers[id].bytes) {
             self.held.push(id);
@@ -244,9 +255,13 @@ impl Copier {
     ) {
         match (result, needed) {
             (Err(errno), Some(method)) => {
-                // The buffer holds nothing but zeros: write them as data.
                 self.zeroing_failed(method, *errno);
                 let transfer = &self.transfers[id];
+                if transfer.tainted {
+                    return self.drop_task(id, now);
+                }
+                // The buffer holds nothing but zeros: write them as data.
+                assert!(transfer.reads_whole(range), "zeros are needed where everything was read");
                 let piece = transfer.piece(Direction::Write, range);
                 let op = piece.op(&self.plan.target);
                 self.push(Task::Move { transfer: id, piece }, op);
@@ -335,11 +350,9 @@ impl Copier {
     fn on_read_back(&mut self, id: TransferId, arena: &Arena, now: Timestamp) {
         let transfer = &self.transfers[id];
         let Purpose::Verify(expected) = &transfer.purpose else { unreachable!("a verification") };
-        if expected.contains(&Expected::Zeros) {
-            assert!(
-                expected.iter().all(|expected| *expected == Expected::Zeros),
-                "runs of zeros are not mixed"
-            );
+        let zeros = |expected: &Expected| matches!(expected, Expected::Zeros(_));
+        if expected.iter().any(zeros) {
+            assert!(expected.iter().all(zeros), "runs of zeros are not mixed");
             return self.compare(id, Some(arena), now);
         }
         let buffer = transfer.buffer_of(transfer.bytes);
@@ -354,8 +367,10 @@ impl Copier {
         for (index, cluster) in transfer.clusters.iter().enumerate() {
             let bytes = self.plan.geometry.bytes_of(super::one(cluster));
             let equal = match expected[index] {
-                Expected::Digest(digest) => transfer.digests[index] == digest,
-                Expected::Zeros => arena.is_some_and(|arena| is_zero(arena.slice(transfer.buffer_of(bytes)))),
+                Expected::Digest { digest, .. } => transfer.digests[index] == digest,
+                Expected::Zeros(_) => {
+                    arena.is_some_and(|arena| is_zero(arena.slice(transfer.buffer_of(bytes))))
+                }
             };
             if !equal && !planted!(self.plan, VerifyBelieves) {
                 wrong.push((cluster, bytes));

@@ -10,6 +10,7 @@
 
 use super::piece::{Fault, Piece};
 use super::slots::SlotRun;
+use super::tally::Was;
 use crate::error::Operation;
 use crate::interval_set::Claim;
 use crate::ring::BufferRange;
@@ -21,10 +22,25 @@ pub(super) type TransferId = usize;
 /// What reading back a cluster must give.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Expected {
-    /// Contents with this checksum.
-    Digest(u128),
-    /// Zeros.
-    Zeros,
+    /// Contents with the checksum `digest`, of which `written` bytes were written.
+    Digest {
+        /// See above.
+        digest: u128,
+        /// See above.
+        written: u32,
+    },
+    /// Zeros, noted as this.
+    Zeros(Was),
+}
+
+impl Expected {
+    /// As what the cluster was counted.
+    pub(super) fn was(self) -> Was {
+        match self {
+            Self::Digest { written, .. } => Was::Data { written },
+            Self::Zeros(was) => was,
+        }
+    }
 }
 
 /// What a transfer is for.
@@ -87,7 +103,8 @@ pub(super) struct Transfer {
     pub(super) outstanding: u32,
     /// First failure met.
     pub(super) failure: Option<Failure>,
-    /// What it wrote cannot be believed (a flush failed meanwhile): none of its clusters may be completed.
+    /// What it wrote cannot be believed (a flush failed meanwhile), or was too little (the target's blanks are not zero after
+    /// all): none of its clusters may be completed.
     pub(super) tainted: bool,
     /// Checksums of the clusters, once they are there.
     pub(super) digests: Vec<u128>,
@@ -142,6 +159,12 @@ impl Transfer {
     /// A piece that moves `range`.
     pub(super) fn piece(&self, direction: super::piece::Direction, range: ByteRange) -> Piece {
         Piece::new(direction, range, self.buffer_of(range).start)
+    }
+
+    /// Whether all of `range`, which is contiguous, was taken for data. Else its holes were not read: the slots hold what was in
+    /// them before.
+    pub(super) fn reads_whole(&self, range: ByteRange) -> bool {
+        self.data.iter().any(|data| data.offset <= range.offset && range.end() <= data.end())
     }
 
     fn index(&self, cluster: ClusterIndex) -> usize {

@@ -5,7 +5,8 @@
 //! were written before the flush was submitted, so after the flush they are what the medium holds. They are then read back with direct I/O
 //! and compared, and only what compared equal is claimed. Windows are bounded (the sweep waits when one is full while the last one is
 //! still being compared), so memory does not grow with the disk. Clusters of zeros are noted as ranges; where the target says that
-//! such a range is a hole, that is the proof, and only the rest is read. A target without direct I/O has its page cache dropped
+//! such a range is a hole, that is the proof, and only the rest is read. What cannot be claimed is kept as ranges as well, and once
+//! too many clusters have failed the rest of the window is not looked at any more. A target without direct I/O has its page cache dropped
 //! first, so that the medium answers.
 
 use std::collections::VecDeque;
@@ -45,6 +46,16 @@ impl Window {
     }
 }
 
+/// Clusters that did not compare equal, or were not compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Unverified {
+    pub(super) clusters: ClusterRange,
+    /// As what each was counted.
+    pub(super) was: Was,
+    /// What is wrong with them; `None`: they were not looked at.
+    pub(super) failure: Option<Failure>,
+}
+
 /// A run to read back.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct ReadBack {
@@ -60,20 +71,22 @@ pub(super) struct Verification {
     /// How many of `data` were taken out.
     next_data: usize,
     /// Zero ranges to ask the target about.
-    to_ask: VecDeque<ClusterRange>,
-    asked: Option<ClusterRange>,
+    to_ask: VecDeque<(ClusterRange, Was)>,
+    asked: Option<(ClusterRange, Was)>,
     /// Zero ranges that are no holes on the target.
-    to_read: VecDeque<ClusterRange>,
-    /// All zero ranges, to find the category of a cluster that failed.
-    zeros: Vec<(ClusterRange, Was)>,
+    to_read: VecDeque<(ClusterRange, Was)>,
     /// The page cache still holds what was written: nothing is read back before it was dropped.
     pub(super) cached: bool,
     /// Runs being read back.
     pub(super) running: u32,
-    /// Clusters that did not compare equal, or could not be read, or (no failure) were not looked at any more.
-    pub(super) failed: Vec<(ClusterIndex, Option<Failure>)>,
+    /// What cannot be claimed: clusters that failed, one by one, and ranges that were not looked at any more.
+    unverified: Vec<Unverified>,
+    /// Clusters that failed.
+    failures: usize,
     /// Clusters of a run that could not be read, to be read one by one.
     alone: VecDeque<(ClusterIndex, Expected)>,
+    /// What is not in flight is not looked at any more.
+    abandoned: bool,
 }
 
 impl Verification {
@@ -83,19 +96,23 @@ impl Verification {
             geometry,
             data: window.data,
             next_data: 0,
-            to_ask: window.zeros.iter().map(|&(range, _)| range).collect(),
+            to_ask: window.zeros.into(),
             asked: None,
             to_read: VecDeque::new(),
-            zeros: window.zeros,
             cached,
             running: 0,
-            failed: Vec::new(),
+            unverified: Vec::new(),
+            failures: 0,
             alone: VecDeque::new(),
+            abandoned: false,
         }
     }
 
-    /// Whether everything was compared.
-    pub(super) fn is_done(&self) -> bool {
+    /// Whether everything was compared, or will not be any more.
+    pub(super) fn is_done(&mut self) -> bool {
+        if self.abandoned {
+            self.pass_over_rest();
+        }
         self.next_data == self.data.len()
             && !self.cached
             && self.alone.is_empty()
@@ -105,13 +122,52 @@ impl Verification {
             && self.running == 0
     }
 
-    /// Stop: what was not compared yet will not be.
+    /// Stop: what is not in flight will not be compared.
     pub(super) fn abandon(&mut self) {
-        let data = self.data[self.next_data..].iter().map(|noted| noted.cluster);
-        let zeros = self.to_ask.drain(..).chain(self.to_read.drain(..)).flat_map(ClusterRange::iter);
-        let alone = self.alone.drain(..).map(|(cluster, _)| cluster);
-        self.failed.extend(data.chain(zeros).chain(alone).map(|cluster| (cluster, None)));
+        self.abandoned = true;
+        self.pass_over_rest();
+    }
+
+    fn pass_over_rest(&mut self) {
+        let data = self.data[self.next_data..]
+            .iter()
+            .map(|noted| (super::one(noted.cluster), Was::Data { written: noted.written }));
+        let alone = self.alone.drain(..).map(|(cluster, expected)| (super::one(cluster), expected.was()));
+        let zeros = self.to_ask.drain(..).chain(self.to_read.drain(..));
+        for (clusters, was) in data.chain(alone).chain(zeros) {
+            match self.unverified.last_mut() {
+                Some(last)
+                    if last.failure.is_none() && last.was == was && last.clusters.end == clusters.start =>
+                {
+                    last.clusters.end = clusters.end;
+                }
+                _ => self.unverified.push(Unverified { clusters, was, failure: None }),
+            }
+        }
         self.next_data = self.data.len();
+    }
+
+    /// `clusters` did not compare equal, or could not be read. Gives how many have failed so far.
+    pub(super) fn failed(
+        &mut self,
+        clusters: impl Iterator<Item = (ClusterIndex, Expected)>,
+        failure: Failure,
+    ) -> usize {
+        let before = self.unverified.len();
+        self.unverified.extend(clusters.map(|(cluster, expected)| Unverified {
+            clusters: super::one(cluster),
+            was: expected.was(),
+            failure: Some(failure),
+        }));
+        self.failures += self.unverified.len() - before;
+        self.failures
+    }
+
+    /// What cannot be claimed, ascending.
+    pub(super) fn take_unverified(&mut self) -> Vec<Unverified> {
+        let mut unverified = std::mem::take(&mut self.unverified);
+        unverified.sort_unstable_by_key(|unverified| unverified.clusters.start);
+        unverified
     }
 
     /// A run could not be read: read its clusters one by one.
@@ -119,34 +175,23 @@ impl Verification {
         self.alone.extend(clusters);
     }
 
-    /// What was noted of `cluster`.
-    pub(super) fn was(&self, cluster: ClusterIndex) -> Was {
-        match self.data.binary_search_by_key(&cluster, |noted| noted.cluster) {
-            Ok(at) => Was::Data { written: self.data[at].written },
-            Err(_) => {
-                let noted = self.zeros.iter().find(|(range, _)| range.contains(cluster));
-                noted.expect("what is read back was noted").1
-            }
-        }
-    }
-
     /// The next question about a zero range, if one is due.
     pub(super) fn question(&mut self, file: FileId, limit: usize) -> Option<Op> {
         if self.asked.is_some() {
             return None;
         }
-        let clusters = self.to_ask.pop_front()?;
-        self.asked = Some(clusters);
+        let (clusters, was) = self.to_ask.pop_front()?;
+        self.asked = Some((clusters, was));
         let range = self.geometry.bytes_of(clusters);
         Some(Op::Extents { file, range, query: ExtentQuery::Data, limit })
     }
 
     /// The answer; an error counts as "there is data". Gives the bytes proven to be zeros.
     pub(super) fn on_answer(&mut self, extents: Option<Vec<Extent>>) -> u64 {
-        let clusters = self.asked.take().expect("an answer follows a question");
+        let (clusters, was) = self.asked.take().expect("an answer follows a question");
         let range = self.geometry.bytes_of(clusters);
         let Some(extents) = extents.filter(|extents| !extents.is_empty()) else {
-            self.to_read.push_back(clusters);
+            self.to_read.push_back((clusters, was));
             return 0;
         };
         let reached =
@@ -159,7 +204,7 @@ impl Verification {
             let start = touched.start.max(next);
             if touched.end > start {
                 proven += self.geometry.bytes_of(ClusterRange { start: next, end: start }).length;
-                self.to_read.push_back(ClusterRange { start, end: touched.end });
+                self.to_read.push_back((ClusterRange { start, end: touched.end }, was));
                 next = touched.end;
             }
         }
@@ -169,7 +214,7 @@ impl Verification {
         if rest == clusters.start {
             // The first cluster is in more pieces than one answer holds: read it rather than ask for ever.
             let end = ClusterIndex(rest.0 + 1);
-            self.to_read.push_back(ClusterRange { start: rest, end });
+            self.to_read.push_back((ClusterRange { start: rest, end }, was));
             next = end;
         }
         let rest = rest.max(next);
@@ -177,7 +222,7 @@ impl Verification {
             proven += self.geometry.bytes_of(ClusterRange { start: next, end: rest }).length;
         }
         if rest < clusters.end {
-            self.to_ask.push_front(ClusterRange { start: rest, end: clusters.end });
+            self.to_ask.push_front((ClusterRange { start: rest, end: clusters.end }, was));
         }
         proven
     }
@@ -187,7 +232,8 @@ impl Verification {
         if let Some((cluster, expected)) = self.alone.pop_front() {
             return Some(ReadBack { clusters: super::one(cluster), expected: vec![expected] });
         }
-        if let Some(first) = self.to_read.front_mut() {
+        if let Some((first, was)) = self.to_read.front_mut() {
+            let was = *was;
             let end = first.end.0.min(first.start.0 + max);
             let clusters = ClusterRange::new(first.start.0, end);
             first.start = clusters.end;
@@ -195,14 +241,15 @@ impl Verification {
                 self.to_read.pop_front();
             }
             let count = usize::try_from(clusters.count()).expect("bounded by the slots");
-            return Some(ReadBack { clusters, expected: vec![Expected::Zeros; count] });
+            return Some(ReadBack { clusters, expected: vec![Expected::Zeros(was); count] });
         }
         let rest = &self.data[self.next_data..];
         let start = rest.first()?.cluster;
         let run = (start.0..)
             .zip(rest)
             .take_while(|(cluster, noted)| noted.cluster.0 == *cluster && cluster - start.0 < max);
-        let expected: Vec<Expected> = run.map(|(_, noted)| Expected::Digest(noted.digest)).collect();
+        let expected: Vec<Expected> =
+            run.map(|(_, noted)| Expected::Digest { digest: noted.digest, written: noted.written }).collect();
         self.next_data += expected.len();
         let end = start.0 + expected.len() as u64;
         Some(ReadBack { clusters: ClusterRange::new(start.0, end), expected })
@@ -232,7 +279,8 @@ mod tests {
         let mut verification = Verification::new(window, geometry(), false);
         let first = verification.next(2).unwrap();
         assert_eq!(first.clusters, ClusterRange::new(3, 5));
-        assert_eq!(first.expected, [Expected::Digest(3), Expected::Digest(4)]);
+        let expected = |digest| Expected::Digest { digest, written: 65536 };
+        assert_eq!(first.expected, [expected(3), expected(4)]);
         assert_eq!(verification.next(2).unwrap().clusters, ClusterRange::new(5, 6));
         assert_eq!(verification.next(2).unwrap().clusters, ClusterRange::new(9, 10));
         assert!(verification.is_done());
@@ -259,6 +307,32 @@ mod tests {
         let rest = ((64u64 - 20) << 16) - 100;
         assert_eq!(verification.on_answer(Some(vec![extent(20 << 16, (64 << 16) - 100, false)])), rest);
         assert!(verification.is_done());
-        assert_eq!(verification.was(ClusterIndex(2)), Was::Hole);
+    }
+
+    #[test]
+    fn what_is_abandoned_takes_no_more_room_than_what_was_noted() {
+        let length = crate::units::MAX_LENGTH;
+        let geometry = Geometry::new(Length(length), ClusterSize::new(4096).unwrap());
+        let all = geometry.all();
+        let mut window = Window::default();
+        window.note_zeros(ClusterRange { start: ClusterIndex(1000), ..all }, Was::Hole);
+        for cluster in 0..1000 {
+            window.note_data(ClusterIndex(cluster), 0, 4096);
+        }
+        let mut verification = Verification::new(window, geometry, false);
+        let run = verification.next(3).unwrap();
+        let failure = Failure {
+            fault: super::super::piece::Fault::Mismatch,
+            operation: crate::error::Operation::Verify,
+            range: geometry.bytes_of(run.clusters),
+        };
+        assert_eq!(verification.failed(run.clusters.iter().zip(run.expected), failure), 3);
+        assert!(!verification.is_done());
+        verification.abandon();
+        assert!(verification.is_done());
+        let unverified = verification.take_unverified();
+        assert_eq!(unverified.len(), 3 + 2);
+        assert!(unverified.windows(2).all(|pair| pair[0].clusters.end == pair[1].clusters.start));
+        assert_eq!(unverified.iter().map(|unverified| unverified.clusters.count()).sum::<u64>(), all.count());
     }
 }

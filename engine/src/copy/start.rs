@@ -251,6 +251,8 @@ where
         notices.extend(target.warnings().iter().cloned());
         let resumed: Vec<ClusterRange> =
             map.as_ref().and_then(|map| map.map()).map(|map| map.done().to_vec()).unwrap_or_default();
+        let postponed: Vec<ClusterRange> =
+            map.as_ref().and_then(|map| map.map()).map(|map| map.skipped().to_vec()).unwrap_or_default();
         let header = MapHeader {
             source: source.identity().clone(),
             target: target.identity().clone(),
@@ -273,13 +275,19 @@ where
             Some(map) => Some(ring.add_document(Arc::clone(map) as Arc<dyn Document>).map_err(broken)?),
             None => None,
         };
+        if options.verify && to.direct_alignment.is_none() {
+            notices.push(verified_through_cache(&to.name));
+        }
+        let target_is_file = target.storage().descriptors().is_some_and(|fds| !fds.block_device);
         let plan = Plan {
             source: from,
             target: to,
             target_is_zero: target.known_zero(),
-            allocate_ahead: target.storage().descriptors().is_some_and(|fds| !fds.block_device),
+            allocate_ahead: target_is_file,
+            target_shows_holes: target_is_file,
             map: document.map(|document| map_plan(document, header)),
             resumed,
+            postponed,
             ..plan_of(&options, geometry, slots)
         };
         let copier = Copier::new(plan, Arc::new(set));
@@ -307,6 +315,7 @@ fn plan_of(options: &CopyOptions, geometry: Geometry, slots: u32) -> Plan {
         zero_detect: options.zero_detect,
         target_is_zero: false,
         allocate_ahead: false,
+        target_shows_holes: false,
         slots,
         arena_start: 0,
         max_run: u32::try_from((MAX_REQUEST_BYTES / cluster).max(1)).expect("small").min(slots.div_ceil(2)),
@@ -317,6 +326,7 @@ fn plan_of(options: &CopyOptions, geometry: Geometry, slots: u32) -> Plan {
         map: None,
         resumed: Vec::new(),
         live: None,
+        postponed: Vec::new(),
         limits: Limits::default(),
         #[cfg(feature = "sim")]
         planted: None,
@@ -331,6 +341,14 @@ fn side<R: Ring<File = Arc<dyn Storage>>>(
     let direct_alignment = alignment_of(storage.as_ref());
     let file = ring.add_file(storage)?;
     Ok(Side { file, name, direct_alignment })
+}
+
+/// Said where a verification cannot ask the medium itself.
+fn verified_through_cache(target: &str) -> String {
+    format!(
+        "{target}: without direct I/O, what is read back comes through the page cache; that is written back and \
+         dropped first, but where the system keeps pages all the same, memory is compared and not the medium"
+    )
 }
 
 fn map_plan(document: DocumentId, header: MapHeader) -> MapPlan {
@@ -349,8 +367,8 @@ fn going_on(map: &MapFile, geometry: Geometry, resumed: &[ClusterRange]) -> Opti
     let bytes: u64 = resumed.iter().map(|&range| geometry.bytes_of(range).length).sum();
     let again = match found.skipped().len() {
         0 => String::new(),
-        1 => "; 1 range that was left out is tried again".to_owned(),
-        again => format!("; {again} ranges that were left out are tried again"),
+        1 => "; 1 range that was left out is tried again at the end".to_owned(),
+        again => format!("; {again} ranges that were left out are tried again at the end"),
     };
     Some(format!(
         "going on from map file {}: {bytes} of {} bytes are done{again}",

@@ -137,7 +137,6 @@ impl Snapshot {
     }
 
     /// As [`Self::read`], as a future.
-    #[must_use]
     pub fn read_async(&self, offset: u64, length: usize) -> Io {
         let (answer, asked) = ask();
         self.send(offset, length, answer);
@@ -245,6 +244,7 @@ pub(super) fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
         zero_detect: options.zero_detect,
         target_is_zero: known_zero,
         allocate_ahead: false,
+        target_shows_holes: false,
         slots,
         arena_start: memory.start,
         max_run: u32::try_from((MAX_REQUEST_BYTES / cluster).max(1)).expect("small").min(slots.div_ceil(4)),
@@ -254,6 +254,7 @@ pub(super) fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
         verify: false,
         map: None,
         resumed: Vec::new(),
+        postponed: Vec::new(),
         live: Some(LivePlan {
             on_cbw_error: options.on_cbw_error,
             cbw_timeout: options.cbw_timeout,

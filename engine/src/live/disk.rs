@@ -20,7 +20,7 @@ use super::command::{Command, Inbox};
 use super::gate::{Gate, WaitTicket};
 use super::jobs::JobList;
 use crate::error::{Error, Operation, Refusal};
-use crate::interval_set::Waiter;
+use crate::interval_set::{Cancellation, Waiter};
 use crate::ring::Wake;
 use crate::storage::{OpenedSource, Storage};
 use crate::units::{ByteRange, Length};
@@ -139,7 +139,6 @@ impl LiveDisk {
     }
 
     /// As [`Self::begin_write`], as a future.
-    #[must_use]
     pub fn begin_write_async(&self, range: ByteRange) -> BeginWrite {
         BeginWrite { disk: self.clone(), range, waits: Waits::No }
     }
@@ -195,7 +194,6 @@ impl LiveDisk {
     }
 
     /// Any of the requests above as a future.
-    #[must_use]
     pub fn request(&self, request: IoRequest) -> Io {
         Io(self.submit(request))
     }
@@ -278,7 +276,7 @@ impl Future for BeginWrite {
                 Waits::No => {}
                 Waits::Barrier(ticket) => {
                     // Woken or not: a look costs little.
-                    let _ = shared.gate.cancel(ticket);
+                    let (Cancellation::Removed | Cancellation::AlreadyWoken) = shared.gate.cancel(ticket);
                 }
                 Waits::Copy(mut asked) => match Pin::new(&mut asked).poll(context) {
                     Poll::Pending => {
@@ -310,7 +308,8 @@ impl Future for BeginWrite {
 impl Drop for BeginWrite {
     fn drop(&mut self) {
         if let Waits::Barrier(ticket) = std::mem::replace(&mut self.waits, Waits::No) {
-            let _ = self.disk.inner.shared.gate.cancel(ticket);
+            let (Cancellation::Removed | Cancellation::AlreadyWoken) =
+                self.disk.inner.shared.gate.cancel(ticket);
         }
     }
 }

@@ -1,5 +1,27 @@
 //! Live disks: disks that are written while they are copied, as they were at one instant.
 //!
+//! ```
+//! use engine::live::{BackupOptions, DiskOptions, Engine, EngineOptions};
+//!
+//! # let directory = tempfile::tempdir()?;
+//! # let path = |name: &str| directory.path().join(name).display().to_string();
+//! # let (disk_path, backup_path) = (path("disk.img"), path("backup.img"));
+//! # std::fs::write(&disk_path, vec![1; 1 << 20])?;
+//! let engine = Engine::start(&EngineOptions::default())?;
+//! let disk = engine.open_disk(&DiskOptions { path: disk_path, writable: true })?;
+//! let backup = engine.start_backup(&disk, &BackupOptions::new(backup_path))?;
+//! // The instant has passed: the disk goes on, and what is written now is not in the backup.
+//! disk.write(4096, vec![2; 4096])?;
+//! println!("{:?} after {:?}", backup.job.wait().outcome, backup.job.progress().elapsed);
+//! # assert!(matches!(backup.job.wait().outcome, engine::job::Outcome::Complete));
+//! # assert!(std::fs::read(path("backup.img"))? == vec![1; 1 << 20]);
+//! # assert_eq!(std::fs::read(path("disk.img"))?[4096], 2);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! An embedder that writes by itself takes a permit before each write, [`LiveDisk::begin_write`], and drops it after; `examples/appliance.rs`
+//! is a whole one, with two disks at one instant.
+//!
 //! A guest write copies before it, then takes a [`Permit`], and holds it until its data is on the source. The parts:
 //!
 //! | module | its idea |

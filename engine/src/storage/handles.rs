@@ -105,8 +105,25 @@ impl Handles {
             return Ok(());
         }
         let (offset, length) = (signed(range.offset)?, signed(range.length)?);
-        sys::write_back(self.buffered.as_fd(), offset, length)?;
-        posix_fadvise(&self.buffered, offset, length, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
+        write_back_or_flush(sys::write_back(self.buffered.as_fd(), offset, length), || self.flush())?;
+        // Whether the pages go is the kernel's business: what they held is written back.
+        let advised = posix_fadvise(&self.buffered, offset, length, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        if let Err(errno) = advised {
+            tracing::debug!(%errno, %range, "page cache not dropped");
+        }
+        Ok(())
+    }
+}
+
+/// What follows from `written_back`, the result of `sync_file_range`. Where that call does not exist (a kernel, a file system or a filter
+/// of system calls without it) nothing was written back and no error was told: a flush does it instead.
+fn write_back_or_flush(
+    written_back: Result<(), Errno>,
+    flush: impl FnOnce() -> Result<(), Errno>,
+) -> Result<(), Errno> {
+    match written_back {
+        Err(Errno::ENOSYS | Errno::EPERM | Errno::EOPNOTSUPP | Errno::ESPIPE) => flush(),
+        result => result,
     }
 }
 
@@ -147,6 +164,19 @@ fn takes_direct_read(direct: &File) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_write_back_that_is_not_there_is_a_flush_and_one_that_fails_is_not() {
+        for refusal in [Errno::ENOSYS, Errno::EPERM, Errno::EOPNOTSUPP, Errno::ESPIPE] {
+            assert_eq!(write_back_or_flush(Err(refusal), || Ok(())), Ok(()));
+            assert_eq!(write_back_or_flush(Err(refusal), || Err(Errno::EIO)), Err(Errno::EIO));
+        }
+        let unasked = || panic!("the next flush would not tell of the error again");
+        for lost in [Errno::EIO, Errno::ENOSPC, Errno::EDQUOT] {
+            assert_eq!(write_back_or_flush(Err(lost), unasked), Err(lost));
+        }
+        assert_eq!(write_back_or_flush(Ok(()), unasked), Ok(()));
+    }
 
     #[test]
     fn a_strange_alignment_switches_direct_io_off() {

@@ -62,6 +62,8 @@ impl Scenario {
             eio: if rng.bool() { rng.u16(0..40) } else { 0 },
             nospace: if rng.bool() { rng.u16(0..30) } else { 0 },
             flush: if rng.bool() { rng.u16(0..200) } else { 0 },
+            drop_cache: 0,
+            publish: 0,
             unsupported: if rng.bool() { rng.u16(0..200) } else { 0 },
         };
         let at_a_time = rng.usize(1..12);

@@ -8,9 +8,12 @@
 //! names its seed, and `SIM_FIRST=<seed> SIM_SEEDS=1` repeats it.
 
 mod exhaustive;
+mod maps;
 mod oracle;
 mod planted;
 mod run;
 mod scenario;
 mod seeded;
+mod skipping;
 mod verification;
+mod withdrawal;

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use engine::copier::Copier;
-use engine::copier::plan::Plan;
+use engine::copier::plan::{Checkpoint, Plan};
+use engine::copier::{Copier, Counters};
 use engine::interval_set::IntervalSet;
 use engine::job::driver::Driver;
 use engine::job::{IoStatus, JobResult, Lifecycle, Status};
@@ -38,6 +38,8 @@ pub(crate) struct Run {
     pub(crate) end: End,
     pub(crate) operations: u64,
     pub(crate) turns: u64,
+    /// Operations that were pushed after the cancel.
+    pub(crate) after_cancel: u64,
     pub(crate) written: u64,
 }
 
@@ -52,8 +54,8 @@ impl Run {
 
 /// Run `scenario` over `world` from the beginning, or from the map in it.
 pub(crate) fn run(scenario: &Scenario, world: &SharedWorld, faults: FaultPlan, script: Script) -> Run {
-    let (resumed, blank_is_zero) = world.borrow().document(0).map_or((Vec::new(), true), decode);
-    let plan = scenario.plan(resumed, blank_is_zero);
+    let nothing = Checkpoint { done: Vec::new(), skipped: Vec::new(), blank_is_zero: true };
+    let plan = scenario.plan(world.borrow().document(0).map_or(nothing, decode));
     run_plan(scenario, plan, world, faults, script)
 }
 
@@ -68,10 +70,12 @@ fn run_plan(scenario: &Scenario, plan: Plan, world: &SharedWorld, faults: FaultP
     let (mut driver, handle) = Driver::new(ring, copier, Lifecycle::new(true, false), scenario.speed());
     let mut rng = Rng::with_seed(script.fidget.unwrap_or(0));
     let mut turns = 0;
+    let mut cancelled_at = None;
     let crashed =
         loop {
             if script.cancel_at == Some(turns) {
                 let _too_late = handle.cancel();
+                cancelled_at = Some(driver.ring().pushed());
             }
             if script.crash_at.is_some_and(|at| driver.ring().pushed() >= at) {
                 break true;
@@ -93,12 +97,16 @@ fn run_plan(scenario: &Scenario, plan: Plan, world: &SharedWorld, faults: FaultP
                     world.disk(0).repair();
                     world.disk(1).repair();
                 }
+                if script.cancel_at != Some(turns) {
+                    nothing_happens(&mut driver);
+                }
                 handle.resume().unwrap();
             }
             if driver.turn().unwrap() {
                 break false;
             }
             turns += 1;
+            check_window(scenario, &driver.counters());
             assert!(
                 turns < MAX_TURNS,
                 "{} hangs: {:?}\n{:#?}",
@@ -108,11 +116,39 @@ fn run_plan(scenario: &Scenario, plan: Plan, world: &SharedWorld, faults: FaultP
             );
         };
     let operations = driver.ring().pushed();
+    let after_cancel = cancelled_at.map_or(0, |at| operations - at);
     let written = driver.counters().written;
     if crashed {
         driver.into_ring().crash();
-        return Run { end: End::Crashed, operations, turns, written };
+        return Run { end: End::Crashed, operations, turns, after_cancel, written };
     }
     assert_eq!(driver.ring().in_flight(), 0, "nothing is in flight at the end");
-    Run { end: End::Over(handle.wait()), operations, turns, written }
+    Run { end: End::Over(handle.wait()), operations, turns, after_cancel, written }
+}
+
+/// What waits to be read back is bounded, whatever it is.
+fn check_window(scenario: &Scenario, counters: &Counters) {
+    if !scenario.verify || !scenario.opaque {
+        return;
+    }
+    let waiting = (counters.copied + counters.holes + counters.zeros).saturating_sub(counters.verified);
+    // One window is filled while the other is compared; what was in flight when one became full goes beyond it.
+    let in_flight = u64::from(scenario.slots) + 4 * 6;
+    let most = 4 * scenario.checkpoint_bytes + 2 * in_flight * scenario.cluster;
+    assert!(
+        waiting <= most,
+        "{}: {waiting} bytes wait to be read back, at most {most} should",
+        scenario.seed
+    );
+}
+
+/// A paused job has nothing in flight and begins nothing, however long it is left alone.
+fn nothing_happens(driver: &mut Driver<SimRing>) {
+    let (before, waited_from) = (driver.ring().pushed(), driver.ring().now());
+    for _ in 0..4 {
+        assert_eq!(driver.ring().in_flight(), 0, "a paused job has nothing in flight");
+        assert!(!driver.turn().unwrap(), "a paused job does not end by itself");
+    }
+    let waited = driver.ring().now().since(waited_from);
+    assert_eq!(driver.ring().pushed(), before, "a paused job began something in {waited:?}");
 }

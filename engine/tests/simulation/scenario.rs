@@ -37,7 +37,13 @@ pub(crate) struct Scenario {
     pub(crate) faults: FaultPlan,
     pub(crate) bad_source: Vec<ByteRange>,
     pub(crate) bad_target: Vec<ByteRange>,
+    /// Most ranges left out.
+    pub(crate) most_skipped: usize,
+    /// Clusters that a verification finds wrong before it gives up the rest.
+    pub(crate) most_mismatches: usize,
     pub(crate) planted: Option<PlantedBug>,
+    /// A target that is zero, and does not tell where: a blank device.
+    pub(crate) opaque: bool,
     /// Blocks of 4 KiB of a target that is said to be zero and is not.
     pub(crate) stained: Vec<u64>,
 }
@@ -67,7 +73,10 @@ impl Scenario {
             faults: FaultPlan::default(),
             bad_source: Vec::new(),
             bad_target: Vec::new(),
+            most_skipped: Limits::default().skipped_ranges,
+            most_mismatches: 4,
             planted: None,
+            opaque: false,
             stained: Vec::new(),
         }
     }
@@ -102,6 +111,7 @@ impl Scenario {
             nospace: rng.u16(0..30),
             flush: rng.u16(0..200),
             unsupported: rng.u16(0..300),
+            ..Rates::default()
         };
         let bad_source = bad(&mut rng);
         let bad_target = bad(&mut rng);
@@ -136,7 +146,10 @@ impl Scenario {
             },
             bad_source: if faulty { bad_source } else { Vec::new() },
             bad_target: if faulty { bad_target } else { Vec::new() },
+            most_skipped: Limits::default().skipped_ranges,
+            most_mismatches: 4,
             planted: None,
+            opaque: rng.u8(0..4) == 0,
             stained: Vec::new(),
         }
     }
@@ -174,7 +187,11 @@ impl Scenario {
             source.set_bad(range);
         }
         let mut target = if self.target_is_zero {
-            let mut target = Disk::sparse(length, self.target_traits());
+            let mut target = if self.opaque {
+                Disk::new(vec![0; length], self.target_traits())
+            } else {
+                Disk::sparse(length, self.target_traits())
+            };
             target.stain(&self.stained);
             target
         } else {
@@ -206,19 +223,20 @@ impl Scenario {
         bytes
     }
 
-    /// The plan for a run that goes on after `resumed`.
-    pub(crate) fn plan(&self, resumed: Vec<ClusterRange>, blank_is_zero: bool) -> Plan {
+    /// The plan for a run that goes on from `map`.
+    pub(crate) fn plan(&self, map: Checkpoint) -> Plan {
         let limits = Limits {
             checkpoint_interval: self.checkpoint_interval,
             checkpoint_bytes: self.checkpoint_bytes,
             retries: 3,
             retry_pause: Duration::from_millis(2),
+            skipped_ranges: self.most_skipped,
+            mismatches: self.most_mismatches,
             zero_run_bytes: 6 * self.cluster,
             allocation_window_min: 4 * self.cluster,
             allocation_window_max: 16 * self.cluster,
             extents: 3,
             drop_step: 5 * self.cluster,
-            ..Limits::default()
         };
         Plan {
             geometry: self.geometry(),
@@ -230,8 +248,9 @@ impl Scenario {
             },
             sync: self.sync,
             zero_detect: self.zero_detect,
-            target_is_zero: self.target_is_zero && blank_is_zero,
+            target_is_zero: self.target_is_zero && map.blank_is_zero,
             allocate_ahead: self.target_is_zero,
+            target_shows_holes: self.target_is_zero && !self.opaque,
             slots: self.slots,
             max_run: self.max_run,
             on_source_error: self.source_policy,
@@ -239,9 +258,10 @@ impl Scenario {
             speed: self.speed(),
             verify: self.verify,
             map: self.map.then(|| MapPlan { document: DocumentId(0), encode: Box::new(encode) }),
-            resumed,
             live: None,
             arena_start: 0,
+            resumed: map.done,
+            postponed: map.skipped,
             limits,
             planted: self.planted,
         }
@@ -265,19 +285,19 @@ fn runs(rng: &mut Rng, end: u64) -> Vec<u64> {
     chosen
 }
 
-/// A map for the simulation: whether blanks are zero, then pairs of numbers.
+/// A map for the simulation: whether blanks are zero, how many ranges are done, then pairs of numbers.
 fn encode(checkpoint: &Checkpoint) -> Vec<u8> {
-    let ranges = checkpoint
-        .done
-        .iter()
-        .flat_map(|range| [range.start.0.to_le_bytes(), range.end.0.to_le_bytes()].concat());
-    std::iter::once(u8::from(checkpoint.blank_is_zero)).chain(ranges).collect()
+    let pair = |range: &ClusterRange| [range.start.0.to_le_bytes(), range.end.0.to_le_bytes()].concat();
+    let count = checkpoint.done.len() as u64;
+    let ranges = checkpoint.done.iter().chain(&checkpoint.skipped).flat_map(pair);
+    std::iter::once(u8::from(checkpoint.blank_is_zero)).chain(count.to_le_bytes()).chain(ranges).collect()
 }
 
-/// What is done, and whether blanks are zero.
-pub(crate) fn decode(map: &[u8]) -> (Vec<ClusterRange>, bool) {
+/// What a map tells.
+pub(crate) fn decode(map: &[u8]) -> Checkpoint {
     let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap());
-    let ranges =
-        map[1..].chunks(16).map(|pair| ClusterRange::new(number(&pair[..8]), number(&pair[8..]))).collect();
-    (ranges, map[0] != 0)
+    let mut done: Vec<ClusterRange> =
+        map[9..].chunks(16).map(|pair| ClusterRange::new(number(&pair[..8]), number(&pair[8..]))).collect();
+    let skipped = done.split_off(usize::try_from(number(&map[1..9])).unwrap());
+    Checkpoint { done, skipped, blank_is_zero: map[0] != 0 }
 }

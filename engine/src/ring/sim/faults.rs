@@ -38,8 +38,12 @@ pub struct Rates {
     pub eio: u16,
     /// `ENOSPC`, of writes and reservations.
     pub nospace: u16,
-    /// Of flushes.
+    /// Of flushes, and of page caches that are written back and dropped.
     pub flush: u16,
+    /// Of page caches that are written back and dropped, on top.
+    pub drop_cache: u16,
+    /// Of documents that are replaced or removed.
+    pub publish: u16,
     /// `EOPNOTSUPP`, of zero operations, discards and reservations.
     pub unsupported: u16,
 }
@@ -85,14 +89,18 @@ impl FaultPlan {
                 }
                 hit(rates.eio).then_some(Fault::Errno(Errno::EIO))
             }
-            Op::Flush { .. } | Op::DropCache { .. } => hit(rates.flush).then_some(Fault::Errno(Errno::EIO)),
+            Op::Flush { .. } => hit(rates.flush).then_some(Fault::Errno(Errno::EIO)),
+            Op::DropCache { .. } => {
+                (hit(rates.flush) || hit(rates.drop_cache)).then_some(Fault::Errno(Errno::EIO))
+            }
             Op::WriteZeroes { .. } | Op::Discard { .. } | Op::Allocate { .. } => {
                 if hit(rates.unsupported) {
                     return Some(Fault::Errno(Errno::EOPNOTSUPP));
                 }
                 hit(rates.eio).then_some(Fault::Errno(Errno::EIO))
             }
-            Op::Extents { .. } | Op::Publish { .. } => hit(rates.eio).then_some(Fault::Errno(Errno::EIO)),
+            Op::Extents { .. } => hit(rates.eio).then_some(Fault::Errno(Errno::EIO)),
+            Op::Publish { .. } => (hit(rates.eio) || hit(rates.publish)).then_some(Fault::Errno(Errno::EIO)),
             Op::Digest { .. } | Op::Cancel { .. } => None,
         }
     }

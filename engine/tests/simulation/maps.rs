@@ -1,0 +1,34 @@
+//! A map file that cannot be written, or not removed.
+
+use engine::job::Outcome;
+use engine::ring::sim::{FaultPlan, Rates};
+
+use crate::oracle::{Before, check};
+use crate::run::{Script, run};
+use crate::scenario::Scenario;
+
+/// However often it fails, one notice says so; and one more if it stays behind after a copy that is complete.
+#[test]
+fn a_map_that_fails_now_and_then_is_told_of_once() {
+    let mut stayed_behind = 0;
+    for publish in [300, 700, 1024] {
+        for seed in 0..40 {
+            let scenario = Scenario { map: true, checkpoint_bytes: 8192, ..Scenario::plain(seed) };
+            let world = scenario.world();
+            let before = Before::of(&world);
+            let rates = Rates { publish, ..Rates::default() };
+            let faults = FaultPlan { rates, ..FaultPlan::default() };
+            let run = run(&scenario, &world, faults, Script::default());
+            assert!(matches!(run.result().outcome, Outcome::Complete));
+            check(&scenario, &world, &before, run.result()).unwrap();
+            let told = |what| run.result().notices.iter().filter(|notice| notice.contains(what)).count();
+            assert!(told("cannot be written") <= 1, "{:?}", run.result().notices);
+            // A map that was never written does not stay behind.
+            let stays = world.borrow().document(0).is_some();
+            let removal_failed = told("cannot be removed");
+            assert!(removal_failed <= 1 && (!stays || removal_failed == 1), "{:?}", run.result().notices);
+            stayed_behind += usize::from(stays && told("cannot be written") == 1);
+        }
+    }
+    assert!(stayed_behind > 10, "both failures met {stayed_behind} times");
+}
