@@ -317,6 +317,7 @@ impl JobSpec {
             zero_detect: spec.zero_detect,
             target_is_zero: spec.target_is_zero,
             allocate_ahead: false,
+            target_shows_holes: false,
             slots: spec.slots,
             arena_start: memory.start,
             max_run: spec.max_run,
@@ -326,6 +327,7 @@ impl JobSpec {
             verify: false,
             map: None,
             resumed: Vec::new(),
+            postponed: Vec::new(),
             live: Some(LivePlan {
                 on_cbw_error: spec.on_cbw_error,
                 cbw_timeout: spec.cbw_timeout,
@@ -427,7 +429,13 @@ impl Scenario {
     /// Whether nothing was made to fail.
     pub(crate) fn is_sound(&self) -> bool {
         let rates = &self.faults.rates;
-        let sums = rates.short + rates.passing + rates.eio + rates.nospace + rates.flush + rates.unsupported;
+        let sums = rates.short
+            + rates.passing
+            + rates.eio
+            + rates.nospace
+            + rates.flush
+            + rates.unsupported
+            + rates.drop_cache;
         sums == 0
             && self.faults.exact.is_empty()
             && self.disks.iter().all(|disk| disk.bad.is_empty())
@@ -477,6 +485,8 @@ fn random_faults(rng: &mut Rng) -> FaultPlan {
         nospace: rate(30),
         flush: rate(200),
         unsupported: rate(300),
+        drop_cache: rate(100),
+        publish: 0,
     };
     FaultPlan { rates, quiet_from: Some(rng.u64(0..600)), ..FaultPlan::default() }
 }
