@@ -126,6 +126,34 @@ fn swapped_arguments_get_a_hint() {
 }
 
 #[test]
+fn a_mistyped_device_makes_no_file() {
+    let there = directory();
+    dense(&there.path().join("a"), 1000, 0);
+    symlink("/dev", there.path().join("devices")).expect("linked");
+    for target in
+        ["/dev/engine-no-such-disk", "devices/engine-no-such-disk", "/dev/engine-no-such-group/disk"]
+    {
+        refused(there.path(), &["a", target], "there is no such device; check the name with lsblk");
+        refused(there.path(), &["--force", "a", target], "there is no such device");
+    }
+    assert!(!Path::new("/dev/engine-no-such-disk").exists());
+}
+
+#[test]
+fn a_target_in_memory_is_said_to_be_there() {
+    let Ok(memory) = tempfile::tempdir_in("/dev/shm") else {
+        eprintln!("SKIPPED: nothing can be written to /dev/shm");
+        return;
+    };
+    let there = directory();
+    dense(&there.path().join("a"), 1000, 0);
+    let target = memory.path().join("b");
+    let output = run_in(there.path(), &["copy", "a", &target.to_string_lossy()]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    assert!(stderr(&output).contains("is in memory: it does not survive a restart"), "{}", stderr(&output));
+}
+
+#[test]
 fn a_bad_map_is_refused() {
     let there = directory();
     dense(&there.path().join("a"), 100_000, 0);

@@ -33,7 +33,7 @@ use super::open::{
 };
 use super::prepare::{NewFile, NewPlace, create, empty, identify, in_units, open_directory};
 use super::topology::{self, Node};
-use super::{NullStorage, Storage, sys};
+use super::{NullStorage, Storage, place, sys};
 use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
 use crate::map::MapHeader;
 use crate::modes::Format;
@@ -336,6 +336,11 @@ impl TargetPlan {
             }
         };
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let no_device =
+            || self.refused(Refusal::NotFound, "there is no such device").advise("check the name with lsblk");
+        if place::is_named_for_devices(parent) {
+            return Err(no_device());
+        }
         let directory = open_directory(parent).map_err(|errno| match errno {
             Errno::ENOENT | Errno::ENOTDIR => self
                 .refused(Refusal::NotFound, format!("the directory {} does not exist", parent.display()))
@@ -343,11 +348,17 @@ impl TargetPlan {
                 .because(errno),
             _ => self.refused_by_system(errno),
         })?;
+        if place::holds_devices(&directory) {
+            return Err(no_device());
+        }
         let needed = AccessFlags::W_OK | AccessFlags::X_OK;
         faccessat(&directory, ".", needed, AtFlags::AT_EACCESS)
             .map_err(|errno| self.refused_by_system(errno))?;
         self.check_file_size_limit()?;
         self.warn_of_space(source, &directory, 0);
+        if place::is_in_memory(&directory) {
+            self.warnings.push(format!("{} is in memory: it does not survive a restart", self.locator));
+        }
         let mode = source.mode_of_copy();
         self.state = Planned::New(NewPlace { directory, name, path: path.to_owned(), mode });
         Ok(())
