@@ -153,6 +153,40 @@ fn a_target_in_memory_is_said_to_be_there() {
     assert!(stderr(&output).contains("is in memory: it does not survive a restart"), "{}", stderr(&output));
 }
 
+/// What somebody does to the target in the middle of the copy makes it a failure; `other` is what stands there then.
+#[track_caller]
+fn lost_by(deed: impl Fn(&Path), options: &[&str], expected: &str, other: Option<&[u8]>) {
+    let there = directory();
+    dense(&there.path().join("a"), 4 << 20, 0);
+    let arguments = [&["copy", "a", "b", "--speed", "2M", "--progress", "json"], options].concat();
+    let mut running = support::Running::program(there.path(), &arguments);
+    running.progress(|line| line["copied"].as_u64() > Some(0));
+    deed(there.path());
+    let (code, _, messages) = running.end();
+    assert_eq!(code, 1, "{messages}");
+    assert!(messages.contains(expected) && !messages.contains("engine-cli: copied"), "{messages}");
+    assert!(!there.path().join("m").exists(), "a map of no use: {messages}");
+    assert_eq!(fs::read(there.path().join("b")).ok().as_deref(), other);
+}
+
+#[test]
+fn a_target_that_is_removed_or_replaced_is_a_failure() {
+    let gone = "it was removed or replaced while it was copied; the copy is lost";
+    let remove = |there: &Path| fs::remove_file(there.join("b")).expect("removed");
+    lost_by(remove, &[], gone, None);
+    lost_by(remove, &["--map", "m"], gone, None);
+    let replace = |there: &Path| {
+        fs::write(there.join("c"), "other").expect("written");
+        fs::rename(there.join("c"), there.join("b")).expect("renamed");
+    };
+    lost_by(replace, &[], gone, Some(b"other"));
+    let swap = |there: &Path| {
+        fs::rename(there.join("b"), there.join("moved")).expect("renamed");
+        fs::write(there.join("b"), "other").expect("written");
+    };
+    lost_by(swap, &[], "moved away and replaced", Some(b"other"));
+}
+
 #[test]
 fn a_bad_map_is_refused() {
     let there = directory();

@@ -62,8 +62,8 @@ impl Ended<'_> {
                 messages.push(format!("failed after {}", how_far(progress)));
                 messages.extend(skipped_lines(&self.result.skipped));
                 messages.extend(self.later_notices());
-                // A source that changed was copied to its end: there is nothing to go on with.
-                if error.kind() != ErrorKind::SourceChanged {
+                // A source that changed was copied to its end, and of a target that is gone nothing is left: there is nothing to go on with.
+                if !matches!(error.kind(), ErrorKind::SourceChanged | ErrorKind::TargetLost) {
                     messages.extend(self.how_to_go_on());
                 }
             }

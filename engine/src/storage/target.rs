@@ -102,6 +102,8 @@ pub struct OpenedTarget {
     identity: Identity,
     known_zero: bool,
     new_file: Option<NewFile>,
+    /// Its name, wherever the process goes meanwhile.
+    path: Option<PathBuf>,
     warnings: Vec<String>,
 }
 
@@ -202,7 +204,11 @@ impl TargetPlan {
         };
         assert!(storage.limits().length >= length, "a target that holds the source: checked or made so");
         warnings.extend(warn_of_buffered(&locator, storage.as_ref()));
-        Ok(OpenedTarget { storage, identity, known_zero, new_file, warnings })
+        let path = match locator.place() {
+            Place::Path(path) => Some(std::path::absolute(path).unwrap_or_else(|_| path.to_owned())),
+            Place::Null { .. } => None,
+        };
+        Ok(OpenedTarget { storage, identity, known_zero, new_file, path, warnings })
     }
 
     fn refused(&self, refusal: Refusal, reason: impl Into<std::borrow::Cow<'static, str>>) -> Error {
@@ -427,6 +433,34 @@ impl OpenedTarget {
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    /// Whether its name still means the file that was written: what was removed, moved away or replaced is no copy, however well it
+    /// was written. (A device cannot be lost that way.)
+    ///
+    /// # Errors
+    /// [`ErrorKind::TargetLost`], or an I/O error when it cannot be asked.
+    pub fn still_there(&self) -> Result<()> {
+        let Some(path) = &self.path else { return Ok(()) };
+        let Some(open) = self.storage.descriptors().filter(|open| !open.block_device) else { return Ok(()) };
+        let name = self.storage.name();
+        let failed = |errno| Error::io(Operation::Inspect, name, None, errno);
+        let lost =
+            |reason: &'static str| Err(Error::new(ErrorKind::TargetLost, Operation::Copy, name, reason));
+        let written = nix::sys::stat::fstat(open.buffered).map_err(failed)?;
+        if written.st_nlink == 0 {
+            return lost("it was removed or replaced while it was copied; the copy is lost");
+        }
+        match std::fs::metadata(path) {
+            Ok(named) if (named.dev(), named.ino()) == (written.st_dev, written.st_ino) => Ok(()),
+            Ok(_) => {
+                lost("it was moved away and replaced while it was copied; its name does not mean the copy")
+            }
+            Err(error) if matches!(errno_of(&error), Errno::ENOENT | Errno::ENOTDIR) => {
+                lost("it was removed or moved away while it was copied; its name does not mean the copy")
+            }
+            Err(error) => Err(failed(errno_of(&error))),
+        }
     }
 
     /// Remove the file if this copy created it and it still is the same: for a copy that failed and leaves no map.
