@@ -372,6 +372,11 @@ impl Policy {
 }
 
 impl CopyArgs {
+    /// Whether an existing target may be overwritten.
+    pub(crate) fn force(&self) -> bool {
+        self.force
+    }
+
     /// As the engine takes them.
     pub(crate) fn options(&self) -> CopyOptions {
         CopyOptions {

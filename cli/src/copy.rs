@@ -18,7 +18,7 @@ use engine::job::{IoStatus, JobResult, Progress, Status};
 use crate::args::CopyArgs;
 use crate::out;
 use crate::progress::{Meter, Snapshot};
-use crate::report::copy::{Ended, not_started_json, swapped_hint};
+use crate::report::copy::{Ended, missing_hint, not_started_json};
 use crate::report::{deliver, exit_code};
 use crate::signals::Signalled;
 use keys::Keys;
@@ -64,7 +64,7 @@ pub(crate) fn run(args: &CopyArgs, command_line: &[String], logging: bool) -> u8
 fn not_started(args: &CopyArgs, error: &Error) -> u8 {
     out::say(error);
     if error.kind() == ErrorKind::Refused(Refusal::NotFound)
-        && let Some(hint) = swapped_hint(args)
+        && let Some(hint) = missing_hint(args)
     {
         out::say(hint);
     }

@@ -116,12 +116,17 @@ fn mistakes_are_refused() {
 }
 
 #[test]
-fn swapped_arguments_get_a_hint() {
+fn a_missing_source_gets_a_hint_that_is_safe() {
     let there = directory();
     dense(&there.path().join("a"), 1000, 0);
     let messages = refused(there.path(), &["new", "a"], "the source comes first");
-    assert!(messages.contains("engine-cli copy a new"), "{messages}");
-    let messages = refused(there.path(), &["new", "newer"], "no such file");
+    assert!(!messages.contains("engine-cli copy"), "a command that reverses the copy: {messages}");
+    for arguments in [&["new", "newer"][..], &["--force", "new", "a"], &["--map", "m", "new", "a"]] {
+        let messages = refused(there.path(), arguments, "no such file");
+        assert!(!messages.contains("the source comes first"), "{messages}");
+    }
+    let messages =
+        refused(there.path(), &["/dev/engine-no-such-disk", "a"], "is the device connected? see lsblk");
     assert!(!messages.contains("the source comes first"), "{messages}");
 }
 

@@ -196,18 +196,21 @@ pub(crate) fn not_started_json(args: &CopyArgs, error: &Error) -> Value {
     Value::Object(object)
 }
 
-/// A hint for a copy that did not start because its source is missing, where the target is there: are they swapped?
-pub(crate) fn swapped_hint(args: &CopyArgs) -> Option<String> {
+/// A hint for a copy that did not start because its source is missing. It names no command to run: where the arguments
+/// are right and the source's disk has dropped out, the reversed command would overwrite the backup's disk.
+pub(crate) fn missing_hint(args: &CopyArgs) -> Option<String> {
     let (source, target) = (&args.source, &args.target);
-    let target_is_disk = std::fs::metadata(target).is_ok_and(|found| !found.is_dir());
-    (is_missing(source) && target_is_disk).then(|| {
-        format!(
-            "{} exists and {} does not: the source comes first, as in: engine-cli copy {} {}",
-            out::one_line(target),
-            out::one_line(source),
-            quoted(target),
-            quoted(source)
-        )
+    if !is_missing(source) {
+        return None;
+    }
+    if std::path::absolute(source).is_ok_and(|path| path.starts_with("/dev")) {
+        return Some("is the device connected? see lsblk".to_owned());
+    }
+    let meant_to_be_there = args.map.is_some() || args.force();
+    let target_is_file = std::fs::metadata(target).is_ok_and(|found| found.is_file());
+    (target_is_file && !meant_to_be_there).then(|| {
+        let (target, source) = (out::one_line(target), out::one_line(source));
+        format!("{target} exists and {source} does not: the source comes first")
     })
 }
 
