@@ -47,7 +47,8 @@ impl Ended<'_> {
         match &self.result.outcome {
             Outcome::Complete => {
                 messages.extend(self.later_notices());
-                messages.push(format!("copied {}", self.summary()));
+                let map = if self.args.map.is_some() { "; map file removed" } else { "" };
+                messages.push(format!("copied {}{map}", self.summary()));
             }
             Outcome::CompleteWithSkipped => {
                 messages.extend(self.later_notices());

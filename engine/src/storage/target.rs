@@ -536,5 +536,5 @@ fn check_same_pair(resume: &Resume<'_>, source: &Identity, target: &Identity) ->
 
 fn map_refused(resume: &Resume<'_>, reason: String) -> Error {
     Error::new(ErrorKind::MapRefused, Operation::UseMap, resume.map_path, reason)
-        .advise("name the same source and target as before, or remove the map file to copy everything again")
+        .advise("name the same source and target as before, or remove the map file and add --force to copy everything again")
 }
