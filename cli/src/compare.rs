@@ -77,7 +77,7 @@ fn open_and_follow(
         }
     });
     let status = if found.is_ok() { "concluded" } else { "aborting" };
-    meter.finish(Some(&snapshot(status, &counters(watch, start))));
+    meter.finish(Some(&snapshot(status, &counters(watch, start)).at_the_end()));
     found
 }
 

@@ -38,6 +38,13 @@ fn help_of_every_command_has_an_example_and_exit_codes() {
 }
 
 #[test]
+fn help_is_a_word_too() {
+    assert_eq!(stdout(&run(&["help"])), stdout(&run(&["--help"])));
+    assert_eq!(stdout(&run(&["help", "copy"])), stdout(&run(&["copy", "--help"])));
+    assert_eq!(code(&run(&["help", "copy"])), 0);
+}
+
+#[test]
 fn all_options_of_copy_are_in_its_help() {
     let help = stdout(&run(&["copy", "--help"]));
     for option in [

@@ -102,6 +102,7 @@ fn mistakes_are_refused() {
     refused(there.path(), &["missing", "b"], "no such file");
     refused(there.path(), &["d", "b"], "directory");
     refused(there.path(), &["/dev/zero", "b"], "character device");
+    refused(there.path(), &["a", "-"], "standard output is no target");
     refused(there.path(), &["a", "d"], "name a file in it, e.g. d/a");
     refused(there.path(), &["a", "nowhere/b"], "nowhere/b");
     for same in ["a", "./a", "link", "hard"] {
@@ -200,6 +201,52 @@ fn a_bad_map_is_refused() {
     refused(there.path(), &["--map", "m", "a", "b"], "m");
     assert_eq!(fs::read_to_string(there.path().join("m")).expect("read"), "this is no map");
     assert!(!there.path().join("b").exists());
+}
+
+#[test]
+fn a_map_says_what_becomes_of_it() {
+    let there = directory();
+    dense(&there.path().join("a"), 4 << 20, 0);
+    fs::write(there.path().join("m"), "").expect("written");
+    let messages = copied(there.path(), &["--map", "m"]);
+    assert!(messages.contains("map file m is empty: starting from the beginning"), "{messages}");
+    assert!(messages.ends_with("; flushed; map file removed\n"), "{messages}");
+    assert!(!there.path().join("m").exists());
+}
+
+#[test]
+fn a_source_that_was_modified_between_two_runs_is_named() {
+    let there = directory();
+    dense(&there.path().join("a"), 8 << 20, 0);
+    let arguments = ["copy", "a", "b", "--map", "m", "--speed", "2M", "--progress", "json"];
+    let mut running = support::Running::program(there.path(), &arguments);
+    running.progress(|line| line["copied"].as_u64() > Some(0));
+    running.kill();
+    File::options()
+        .write(true)
+        .open(there.path().join("a"))
+        .and_then(|a| a.write_all_at(b"x", 9))
+        .expect("written");
+    let messages = refused(
+        there.path(),
+        &["a", "b", "--map", "m"],
+        "/a was modified since: its modification time was 20",
+    );
+    assert!(messages.contains(" UTC and is now 20"), "{messages}");
+    assert!(messages.contains("remove the map file and add --force to copy everything again"), "{messages}");
+}
+
+#[test]
+fn no_time_is_left_at_the_end() {
+    let there = directory();
+    dense(&there.path().join("a"), 8 << 20, 0);
+    let arguments = ["copy", "a", "b", "--speed", "2M", "--progress", "json"];
+    let mut running = support::Running::program(there.path(), &arguments);
+    running.progress(|line| line["time_left"].is_number());
+    running.signal("INT");
+    let (_, _, messages) = running.end();
+    let last = messages.lines().rfind(|line| line.starts_with('{')).expect("a last line");
+    assert!(last.contains("\"final\":true") && last.contains("\"time_left\":null"), "{last}");
 }
 
 #[test]

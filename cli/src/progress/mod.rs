@@ -73,6 +73,15 @@ impl Snapshot {
         }
     }
 
+    /// The last one: whatever it ended with, no time is left.
+    pub(crate) fn at_the_end(mut self) -> Self {
+        self.time_left = None;
+        if let Value::Object(fields) = &mut self.counters {
+            fields.insert("time_left".into(), Value::Null);
+        }
+        self
+    }
+
     /// In words, for a bar's message.
     fn words(&self) -> String {
         let mut words = format!("{} of {}", bytes(self.settled.min(self.total)), bytes(self.total));
