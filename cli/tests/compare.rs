@@ -164,7 +164,7 @@ fn bar_on_a_terminal_and_nothing_in_a_pipe() {
         .output()
         .expect("script runs");
     let shown = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(shown.contains("% [") && shown.contains("of 200 GiB") && shown.contains("iB/s"), "{shown:?}");
+    assert!(shown.contains("%, ") && shown.contains("of 200 GiB") && shown.contains("iB/s"), "{shown:?}");
     let running = Running::program(there.path(), &["compare", "null:1P", "null:1P"]);
     std::thread::sleep(Duration::from_millis(800));
     running.signal("TERM");

@@ -238,8 +238,11 @@ fn how_far(progress: &Progress) -> String {
 }
 
 fn skipped_lines(skipped: &[SkippedRange]) -> Vec<String> {
-    let line =
-        |skipped: &SkippedRange| format!("skipped {}: {}", skipped.range, out::one_line(&skipped.error));
+    let line = |skipped: &SkippedRange| {
+        // The error tells the range as well; in JSON it stands alone.
+        let error = skipped.error.replacen(&format!(", {}", skipped.range), "", 1);
+        format!("skipped {}: {}", skipped.range, out::one_line(&error))
+    };
     let mut lines: Vec<_> = skipped.iter().take(SKIPPED_LISTED).map(line).collect();
     if let Some(more) = skipped.len().checked_sub(SKIPPED_LISTED).filter(|&more| more > 0) {
         lines.push(format!("and {more} more skipped ranges; --json lists all"));
@@ -298,10 +301,14 @@ mod tests {
     fn list_of_skipped_ranges_is_bounded() {
         let skipped: Vec<_> = (0..25)
             .map(|place| SkippedRange { range: ByteRange::new(place << 20, 65536), error: "bad".into() })
+            .map(|skipped| SkippedRange {
+                error: format!("cannot read a, {}: bad", skipped.range),
+                ..skipped
+            })
             .collect();
         let lines = skipped_lines(&skipped);
         assert_eq!(lines.len(), SKIPPED_LISTED + 1);
-        assert_eq!(lines[0], "skipped bytes 0..65536: bad");
+        assert_eq!(lines[0], "skipped bytes 0..65536: cannot read a: bad");
         assert!(lines[SKIPPED_LISTED].contains("5 more"));
         assert_eq!(skipped_lines(&skipped[..SKIPPED_LISTED]).len(), SKIPPED_LISTED);
     }
