@@ -167,7 +167,7 @@ pub(crate) struct CopyArgs {
     /// Unit of copying: a power of two from 4K to 4M
     #[arg(long, value_name = "SIZE", default_value = "64K", value_parser = cluster_size)]
     cluster_size: ClusterSize,
-    /// Most clusters in flight (default: chosen from the cluster size)
+    /// Most clusters in flight: 1 to 8192, and at most 1 GiB of them (default: chosen from the cluster size)
     #[arg(long, value_name = "N", value_parser = queue_depth)]
     queue_depth: Option<u32>,
     /// Speed limit in bytes a second, like 200M; what --verify reads back counts too (default: none)
@@ -180,7 +180,7 @@ pub(crate) struct CopyArgs {
     #[arg(long, value_name = "POLICY", value_enum, default_value_t = Policy::Report)]
     on_target_error: Policy,
     /// Keep in FILE how far the copy is, so that it can go on after an interruption; before it does, a sample of what is done is
-    /// compared
+    /// compared. Removed when the copy is complete
     #[arg(long, value_name = "FILE")]
     pub(crate) map: Option<PathBuf>,
     /// Read back what was written and compare it by checksum
@@ -189,7 +189,7 @@ pub(crate) struct CopyArgs {
     /// Write clusters of zeros as they are instead of making holes of them
     #[arg(long)]
     no_zero_detect: bool,
-    /// The target device reads as zeros already: do not write any
+    /// The target device reads as zeros already: do not write any (a file is empty at the start in any case)
     #[arg(long)]
     target_is_zero: bool,
     /// Overwrite a target file that exists
@@ -337,7 +337,7 @@ enum Carrier {
 pub(crate) enum ImageFormat {
     /// The bytes as they are
     Raw,
-    /// QEMU's qcow2
+    /// QEMU's qcow2 (not in this version)
     Qcow2,
 }
 
@@ -372,6 +372,11 @@ impl Policy {
 }
 
 impl CopyArgs {
+    /// Whether an existing target may be overwritten.
+    pub(crate) fn force(&self) -> bool {
+        self.force
+    }
+
     /// As the engine takes them.
     pub(crate) fn options(&self) -> CopyOptions {
         CopyOptions {

@@ -77,12 +77,15 @@ fn open_and_follow(
         }
     });
     let status = if found.is_ok() { "concluded" } else { "aborting" };
-    meter.finish(Some(&snapshot(status, &counters(watch, start))));
+    meter.finish(Some(&snapshot(status, &counters(watch, start)).at_the_end()));
     found
 }
 
 fn open(text: &str) -> Result<OpenedSource, Error> {
-    open_source(&Locator::parse(text)?, &SourceOptions::default())
+    // Neither of the two is a source.
+    open_source(&Locator::parse(text)?, &SourceOptions::default()).map_err(|error| {
+        if error.operation() == Operation::OpenSource { error.during(Operation::Open) } else { error }
+    })
 }
 
 fn counters(watch: &Watch, start: Instant) -> Counters {
@@ -97,7 +100,7 @@ fn counters(watch: &Watch, start: Instant) -> Counters {
 fn snapshot(status: &'static str, counters: &Counters) -> Snapshot {
     let rate = average(counters.settled, counters.elapsed);
     let left = counters.total.saturating_sub(counters.settled);
-    let time_left = left.checked_div(rate).map(Duration::from_secs);
+    let time_left = (rate > 0).then(|| Duration::from_secs_f64(left as f64 / rate as f64));
     Snapshot {
         total: counters.total,
         settled: counters.settled,

@@ -18,7 +18,7 @@ use engine::job::{IoStatus, JobResult, Progress, Status};
 use crate::args::CopyArgs;
 use crate::out;
 use crate::progress::{Meter, Snapshot};
-use crate::report::copy::{Ended, not_started_json, swapped_hint};
+use crate::report::copy::{Ended, missing_hint, not_started_json};
 use crate::report::{deliver, exit_code};
 use crate::signals::Signalled;
 use keys::Keys;
@@ -51,7 +51,7 @@ pub(crate) fn run(args: &CopyArgs, command_line: &[String], logging: bool) -> u8
         meter.say(notice);
     }
     let result = follow(&copy, &signalled, &mut meter);
-    meter.finish(Some(&Snapshot::of_copy(&result.progress)));
+    meter.finish(Some(&Snapshot::of_copy(&result.progress).at_the_end()));
     let ended =
         Ended { args, result: &result, notices: &copy.notices, ending: signalled.ending(), command_line };
     for message in ended.messages() {
@@ -64,7 +64,7 @@ pub(crate) fn run(args: &CopyArgs, command_line: &[String], logging: bool) -> u8
 fn not_started(args: &CopyArgs, error: &Error) -> u8 {
     out::say(error);
     if error.kind() == ErrorKind::Refused(Refusal::NotFound)
-        && let Some(hint) = swapped_hint(args)
+        && let Some(hint) = missing_hint(args)
     {
         out::say(hint);
     }
@@ -72,8 +72,18 @@ fn not_started(args: &CopyArgs, error: &Error) -> u8 {
     if args.output.json { deliver(&not_started_json(args, error), code) } else { code }
 }
 
-/// A directory as the target, as `cp` takes it, gets its answer here, where the source's name is at hand.
+/// Standard output as the target, as other programs take it, and a directory, as `cp` does, get their answer here, where the source's name is at hand.
 fn check_target(args: &CopyArgs) -> Result<(), Error> {
+    if args.target == "-" {
+        let reason = "standard output is no target";
+        return Err(Error::refused(
+            Refusal::BadArgument,
+            Operation::OpenTarget,
+            args.target.as_str(),
+            reason,
+        )
+        .advise("name a file or a block device; write ./- for a file of that name"));
+    }
     let path = Path::new(&args.target);
     if args.target.is_empty() || !path.is_dir() {
         return Ok(());

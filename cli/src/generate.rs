@@ -3,16 +3,32 @@
 use std::path::Path;
 
 use clap::CommandFactory;
+use clap_complete::Shell;
 
 use crate::args::{Cli, CompletionsArgs, ManArgs};
 use crate::out;
 use crate::report::{DONE, FAILED};
 
+/// The program's name.
+const PROGRAM: &str = "engine-cli";
+
 /// Print a completion script; gives the exit code.
 pub(crate) fn completions(args: &CompletionsArgs) -> u8 {
     let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "engine-cli", &mut script);
+    clap_complete::generate(args.shell, &mut Cli::command(), PROGRAM, &mut script);
+    if args.shell == Shell::Bash {
+        script = with_working_labels(&String::from_utf8_lossy(&script)).into_bytes();
+    }
     print(&script)
+}
+
+/// The script for bash keeps the command that it has seen under one name and looks it up under another, since the generator
+/// takes the dash in the program's name for the step from a command to its subcommand. Without this nothing
+/// is completed behind a command.
+fn with_working_labels(script: &str) -> String {
+    let sought = format!("{}__subcmd__", PROGRAM.replace('-', "__subcmd__"));
+    let set = format!("{}__subcmd__", PROGRAM.replace('-', "__"));
+    script.replace(&sought, &set)
 }
 
 /// Print the main man page, or write all of them into a directory; gives the exit code.

@@ -17,6 +17,7 @@ mod report;
 mod signals;
 mod usage;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -26,10 +27,20 @@ use args::{Cli, Command};
 fn main() -> ExitCode {
     let command_line: Vec<String> =
         std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
-    ExitCode::from(match Cli::try_parse() {
+    ExitCode::from(match Cli::try_parse_from(with_help(std::env::args_os())) {
         Ok(cli) => run(&cli, &command_line),
         Err(error) => usage::report(&error, &command_line),
     })
+}
+
+/// `help` and `help COMMAND` as the option that they stand for: as a command of their own they would come with completions and man pages.
+fn with_help(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut words: Vec<_> = words.collect();
+    if words.get(1).is_some_and(|word| word == "help") {
+        words.remove(1);
+        words.push("--help".into());
+    }
+    words
 }
 
 fn run(cli: &Cli, command_line: &[String]) -> u8 {

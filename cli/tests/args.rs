@@ -38,6 +38,13 @@ fn help_of_every_command_has_an_example_and_exit_codes() {
 }
 
 #[test]
+fn help_is_a_word_too() {
+    assert_eq!(stdout(&run(&["help"])), stdout(&run(&["--help"])));
+    assert_eq!(stdout(&run(&["help", "copy"])), stdout(&run(&["copy", "--help"])));
+    assert_eq!(code(&run(&["help", "copy"])), 0);
+}
+
+#[test]
 fn all_options_of_copy_are_in_its_help() {
     let help = stdout(&run(&["copy", "--help"]));
     for option in [
@@ -165,20 +172,42 @@ fn completions_and_man_pages_come_from_the_same_definition() {
     assert!(stderr(&output).contains("cannot write man pages into file"), "{}", stderr(&output));
 }
 
-#[test]
-fn bash_accepts_the_completion_script() {
-    if !support::has("bash") {
-        return;
-    }
-    let script = run(&["completions", "bash"]).stdout;
+/// What bash offers for the last of `words`, with the script as a user sources it.
+fn completed_by_bash(words: &[&str]) -> Vec<String> {
     let there = directory();
-    std::fs::write(there.path().join("script"), script).expect("written");
+    std::fs::write(there.path().join("script"), run(&["completions", "bash"]).stdout).expect("written");
+    // As bash calls a completion function: the command, the word that is completed, the one before it.
+    let complete = r#"
+        source ./script || exit 1
+        read -r _ function _ <<< "$(complete -p engine-cli | sed 's/.*\(-F\)/\1/')"
+        COMP_WORDS=("$@")
+        COMP_CWORD=$(($# - 1))
+        "$function" "$1" "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+        printf '%s\n' "${COMPREPLY[@]}"
+    "#;
     let output = std::process::Command::new("bash")
-        .args(["-n", "script"])
+        .args(["--norc", "-c", complete, "bash"])
+        .args(words)
         .current_dir(there.path())
         .output()
         .expect("bash runs");
-    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(output.status.success() && output.stderr.is_empty(), "{words:?}: {}", stderr(&output));
+    stdout(&output).split_whitespace().map(str::to_owned).collect()
+}
+
+#[test]
+fn bash_completes_commands_options_and_values() {
+    if !support::has("bash") {
+        return;
+    }
+    assert_eq!(completed_by_bash(&["engine-cli", "com"]), ["compare", "completions"]);
+    assert_eq!(completed_by_bash(&["engine-cli", "copy", "--ver"]), ["--verify"]);
+    assert_eq!(completed_by_bash(&["engine-cli", "copy", "a", "b", "--forc"]), ["--force"]);
+    assert_eq!(completed_by_bash(&["engine-cli", "copy", "--progress", "j"]), ["json"]);
+    assert_eq!(completed_by_bash(&["engine-cli", "compare", "--js"]), ["--json"]);
+    assert_eq!(completed_by_bash(&["engine-cli", "info", "--form"]), ["--format"]);
+    assert_eq!(completed_by_bash(&["engine-cli", "demo", "--siz"]), ["--size"]);
+    assert_eq!(completed_by_bash(&["engine-cli", "completions", "fi"]), ["fish"]);
 }
 
 #[test]

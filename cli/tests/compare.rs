@@ -164,7 +164,7 @@ fn bar_on_a_terminal_and_nothing_in_a_pipe() {
         .output()
         .expect("script runs");
     let shown = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(shown.contains("% [") && shown.contains("of 200 GiB") && shown.contains("iB/s"), "{shown:?}");
+    assert!(shown.contains("%, ") && shown.contains("of 200 GiB") && shown.contains("iB/s"), "{shown:?}");
     let running = Running::program(there.path(), &["compare", "null:1P", "null:1P"]);
     std::thread::sleep(Duration::from_millis(800));
     running.signal("TERM");
@@ -195,4 +195,32 @@ fn a_second_signal_ends_at_once_even_when_nobody_reads_the_messages() {
     let status = child.wait().expect("waited");
     assert_eq!(support::exit_code(status, "the pipe is full"), 143);
     drop(reader);
+}
+
+#[test]
+fn neither_disk_is_called_a_source_and_the_shorter_one_is_named() {
+    let there = directory();
+    dense(&there.path().join("a"), 100_000, 0);
+    dense(&there.path().join("b"), 100_000, 0);
+    let output = run_in(there.path(), &["compare", "a", "missing"]);
+    assert_eq!(code(&output), 2);
+    assert!(
+        stderr(&output).starts_with("engine-cli: cannot open missing: no such file"),
+        "{}",
+        stderr(&output)
+    );
+    std::fs::File::options()
+        .write(true)
+        .open(there.path().join("b"))
+        .and_then(|b| b.set_len(50_000))
+        .expect("cut");
+    for arguments in [["compare", "a", "b"], ["compare", "b", "a"]] {
+        let output = run_in(there.path(), &arguments);
+        assert_eq!(code(&output), 3);
+        assert!(
+            stdout(&output).contains("equal up to byte 50000 (0xc350), where b ends"),
+            "{}",
+            stdout(&output)
+        );
+    }
 }

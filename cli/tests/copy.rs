@@ -102,6 +102,7 @@ fn mistakes_are_refused() {
     refused(there.path(), &["missing", "b"], "no such file");
     refused(there.path(), &["d", "b"], "directory");
     refused(there.path(), &["/dev/zero", "b"], "character device");
+    refused(there.path(), &["a", "-"], "standard output is no target");
     refused(there.path(), &["a", "d"], "name a file in it, e.g. d/a");
     refused(there.path(), &["a", "nowhere/b"], "nowhere/b");
     for same in ["a", "./a", "link", "hard"] {
@@ -116,13 +117,80 @@ fn mistakes_are_refused() {
 }
 
 #[test]
-fn swapped_arguments_get_a_hint() {
+fn a_missing_source_gets_a_hint_that_is_safe() {
     let there = directory();
     dense(&there.path().join("a"), 1000, 0);
     let messages = refused(there.path(), &["new", "a"], "the source comes first");
-    assert!(messages.contains("engine-cli copy a new"), "{messages}");
-    let messages = refused(there.path(), &["new", "newer"], "no such file");
+    assert!(!messages.contains("engine-cli copy"), "a command that reverses the copy: {messages}");
+    for arguments in [&["new", "newer"][..], &["--force", "new", "a"], &["--map", "m", "new", "a"]] {
+        let messages = refused(there.path(), arguments, "no such file");
+        assert!(!messages.contains("the source comes first"), "{messages}");
+    }
+    let messages =
+        refused(there.path(), &["/dev/engine-no-such-disk", "a"], "is the device connected? see lsblk");
     assert!(!messages.contains("the source comes first"), "{messages}");
+}
+
+#[test]
+fn a_mistyped_device_makes_no_file() {
+    let there = directory();
+    dense(&there.path().join("a"), 1000, 0);
+    symlink("/dev", there.path().join("devices")).expect("linked");
+    for target in
+        ["/dev/engine-no-such-disk", "devices/engine-no-such-disk", "/dev/engine-no-such-group/disk"]
+    {
+        refused(there.path(), &["a", target], "there is no such device; check the name with lsblk");
+        refused(there.path(), &["--force", "a", target], "there is no such device");
+    }
+    assert!(!Path::new("/dev/engine-no-such-disk").exists());
+}
+
+#[test]
+fn a_target_in_memory_is_said_to_be_there() {
+    let Ok(memory) = tempfile::tempdir_in("/dev/shm") else {
+        eprintln!("SKIPPED: nothing can be written to /dev/shm");
+        return;
+    };
+    let there = directory();
+    dense(&there.path().join("a"), 1000, 0);
+    let target = memory.path().join("b");
+    let output = run_in(there.path(), &["copy", "a", &target.to_string_lossy()]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    assert!(stderr(&output).contains("is in memory: it does not survive a restart"), "{}", stderr(&output));
+}
+
+/// What somebody does to the target in the middle of the copy makes it a failure; `other` is what stands there then.
+#[track_caller]
+fn lost_by(deed: impl Fn(&Path), options: &[&str], expected: &str, other: Option<&[u8]>) {
+    let there = directory();
+    dense(&there.path().join("a"), 4 << 20, 0);
+    let arguments = [&["copy", "a", "b", "--speed", "2M", "--progress", "json"], options].concat();
+    let mut running = support::Running::program(there.path(), &arguments);
+    running.progress(|line| line["copied"].as_u64() > Some(0));
+    deed(there.path());
+    let (code, _, messages) = running.end();
+    assert_eq!(code, 1, "{messages}");
+    assert!(messages.contains(expected) && !messages.contains("engine-cli: copied"), "{messages}");
+    assert!(!there.path().join("m").exists(), "a map of no use: {messages}");
+    assert_eq!(fs::read(there.path().join("b")).ok().as_deref(), other);
+}
+
+#[test]
+fn a_target_that_is_removed_or_replaced_is_a_failure() {
+    let gone = "it was removed or replaced while it was copied; the copy is lost";
+    let remove = |there: &Path| fs::remove_file(there.join("b")).expect("removed");
+    lost_by(remove, &[], gone, None);
+    lost_by(remove, &["--map", "m"], gone, None);
+    let replace = |there: &Path| {
+        fs::write(there.join("c"), "other").expect("written");
+        fs::rename(there.join("c"), there.join("b")).expect("renamed");
+    };
+    lost_by(replace, &[], gone, Some(b"other"));
+    let swap = |there: &Path| {
+        fs::rename(there.join("b"), there.join("moved")).expect("renamed");
+        fs::write(there.join("b"), "other").expect("written");
+    };
+    lost_by(swap, &[], "moved away and replaced", Some(b"other"));
 }
 
 #[test]
@@ -133,6 +201,52 @@ fn a_bad_map_is_refused() {
     refused(there.path(), &["--map", "m", "a", "b"], "m");
     assert_eq!(fs::read_to_string(there.path().join("m")).expect("read"), "this is no map");
     assert!(!there.path().join("b").exists());
+}
+
+#[test]
+fn a_map_says_what_becomes_of_it() {
+    let there = directory();
+    dense(&there.path().join("a"), 4 << 20, 0);
+    fs::write(there.path().join("m"), "").expect("written");
+    let messages = copied(there.path(), &["--map", "m"]);
+    assert!(messages.contains("map file m is empty: starting from the beginning"), "{messages}");
+    assert!(messages.ends_with("; flushed; map file removed\n"), "{messages}");
+    assert!(!there.path().join("m").exists());
+}
+
+#[test]
+fn a_source_that_was_modified_between_two_runs_is_named() {
+    let there = directory();
+    dense(&there.path().join("a"), 8 << 20, 0);
+    let arguments = ["copy", "a", "b", "--map", "m", "--speed", "2M", "--progress", "json"];
+    let mut running = support::Running::program(there.path(), &arguments);
+    running.progress(|line| line["copied"].as_u64() > Some(0));
+    running.kill();
+    File::options()
+        .write(true)
+        .open(there.path().join("a"))
+        .and_then(|a| a.write_all_at(b"x", 9))
+        .expect("written");
+    let messages = refused(
+        there.path(),
+        &["a", "b", "--map", "m"],
+        "/a was modified since: its modification time was 20",
+    );
+    assert!(messages.contains(" UTC and is now 20"), "{messages}");
+    assert!(messages.contains("remove the map file and add --force to copy everything again"), "{messages}");
+}
+
+#[test]
+fn no_time_is_left_at_the_end() {
+    let there = directory();
+    dense(&there.path().join("a"), 8 << 20, 0);
+    let arguments = ["copy", "a", "b", "--speed", "2M", "--progress", "json"];
+    let mut running = support::Running::program(there.path(), &arguments);
+    running.progress(|line| line["time_left"].is_number());
+    running.signal("INT");
+    let (_, _, messages) = running.end();
+    let last = messages.lines().rfind(|line| line.starts_with('{')).expect("a last line");
+    assert!(last.contains("\"final\":true") && last.contains("\"time_left\":null"), "{last}");
 }
 
 #[test]

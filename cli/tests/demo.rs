@@ -205,7 +205,7 @@ fn a_bar_on_a_terminal() {
         .output()
         .expect("script runs");
     let shown = String::from_utf8_lossy(&output.stdout).into_owned();
-    for part in ["% [", "of 64.0 MiB", "proved   the backup"] {
+    for part in ["%, ", "of 64.0 MiB", "proved   the backup"] {
         assert!(shown.contains(part), "{part} in {shown:?}");
     }
 }

@@ -158,7 +158,7 @@ fn bar_on_a_terminal() {
     let output =
         on_a_terminal(there.path(), "copy --speed 4M a b").stdin(Stdio::null()).output().expect("runs");
     let shown = String::from_utf8_lossy(&output.stdout).into_owned();
-    for part in ["% [", "of 6.0 MiB", "iB/s", " left", "engine-cli: copied 6.0 MiB"] {
+    for part in ["%, ", "of 6.0 MiB", "iB/s", " left", "engine-cli: copied 6.0 MiB"] {
         assert!(shown.contains(part), "{part} in {shown:?}");
     }
     let output = run_in(there.path(), &["copy", "--speed", "4M", "--force", "a", "b"]);

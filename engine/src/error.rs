@@ -67,6 +67,8 @@ pub enum ErrorKind {
     SourceShrank,
     /// The source was changed while it was copied.
     SourceChanged,
+    /// The target's name does not mean the file that was written any more.
+    TargetLost,
     /// What was read back is not what was written.
     VerifyMismatch,
     /// Data did not reach stable storage.
@@ -85,6 +87,8 @@ pub enum ErrorKind {
 pub enum Operation {
     /// Making sense of an argument.
     Parse,
+    /// Opening a disk of which nothing else is said.
+    Open,
     /// Opening the source.
     OpenSource,
     /// Opening the target.
@@ -135,6 +139,7 @@ impl Operation {
     pub fn verb(self) -> &'static str {
         match self {
             Self::Parse => "understand",
+            Self::Open => "open",
             Self::OpenSource => "open source",
             Self::OpenTarget => "open target",
             Self::Create => "create",
@@ -312,6 +317,13 @@ impl Error {
         let (mine, others) = (&*self.story, &*other.story);
         (self.kind, mine.operation, &mine.path, &mine.reason)
             == (other.kind, others.operation, &others.path, &others.reason)
+    }
+
+    /// The same error, of another `operation`: for a caller that means something else by what was called.
+    #[must_use]
+    pub fn during(mut self, operation: Operation) -> Self {
+        Arc::make_mut(&mut self.story).operation = operation;
+        self
     }
 
     /// Adds the byte range concerned.

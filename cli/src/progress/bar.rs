@@ -1,6 +1,6 @@
 //! The bar on a terminal, and its stand-in where there is none.
 //!
-//! The bar takes one line: percentage, bar, and in words what is done, how fast, how long it will take, what was found.
+//! The bar takes one line: bar, percentage, and in words what is done, how fast, how long it will take, what was found.
 //! `indicatif` draws it, cuts it to the terminal's width and follows changes of that. Rate and time left are the
 //! engine's, which knows about pauses and limits.
 
@@ -24,7 +24,7 @@ pub(crate) struct Bar {
 impl Bar {
     /// A bar that appears with the first update.
     pub(crate) fn new() -> Self {
-        let style = ProgressStyle::with_template("{percent:>3}% [{bar:20}] {wide_msg}")
+        let style = ProgressStyle::with_template("[{bar:20}] {wide_msg}")
             .map_or_else(|_| ProgressStyle::default_bar(), |style| style.progress_chars("=> "));
         let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr_with_hz(REDRAWS))
             .with_style(style);
@@ -35,10 +35,11 @@ impl Bar {
         // A disk without bytes is done as soon as it is looked at.
         let (total, settled) =
             if snapshot.total == 0 { (1, 1) } else { (snapshot.total, snapshot.settled.min(snapshot.total)) };
+        // Message and position are drawn one after the other, and not both each time: the percentage stands with the words that it goes with.
+        self.bar.set_message(format!("{}%, {}", snapshot.percent(), snapshot.words()));
         if self.bar.length() != Some(total) {
             self.bar.set_length(total);
         }
-        self.bar.set_message(snapshot.words());
         self.bar.set_position(settled);
     }
 
@@ -63,9 +64,7 @@ impl Lines {
     pub(crate) fn update(&mut self, snapshot: &Snapshot) {
         if self.last.is_none_or(|last| last.elapsed() >= LINE_EVERY) {
             self.last = Some(Instant::now());
-            let percent = (u128::from(snapshot.settled.min(snapshot.total)) * 100)
-                .checked_div(u128::from(snapshot.total));
-            out::say(format_args!("{}%, {}", percent.unwrap_or(100), snapshot.words()));
+            out::say(format_args!("{}%, {}", snapshot.percent(), snapshot.words()));
         }
     }
 }

@@ -73,6 +73,21 @@ impl Snapshot {
         }
     }
 
+    /// The last one: whatever it ended with, no time is left.
+    pub(crate) fn at_the_end(mut self) -> Self {
+        self.time_left = None;
+        if let Value::Object(fields) = &mut self.counters {
+            fields.insert("time_left".into(), Value::Null);
+        }
+        self
+    }
+
+    /// How much of it is settled; a disk without bytes is done as soon as it is looked at.
+    fn percent(&self) -> u128 {
+        let settled = u128::from(self.settled.min(self.total)) * 100;
+        settled.checked_div(u128::from(self.total)).unwrap_or(100)
+    }
+
     /// In words, for a bar's message.
     fn words(&self) -> String {
         let mut words = format!("{} of {}", bytes(self.settled.min(self.total)), bytes(self.total));

@@ -81,7 +81,8 @@ impl Ended<'_> {
             ),
             Some(Difference { offset, bytes: None }) => {
                 format!(
-                    "{a} and {b} differ: equal up to byte {offset} ({offset:#x}), where one ends{}",
+                    "{a} and {b} differ: equal up to byte {offset} ({offset:#x}), where {} ends{}",
+                    if found.length_a < found.length_b { &a } else { &b },
                     lengths(found)
                 )
             }

@@ -47,7 +47,8 @@ impl Ended<'_> {
         match &self.result.outcome {
             Outcome::Complete => {
                 messages.extend(self.later_notices());
-                messages.push(format!("copied {}", self.summary()));
+                let map = if self.args.map.is_some() { "; map file removed" } else { "" };
+                messages.push(format!("copied {}{map}", self.summary()));
             }
             Outcome::CompleteWithSkipped => {
                 messages.extend(self.later_notices());
@@ -62,8 +63,8 @@ impl Ended<'_> {
                 messages.push(format!("failed after {}", how_far(progress)));
                 messages.extend(skipped_lines(&self.result.skipped));
                 messages.extend(self.later_notices());
-                // A source that changed was copied to its end: there is nothing to go on with.
-                if error.kind() != ErrorKind::SourceChanged {
+                // A source that changed was copied to its end, and of a target that is gone nothing is left: there is nothing to go on with.
+                if !matches!(error.kind(), ErrorKind::SourceChanged | ErrorKind::TargetLost) {
                     messages.extend(self.how_to_go_on());
                 }
             }
@@ -196,18 +197,21 @@ pub(crate) fn not_started_json(args: &CopyArgs, error: &Error) -> Value {
     Value::Object(object)
 }
 
-/// A hint for a copy that did not start because its source is missing, where the target is there: are they swapped?
-pub(crate) fn swapped_hint(args: &CopyArgs) -> Option<String> {
+/// A hint for a copy that did not start because its source is missing. It names no command to run: where the arguments
+/// are right and the source's disk has dropped out, the reversed command would overwrite the backup's disk.
+pub(crate) fn missing_hint(args: &CopyArgs) -> Option<String> {
     let (source, target) = (&args.source, &args.target);
-    let target_is_disk = std::fs::metadata(target).is_ok_and(|found| !found.is_dir());
-    (is_missing(source) && target_is_disk).then(|| {
-        format!(
-            "{} exists and {} does not: the source comes first, as in: engine-cli copy {} {}",
-            out::one_line(target),
-            out::one_line(source),
-            quoted(target),
-            quoted(source)
-        )
+    if !is_missing(source) {
+        return None;
+    }
+    if std::path::absolute(source).is_ok_and(|path| path.starts_with("/dev")) {
+        return Some("is the device connected? see lsblk".to_owned());
+    }
+    let meant_to_be_there = args.map.is_some() || args.force();
+    let target_is_file = std::fs::metadata(target).is_ok_and(|found| found.is_file());
+    (target_is_file && !meant_to_be_there).then(|| {
+        let (target, source) = (out::one_line(target), out::one_line(source));
+        format!("{target} exists and {source} does not: the source comes first")
     })
 }
 
@@ -234,8 +238,11 @@ fn how_far(progress: &Progress) -> String {
 }
 
 fn skipped_lines(skipped: &[SkippedRange]) -> Vec<String> {
-    let line =
-        |skipped: &SkippedRange| format!("skipped {}: {}", skipped.range, out::one_line(&skipped.error));
+    let line = |skipped: &SkippedRange| {
+        // The error tells the range as well; in JSON it stands alone.
+        let error = skipped.error.replacen(&format!(", {}", skipped.range), "", 1);
+        format!("skipped {}: {}", skipped.range, out::one_line(&error))
+    };
     let mut lines: Vec<_> = skipped.iter().take(SKIPPED_LISTED).map(line).collect();
     if let Some(more) = skipped.len().checked_sub(SKIPPED_LISTED).filter(|&more| more > 0) {
         lines.push(format!("and {more} more skipped ranges; --json lists all"));
@@ -294,10 +301,14 @@ mod tests {
     fn list_of_skipped_ranges_is_bounded() {
         let skipped: Vec<_> = (0..25)
             .map(|place| SkippedRange { range: ByteRange::new(place << 20, 65536), error: "bad".into() })
+            .map(|skipped| SkippedRange {
+                error: format!("cannot read a, {}: bad", skipped.range),
+                ..skipped
+            })
             .collect();
         let lines = skipped_lines(&skipped);
         assert_eq!(lines.len(), SKIPPED_LISTED + 1);
-        assert_eq!(lines[0], "skipped bytes 0..65536: bad");
+        assert_eq!(lines[0], "skipped bytes 0..65536: cannot read a: bad");
         assert!(lines[SKIPPED_LISTED].contains("5 more"));
         assert_eq!(skipped_lines(&skipped[..SKIPPED_LISTED]).len(), SKIPPED_LISTED);
     }

@@ -73,6 +73,7 @@ fn kind_name(kind: ErrorKind) -> &'static str {
         ErrorKind::NoSpace => "no_space",
         ErrorKind::SourceShrank => "source_shrank",
         ErrorKind::SourceChanged => "source_changed",
+        ErrorKind::TargetLost => "target_lost",
         ErrorKind::VerifyMismatch => "verify_mismatch",
         ErrorKind::FlushFailed(_) => "flush_failed",
         ErrorKind::Cancelled => "cancelled",

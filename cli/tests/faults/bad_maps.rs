@@ -102,7 +102,11 @@ fn damaged() {
         refused(place, &["--map", "m", "a", "b"], &["cannot use map file m", ";"]);
     }
     fs::write(&map, &good[..good.len() / 2]).expect("written");
-    refused(place, &["--map", "m", "a", "b"], &["map file m", "remove it to copy everything again"]);
+    refused(
+        place,
+        &["--map", "m", "a", "b"],
+        &["map file m", "remove the map file and add --force to copy everything again"],
+    );
     fs::write(&map, text.replacen("map 1 ", "map 2 ", 1)).expect("written");
     refused(
         place,

@@ -1,4 +1,4 @@
-//! The end of a copy, before anybody is told: whether the source stayed what it was, and what is kept of target and map.
+//! The end of a copy, before anybody is told: whether source and target stayed what they were, and what is kept of target and map.
 
 use std::sync::Arc;
 
@@ -8,16 +8,22 @@ use crate::job::{JobResult, Outcome};
 use crate::map::MapFile;
 use crate::storage::{Document, OpenedSource, OpenedTarget, source_unchanged};
 
-/// What is to be done when the copy is over: a source that changed makes it a failure and its map useless, and a new target file of a
-/// copy that did not succeed and cannot go on is removed.
+/// What is to be done when the copy is over: a target that is gone or a source that changed makes it a failure and its map
+/// useless, and a new target file of a copy that did not succeed and cannot go on is removed.
 pub(super) fn at_end(source: OpenedSource, target: OpenedTarget, map: Option<Arc<MapFile>>) -> AtEnd {
     Box::new(move |result: &mut JobResult| {
+        if (is_complete(&result.outcome) || result.resumable)
+            && let Err(error) = target.still_there()
+            && judge_target(result, error) == MapIs::OfNoUse
+        {
+            result.notices.extend(map.as_deref().map(|map| forget_map(map, "the target is gone")));
+        }
         let complete = is_complete(&result.outcome);
         let unchanged = if complete || result.resumable { source_unchanged(&source) } else { Ok(()) };
         if let Err(error) = unchanged {
             let shows_changes = source.identity().shows_changes();
             if judge(result, error, target.storage().name(), shows_changes) == MapIs::OfNoUse {
-                result.notices.extend(map.as_deref().map(forget_map));
+                result.notices.extend(map.as_deref().map(|map| forget_map(map, "the source has changed")));
             }
         }
         if !complete && !result.resumable {
@@ -46,6 +52,27 @@ enum MapIs {
     OfNoUse,
 }
 
+/// Make of the result what it is when asking for the target, at the end, gave `error`.
+fn judge_target(result: &mut JobResult, error: Error) -> MapIs {
+    let complete = is_complete(&result.outcome);
+    if error.kind() != ErrorKind::TargetLost {
+        if complete {
+            result.notices.push(format!("cannot tell whether the target is still there: {error}"));
+        } else {
+            tracing::info!(%error, "whether the target is still there cannot be told");
+        }
+        return MapIs::Kept;
+    }
+    let map = if result.resumable { MapIs::OfNoUse } else { MapIs::Kept };
+    result.resumable = false;
+    if complete {
+        result.outcome = Outcome::Failed(Arc::new(error));
+    } else {
+        result.notices.push(error.to_string());
+    }
+    map
+}
+
 /// Make of the result what it is when asking for the source, at the end, gave `error`.
 fn judge(result: &mut JobResult, error: Error, target: &str, shows_changes: bool) -> MapIs {
     let complete = is_complete(&result.outcome);
@@ -62,7 +89,7 @@ fn judge(result: &mut JobResult, error: Error, target: &str, shows_changes: bool
     // no length) comes back, and the copy goes on.
     let map = if result.resumable && shows_changes { MapIs::OfNoUse } else { MapIs::Kept };
     if complete {
-        result.notices.push(format!("{target} is kept, but it is no point in time"));
+        result.notices.push(format!("{target} is kept, but may mix old and new contents"));
         result.outcome = Outcome::Failed(Arc::new(error));
         result.resumable = false;
     } else {
@@ -73,12 +100,9 @@ fn judge(result: &mut JobResult, error: Error, target: &str, shows_changes: bool
 }
 
 /// Remove a map that every later run would refuse; says so.
-fn forget_map(map: &MapFile) -> String {
+fn forget_map(map: &MapFile, why: &str) -> String {
     match map.publish(None) {
-        Ok(()) => format!(
-            "the source has changed, so no run can go on from map file {}: it was removed",
-            map.path()
-        ),
+        Ok(()) => format!("{why}, so no run can go on from map file {}: it was removed", map.path()),
         Err(errno) => Error::io(Operation::Remove, map.path(), None, errno).to_string(),
     }
 }
@@ -127,6 +151,23 @@ mod tests {
     }
 
     #[test]
+    fn a_target_that_is_gone_makes_a_failure_and_takes_a_map_with_it() {
+        let lost = || Error::new(ErrorKind::TargetLost, Operation::Copy, "b", "it was removed");
+        let mut complete = result(Outcome::Complete, false);
+        assert_eq!(judge_target(&mut complete, lost()), MapIs::Kept);
+        assert!(matches!(&complete.outcome, Outcome::Failed(error) if error.kind() == ErrorKind::TargetLost));
+        for outcome in [Outcome::CompleteWithSkipped, Outcome::Cancelled] {
+            let mut resumable = result(outcome, true);
+            assert_eq!(judge_target(&mut resumable, lost()), MapIs::OfNoUse);
+            assert!(!resumable.resumable && !is_complete(&resumable.outcome), "{resumable:?}");
+        }
+        let mut unknown = result(Outcome::Complete, false);
+        let error = Error::io(Operation::Inspect, "b", None, Errno::EACCES);
+        assert_eq!(judge_target(&mut unknown, error), MapIs::Kept);
+        assert!(is_complete(&unknown.outcome) && unknown.notices.len() == 1);
+    }
+
+    #[test]
     fn a_source_that_changed_makes_a_failure_and_takes_a_map_with_it() {
         for (outcome, has_map) in [(Outcome::Complete, false), (Outcome::CompleteWithSkipped, true)] {
             for shows_changes in [true, false] {
@@ -135,7 +176,7 @@ mod tests {
                 assert_eq!(map == MapIs::OfNoUse, has_map && shows_changes);
                 let Outcome::Failed(error) = &ended.outcome else { panic!("{ended:?}") };
                 assert_eq!(error.kind(), ErrorKind::SourceChanged);
-                assert!(!ended.resumable && ended.notices == ["b is kept, but it is no point in time"]);
+                assert!(!ended.resumable && ended.notices == ["b is kept, but may mix old and new contents"]);
             }
         }
         let mut cancelled = result(Outcome::Cancelled, true);

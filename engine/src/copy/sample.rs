@@ -63,8 +63,8 @@ fn refused(map: &MapFile, target: &dyn Storage, offset: u64) -> Error {
         "the target does not hold what the map says: {name} was copied there, and differs from the source at byte {offset}"
     );
     Error::new(ErrorKind::MapRefused, Operation::UseMap, map.path(), reason).advise(
-        "name the source and the target of the interrupted copy, or, if something else wrote to one of them, remove the map file to copy \
-         everything again",
+        "name the source and the target of the interrupted copy, or, if something else wrote to one of them, remove the map file and add --force \
+         to copy everything again",
     )
 }
 

@@ -28,8 +28,8 @@ use crate::ring::select::{self, OpenedRing, RingConfig, SetupError};
 use crate::ring::{Arena, DocumentId, FileId, Ring};
 use crate::storage::locator::Place;
 use crate::storage::{
-    Document, Locator, OpenedSource, OpenedTarget, Resume, SourceOptions, Storage, TargetOptions, TargetPlan,
-    alignment_of, open_source, plan_target,
+    Document, Identity, Locator, OpenedSource, OpenedTarget, Resume, SourceOptions, Storage, TargetOptions,
+    TargetPlan, alignment_of, open_source, plan_target,
 };
 use crate::units::{ClusterRange, Geometry};
 
@@ -111,6 +111,9 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
         header.check_options(geometry, options.sync, options.verify, path)?;
         let now = source.identity();
         if let Some(difference) = header.source.difference_as_source(now) {
+            if header.source.path == now.path && difference.is_modification() {
+                return Err(source_modified(path, now, &difference));
+            }
             return Err(map_of_another(path, "source", &difference));
         }
     }
@@ -131,10 +134,16 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
     Ok(Checked { options: options.clone(), source, target, map, geometry, slots, uncompared, callback })
 }
 
+fn source_modified(map: &str, source: &Identity, difference: &crate::storage::Difference) -> Error {
+    let reason = format!("the source {} was modified since: {difference}", source.path);
+    Error::new(ErrorKind::MapRefused, Operation::UseMap, map, reason)
+        .advise("remove the map file and add --force to copy everything again")
+}
+
 fn map_of_another(path: &str, side: &str, difference: &crate::storage::Difference) -> Error {
     let reason = format!("it belongs to a copy of another {side}: {difference}");
     Error::new(ErrorKind::MapRefused, Operation::UseMap, path, reason)
-        .advise("name the map of this copy, or remove it to copy everything again")
+        .advise("name the map of this copy, or remove the map file and add --force to copy everything again")
 }
 
 fn slots_of(options: &CopyOptions) -> Result<u32, Error> {
@@ -263,6 +272,9 @@ where
         };
         if let Some(map) = &map {
             notices.extend(going_on(map, geometry, &resumed));
+            if map.was_found_empty() {
+                notices.push(format!("map file {} is empty: starting from the beginning", map.path()));
+            }
             notices.extend(uncompared);
             publish_first(map, &header, &target)?;
         }

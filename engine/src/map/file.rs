@@ -46,6 +46,7 @@ pub struct MapFile {
     directory: File,
     name: OsString,
     map: Option<Map>,
+    found_empty: bool,
     current: Mutex<Current>,
 }
 
@@ -102,14 +103,20 @@ impl MapFile {
         refuse_temporary(path, &parent, (&directory, &temporary_of(&name)), &Disks { source, target })?;
         let current = open_locked(path, &directory, &name)?;
         let map = read_map(path, &current)?;
+        let found_empty = map.is_none() && !current.stands_in;
         let current = Mutex::new(current);
-        Ok(Self { path: path.to_owned(), directory, name, map, current })
+        Ok(Self { path: path.to_owned(), directory, name, map, found_empty, current })
     }
 
     /// The map that was found; `None` for a new copy.
     #[must_use]
     pub fn map(&self) -> Option<&Map> {
         self.map.as_ref()
+    }
+
+    /// Whether the file existed without anything in it: that of a copy that was killed early, or one cut off by something else.
+    pub(crate) fn was_found_empty(&self) -> bool {
+        self.found_empty
     }
 
     /// The file, as the user wrote it.
@@ -398,9 +405,9 @@ fn read_map(path: &str, current: &Current) -> Result<Option<Map>> {
         let advice = match &error {
             MapError::NotAMap | MapError::TooLarge => "name a map file, or one that does not exist yet",
             MapError::NewerVersion(_) => {
-                "go on with the version that wrote it, or remove it to copy everything again"
+                "go on with the version that wrote it, or remove the map file and add --force to copy everything again"
             }
-            MapError::Damaged(_) | MapError::Invalid(_) => "remove it to copy everything again",
+            MapError::Damaged(_) | MapError::Invalid(_) => "remove the map file and add --force to copy everything again",
         };
         Error::new(ErrorKind::MapRefused, Operation::UseMap, path, error.to_string())
             .advise(advice)

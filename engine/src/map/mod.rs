@@ -75,7 +75,7 @@ impl MapHeader {
         let refused = |reason: String, advice: String| {
             Err(Error::new(ErrorKind::MapRefused, Operation::UseMap, map_path, reason).advise(advice))
         };
-        let anew = "or remove the map file to copy everything again";
+        let anew = "or remove the map file and add --force to copy everything again";
         let (then, now) = (self.geometry, geometry);
         if then.cluster_size() != now.cluster_size() {
             let (then, now) = (then.cluster_size().bytes() >> 10, now.cluster_size().bytes() >> 10);
@@ -87,7 +87,7 @@ impl MapHeader {
         if then.length() != now.length() {
             return refused(
                 format!("the source had {} bytes and now has {}", then.length().0, now.length().0),
-                "remove the map file to copy everything again".to_owned(),
+                "remove the map file and add --force to copy everything again".to_owned(),
             );
         }
         if self.sync != sync {

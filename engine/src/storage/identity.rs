@@ -29,8 +29,26 @@ pub struct FileTime(
 
 impl fmt::Display for FileTime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{:09}", self.0, self.1)
+        let (days, second) = (self.0.div_euclid(86_400), self.0.rem_euclid(86_400));
+        let (year, month, day) = date(days);
+        let (hour, minute) = (second / 3600, second % 3600 / 60);
+        write!(f, "{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{:02}.{:09} UTC", second % 60, self.1)
     }
+}
+
+/// The date so many days after 1970-01-01, in the Gregorian calendar. Years are counted from March, so that the leap day is the
+/// last one, in cycles of 400 years, which all have the same length.
+fn date(days: i64) -> (i64, i64, i64) {
+    // From 0000-03-01 on.
+    let days = days + 719_468;
+    let (cycle, day) = (days.div_euclid(146_097), days.rem_euclid(146_097));
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    // Months of 30 and 31 days alternate, five of them in 153 days.
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let (month, next_year) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
+    (year + cycle * 400 + next_year, month, day)
 }
 
 /// Which disk it is.
@@ -86,6 +104,13 @@ pub struct Difference {
     pub recorded: String,
     /// What was found.
     pub found: String,
+}
+
+impl Difference {
+    /// Whether it is the same file with other contents (or attributes).
+    pub(crate) fn is_modification(&self) -> bool {
+        matches!(self.property, "length" | "modification time" | "change time")
+    }
 }
 
 impl fmt::Display for Difference {
@@ -223,6 +248,20 @@ mod tests {
     fn device(number: u64, serial: Option<&str>) -> Identity {
         let disk = DiskId::Device { number, serial: serial.map(str::to_owned), attachment: None };
         Identity { path: "/dev/x".into(), length: 512, disk }
+    }
+
+    #[test]
+    fn times_are_told_as_dates() {
+        for (seconds, text) in [
+            (0, "1970-01-01 00:00:00.000000007 UTC"),
+            (951_782_399, "2000-02-28 23:59:59.000000007 UTC"),
+            (951_782_400, "2000-02-29 00:00:00.000000007 UTC"),
+            (1_709_251_200, "2024-03-01 00:00:00.000000007 UTC"),
+            (1_735_689_599, "2024-12-31 23:59:59.000000007 UTC"),
+            (-1, "1969-12-31 23:59:59.000000007 UTC"),
+        ] {
+            assert_eq!(FileTime(seconds, 7).to_string(), text);
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ pub mod locator;
 pub(crate) mod lock;
 mod null;
 pub(crate) mod open;
+mod place;
 pub(crate) mod prepare;
 mod sys;
 mod target;

@@ -33,7 +33,7 @@ use super::open::{
 };
 use super::prepare::{NewFile, NewPlace, create, empty, identify, in_units, open_directory};
 use super::topology::{self, Node};
-use super::{NullStorage, Storage, sys};
+use super::{NullStorage, Storage, place, sys};
 use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
 use crate::map::MapHeader;
 use crate::modes::Format;
@@ -102,6 +102,8 @@ pub struct OpenedTarget {
     identity: Identity,
     known_zero: bool,
     new_file: Option<NewFile>,
+    /// Its name, wherever the process goes meanwhile.
+    path: Option<PathBuf>,
     warnings: Vec<String>,
 }
 
@@ -202,7 +204,11 @@ impl TargetPlan {
         };
         assert!(storage.limits().length >= length, "a target that holds the source: checked or made so");
         warnings.extend(warn_of_buffered(&locator, storage.as_ref()));
-        Ok(OpenedTarget { storage, identity, known_zero, new_file, warnings })
+        let path = match locator.place() {
+            Place::Path(path) => Some(std::path::absolute(path).unwrap_or_else(|_| path.to_owned())),
+            Place::Null { .. } => None,
+        };
+        Ok(OpenedTarget { storage, identity, known_zero, new_file, path, warnings })
     }
 
     fn refused(&self, refusal: Refusal, reason: impl Into<std::borrow::Cow<'static, str>>) -> Error {
@@ -336,6 +342,11 @@ impl TargetPlan {
             }
         };
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let no_device =
+            || self.refused(Refusal::NotFound, "there is no such device").advise("check the name with lsblk");
+        if place::is_named_for_devices(parent) {
+            return Err(no_device());
+        }
         let directory = open_directory(parent).map_err(|errno| match errno {
             Errno::ENOENT | Errno::ENOTDIR => self
                 .refused(Refusal::NotFound, format!("the directory {} does not exist", parent.display()))
@@ -343,11 +354,17 @@ impl TargetPlan {
                 .because(errno),
             _ => self.refused_by_system(errno),
         })?;
+        if place::holds_devices(&directory) {
+            return Err(no_device());
+        }
         let needed = AccessFlags::W_OK | AccessFlags::X_OK;
         faccessat(&directory, ".", needed, AtFlags::AT_EACCESS)
             .map_err(|errno| self.refused_by_system(errno))?;
         self.check_file_size_limit()?;
         self.warn_of_space(source, &directory, 0);
+        if place::is_in_memory(&directory) {
+            self.warnings.push(format!("{} is in memory: it does not survive a restart", self.locator));
+        }
         let mode = source.mode_of_copy();
         self.state = Planned::New(NewPlace { directory, name, path: path.to_owned(), mode });
         Ok(())
@@ -416,6 +433,34 @@ impl OpenedTarget {
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    /// Whether its name still means the file that was written: what was removed, moved away or replaced is no copy, however well it
+    /// was written. (A device cannot be lost that way.)
+    ///
+    /// # Errors
+    /// [`ErrorKind::TargetLost`], or an I/O error when it cannot be asked.
+    pub fn still_there(&self) -> Result<()> {
+        let Some(path) = &self.path else { return Ok(()) };
+        let Some(open) = self.storage.descriptors().filter(|open| !open.block_device) else { return Ok(()) };
+        let name = self.storage.name();
+        let failed = |errno| Error::io(Operation::Inspect, name, None, errno);
+        let lost =
+            |reason: &'static str| Err(Error::new(ErrorKind::TargetLost, Operation::Copy, name, reason));
+        let written = nix::sys::stat::fstat(open.buffered).map_err(failed)?;
+        if written.st_nlink == 0 {
+            return lost("it was removed or replaced while it was copied; the copy is lost");
+        }
+        match std::fs::metadata(path) {
+            Ok(named) if (named.dev(), named.ino()) == (written.st_dev, written.st_ino) => Ok(()),
+            Ok(_) => {
+                lost("it was moved away and replaced while it was copied; its name does not mean the copy")
+            }
+            Err(error) if matches!(errno_of(&error), Errno::ENOENT | Errno::ENOTDIR) => {
+                lost("it was removed or moved away while it was copied; its name does not mean the copy")
+            }
+            Err(error) => Err(failed(errno_of(&error))),
+        }
     }
 
     /// Remove the file if this copy created it and it still is the same: for a copy that failed and leaves no map.
@@ -491,5 +536,5 @@ fn check_same_pair(resume: &Resume<'_>, source: &Identity, target: &Identity) ->
 
 fn map_refused(resume: &Resume<'_>, reason: String) -> Error {
     Error::new(ErrorKind::MapRefused, Operation::UseMap, resume.map_path, reason)
-        .advise("name the same source and target as before, or remove the map file to copy everything again")
+        .advise("name the same source and target as before, or remove the map file and add --force to copy everything again")
 }
