@@ -29,7 +29,7 @@ use crate::storage::{
     Document, Locator, OpenedSource, OpenedTarget, Resume, SourceOptions, Storage, TargetOptions, TargetPlan,
     open_source, plan_target, source_unchanged,
 };
-use crate::units::{ClusterRange, Geometry};
+use crate::units::{ClusterRange, Geometry, Length};
 
 /// Bytes in flight unless a depth is asked for: enough for a fast disk's best throughput on both sides, and together with the ring
 /// within the 8 MiB that ordinary users may register with the kernel.
@@ -344,9 +344,10 @@ fn going_on(map: &MapFile, geometry: Geometry, resumed: &[ClusterRange]) -> Opti
         again => format!("; {again} ranges that were left out are tried again"),
     };
     Some(format!(
-        "going on from map file {}: {bytes} of {} bytes are done{again}",
+        "going on from map file {}: {} of {} are done{again}",
         map.path(),
-        geometry.length().0
+        Length(bytes),
+        geometry.length()
     ))
 }
 
