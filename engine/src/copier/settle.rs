@@ -10,7 +10,7 @@ use super::plan::{Checkpoint, planted};
 use super::retry::{Verdict, verdict};
 use super::verify::{Verification, Window};
 use super::{Copier, Ending, Event, Task, one};
-use crate::error::{Error, Operation};
+use crate::error::{Error, Operation, describe};
 use crate::ring::{Op, Output};
 use crate::units::{ByteRange, ClusterRange, Timestamp};
 
@@ -274,11 +274,11 @@ impl Copier {
             Err(errno) if !self.checkpoints.map_stale => {
                 self.checkpoints.map_stale = true;
                 let notice = if self.map_removed {
-                    format!("the copy is complete, but its map file cannot be removed: {}", errno.desc())
+                    format!("the copy is complete, but its map file cannot be removed: {}", describe(*errno))
                 } else {
                     format!(
-                        "the map file cannot be written ({}): an interrupted copy would go on from an older one",
-                        errno.desc()
+                        "the map file cannot be written: {}; an interrupted copy would go on from an older one",
+                        describe(*errno)
                     )
                 };
                 self.events.push(Event::Notice(notice));
