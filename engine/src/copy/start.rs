@@ -139,15 +139,19 @@ fn slots_of(options: &CopyOptions) -> Result<u32, Error> {
     Ok(u32::try_from(slots).expect("at most MAX_SLOTS"))
 }
 
-/// The ring thread's life.
-fn carry_out(checked: Checked, started: &Sender<Result<Copy, Error>>) {
-    let config = RingConfig {
+/// How large a ring a copy wants.
+fn ring_config(checked: &Checked) -> RingConfig {
+    RingConfig {
         arena_bytes: usize::try_from(u64::from(checked.slots) * checked.options.cluster_size.bytes())
             .expect("at most 1 GiB"),
         capacity: (checked.slots as usize * 2 + 64).min(RingConfig::MAX_CAPACITY),
         threads: RingConfig::DEFAULT_THREADS.min(checked.slots as usize + 1),
-    };
-    let opened = match select::open(checked.options.io_engine, &config) {
+    }
+}
+
+/// The ring thread's life.
+fn carry_out(checked: Checked, started: &Sender<Result<Copy, Error>>) {
+    let opened = match select::open(checked.options.io_engine, &ring_config(&checked)) {
         Ok(opened) => opened,
         Err(error) => {
             // What was opened is given up, and a map file that stood in removed, before the caller hears of it.
@@ -410,3 +414,7 @@ fn forget_map(map: &MapFile) -> String {
         Err(errno) => Error::io(Operation::Remove, map.path(), None, errno).to_string(),
     }
 }
+
+#[cfg(test)]
+#[path = "dying_ring_tests.rs"]
+mod tests;
