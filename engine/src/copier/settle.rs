@@ -5,6 +5,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::checkpoint::{Captured, Stage, subtract, without};
+use super::faults::{SideName, side_of};
 use super::piece::Fault;
 use super::plan::{Checkpoint, planted};
 use super::retry::{Verdict, verdict};
@@ -211,10 +212,17 @@ impl Copier {
         self.rewind_to(crate::units::ClusterIndex(0));
     }
 
+    /// Whether the copy has failed by something other than its source. Then nothing is read back any more: each read of a target that is
+    /// broken may take its time, and what it gives proves little.
+    pub(super) fn target_has_failed(&self) -> bool {
+        matches!(&self.ending, Some(Ending::Failed(error)) if side_of(error.operation()) == SideName::Target)
+    }
+
     /// When the window under verification is through: claim what compared equal.
     fn finish_verification(&mut self, now: Timestamp) {
+        let target_has_failed = self.target_has_failed();
         let Stage::Verifying(verification) = &mut self.checkpoints.stage else { return };
-        if matches!(self.ending, Some(Ending::Failed(_))) {
+        if target_has_failed {
             verification.abandon();
         }
         if !verification.is_done() {

@@ -66,8 +66,10 @@ impl Copier {
         if planted!(self.plan, ShortWriteIsWhole) && short_write {
             step = Step::Finished;
         }
+        // Nothing more is copied once it is ending; what was copied is still read back.
+        let goes_on = self.ending.is_none() || (verifying && !self.target_has_failed());
         match step {
-            Step::Again if self.ending.is_none() => {
+            Step::Again if goes_on => {
                 let op = piece.op(side);
                 self.push(Task::Move { transfer: id, piece }, op);
             }

@@ -1,8 +1,10 @@
 //! What verification finds, and what becomes of it: the cases that random runs seldom meet.
 
 use engine::copy::ErrorPolicy;
+use engine::error::Operation;
 use engine::job::Outcome;
 use engine::ring::sim::{Fault, FaultPlan};
+use engine::units::ByteRange;
 use nix::errno::Errno;
 
 use crate::oracle::{Before, check};
@@ -85,4 +87,48 @@ fn a_run_that_cannot_be_read_back_is_taken_apart() {
         skipped_alone += usize::from(matches!(run.result().outcome, Outcome::Complete));
     }
     assert!(skipped_alone > 100, "{skipped_alone} of 150 single errors were survived");
+}
+
+/// A copy of a source with a bad sector, then one of the mended source that goes on and copies nothing twice. `false`: the first run
+/// has not failed by its source, or its last checkpoint was lost.
+fn failed_by_its_source(scenario: &Scenario, faults: FaultPlan, undisturbed: u64) -> bool {
+    let world = scenario.world();
+    let before = Before::of(&world);
+    let first = run(scenario, &world, faults, Script::default());
+    check(scenario, &world, &before, first.result()).unwrap();
+    let by_source = match &first.result().outcome {
+        Outcome::Failed(error) => error.operation() == Operation::Read,
+        _ => false,
+    };
+    if !by_source || !first.result().notices.is_empty() {
+        return false;
+    }
+    world.borrow_mut().disk(0).repair();
+    let second = run(scenario, &world, FaultPlan::default(), Script::default());
+    assert!(matches!(second.result().outcome, Outcome::Complete), "{:?}", second.result());
+    check(scenario, &world, &before, second.result()).unwrap();
+    assert_eq!(second.result().progress.resumed, first.result().progress.done, "{scenario:?}");
+    // The neighbours of a bad sector in its run are tried alone, and written as a whole, holes in them and all.
+    let most = undisturbed + u64::from(scenario.max_run - 1) * scenario.cluster;
+    let (once, twice) = (first.written, second.written);
+    assert!(once + twice <= most, "{once} + {twice} bytes, not {undisturbed}, of {scenario:?}");
+    true
+}
+
+/// The source has failed, not what was copied of it: the last checkpoint is read back and claimed like any other.
+#[test]
+fn what_was_copied_before_the_source_failed_is_not_copied_again() {
+    let fails = |max_run, bad: u64, buffered, faults| {
+        let good = Scenario { verify: true, map: true, max_run, buffered, ..Scenario::plain(27) };
+        let undisturbed = run(&good, &good.world(), FaultPlan::default(), Script::default()).written;
+        let bad_source = vec![ByteRange::new(bad * 8192 + 512, 512)];
+        failed_by_its_source(&Scenario { bad_source, ..good }, faults, undisturbed)
+    };
+    let each = (0..80).flat_map(|bad| [(bad, false), (bad, true)]);
+    let failed = each.filter(|&(bad, buffered)| fails(3, bad, buffered, FaultPlan::default())).count();
+    assert!(failed > 70, "{failed} of 160 runs have failed by their source");
+    // A short result while it is read back is met like any other, too.
+    let each = (0..200).map(|operation| FaultPlan::single(operation, Fault::Short));
+    let failed = each.filter(|faults| fails(1, 29, false, faults.clone())).count();
+    assert!(failed > 150, "{failed} of 200 runs have failed by their source");
 }
