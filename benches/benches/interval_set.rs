@@ -254,6 +254,12 @@ fn two_threads<C: Contender>(set: &Arc<C>, starts: [u64; 2], rounds: u64) -> Dur
     ended - began
 }
 
+/// What the loop of [`done_check`] costs by itself: to be taken off its figures.
+fn no_check(group: &mut BenchmarkGroup<'_, WallTime>) {
+    let range = ClusterRange::new(1000, 1001);
+    group.bench_function("nothing", |b| b.iter(|| black_box(black_box(range).start < range.end)));
+}
+
 fn done_check<C: Contender>(group: &mut BenchmarkGroup<'_, WallTime>) {
     let set = C::new();
     sweep(&set, CLUSTERS);
@@ -312,6 +318,9 @@ fn all(criterion: &mut Criterion) {
     for (name, contenders) in benches {
         let mut group = criterion.benchmark_group(name);
         group.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
+        if name == "done-check" {
+            no_check(&mut group);
+        }
         contenders.iter().for_each(|bench| bench(&mut group));
         group.finish();
     }

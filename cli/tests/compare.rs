@@ -157,7 +157,7 @@ fn bar_on_a_terminal_and_nothing_in_a_pipe() {
     }
     let there = directory();
     let command = format!("{} compare null:200G null:200G", support::program().display());
-    let output = std::process::Command::new("timeout")
+    let output = support::heeding("timeout")
         .args(["-s", "INT", "3", "script", "-qfec", &command, "/dev/null"])
         .current_dir(there.path())
         .env("TERM", "xterm")
@@ -179,7 +179,7 @@ fn a_second_signal_ends_at_once_even_when_nobody_reads_the_messages() {
     // A pipe that is full from the start: the first message blocks whoever writes it.
     let (reader, mut writer) = std::io::pipe().expect("a pipe");
     std::io::Write::write_all(&mut writer, &[b'x'; 64 << 10]).expect("filled");
-    let mut child = std::process::Command::new(support::program())
+    let mut child = support::heeding(support::program())
         .args(["compare", "--progress", "json", "null:1P", "null:1P"])
         .current_dir(there.path())
         .stderr(writer)

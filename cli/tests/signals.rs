@@ -139,7 +139,7 @@ fn a_paused_copy_can_be_interrupted() {
 
 /// The program on a terminal of its own; what is written to its input is typed there.
 fn on_a_terminal(directory: &Path, arguments: &str) -> Command {
-    let mut command = Command::new("script");
+    let mut command = support::heeding("script");
     command
         .args(["-qfec", &format!("exec {} {arguments}", program().display()), "/dev/null"])
         .current_dir(directory)

@@ -413,7 +413,7 @@ impl fmt::Display for Error {
 }
 
 /// `errno` as a sentence reads it: its text with its name behind.
-fn describe(errno: Errno) -> String {
+pub(crate) fn describe(errno: Errno) -> String {
     let text = errno.desc();
     let mut letters = text.chars();
     // "No such file" begins a sentence in errno's table and continues one here; "I/O error" stays.

@@ -23,6 +23,25 @@ pub struct ClusterCount(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Length(pub u64);
 
+/// As people read it: `512 B`, `4.0 GiB`, `931 MiB`. Powers of 1024, two significant places at least, no false precision.
+impl fmt::Display for Length {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+        // Tenths of a unit, rounded to nearest, so that 1023.96 KiB moves on to 1.0 MiB.
+        let tenths_in = |place: usize| {
+            let unit = 1_u128 << (10 * place);
+            (u128::from(self.0) * 10 + unit / 2) / unit
+        };
+        let place = (0..UNITS.len() - 1).find(|&place| tenths_in(place) < 10_240).unwrap_or(UNITS.len() - 1);
+        let tenths = tenths_in(place);
+        match place {
+            0 => write!(f, "{} B", self.0),
+            _ if tenths >= 1000 => write!(f, "{} {}", (tenths + 5) / 10, UNITS[place]),
+            _ => write!(f, "{}.{} {}", tenths / 10, tenths % 10, UNITS[place]),
+        }
+    }
+}
+
 /// Half-open range of clusters, `start <= end`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ClusterRange {
@@ -272,6 +291,23 @@ mod tests {
 
     fn disk(length: u64) -> Geometry {
         Geometry::new(Length(length), ClusterSize::DEFAULT)
+    }
+
+    #[test]
+    fn lengths_as_people_read_them() {
+        for (count, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (1536, "1.5 KiB"),
+            (65536, "64.0 KiB"),
+            (931 << 20, "931 MiB"),
+            ((1 << 20) - 1, "1.0 MiB"),
+            (4 << 30, "4.0 GiB"),
+            (u64::MAX, "16.0 EiB"),
+        ] {
+            assert_eq!(Length(count).to_string(), text);
+        }
     }
 
     #[test]

@@ -1,25 +1,12 @@
-//! Bytes, rates and times as people read them. Powers of 1024, two significant places at least, no false precision.
+//! Bytes, rates and times as people read them.
 
 use std::time::Duration;
 
-/// `512 B`, `4.0 GiB`, `931 MiB`.
+use engine::units::Length;
+
+/// `512 B`, `4.0 GiB`, `931 MiB`: as the engine's own messages have it.
 pub(crate) fn bytes(count: u64) -> String {
-    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-    // Tenths of a unit, rounded to nearest, so that 1023.96 KiB moves on to 1.0 MiB.
-    let mut place = 0;
-    let mut tenths = u128::from(count) * 10;
-    while place + 1 < UNITS.len() && (tenths + (1 << (10 * place)) / 2) >> (10 * place) >= 10_240 {
-        place += 1;
-    }
-    if place == 0 {
-        return format!("{count} B");
-    }
-    tenths = (tenths + (1 << (10 * place)) / 2) >> (10 * place);
-    if tenths >= 1000 {
-        format!("{} {}", (tenths + 5) / 10, UNITS[place])
-    } else {
-        format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[place])
-    }
+    Length(count).to_string()
 }
 
 /// `931 MiB/s`.
@@ -49,23 +36,6 @@ pub(crate) fn average(count: u64, time: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn bytes_as_people_read_them() {
-        for (count, text) in [
-            (0, "0 B"),
-            (1023, "1023 B"),
-            (1024, "1.0 KiB"),
-            (1536, "1.5 KiB"),
-            (65536, "64.0 KiB"),
-            (931 << 20, "931 MiB"),
-            ((1 << 20) - 1, "1.0 MiB"),
-            (4 << 30, "4.0 GiB"),
-            (u64::MAX, "16.0 EiB"),
-        ] {
-            assert_eq!(bytes(count), text);
-        }
-    }
 
     #[test]
     fn times_as_people_read_them() {

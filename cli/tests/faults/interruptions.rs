@@ -86,7 +86,11 @@ fn killed_with_a_map_the_next_run_goes_on_at_once() {
         assert!(place.join("m").exists() && place.join("b").exists());
         // Whatever the kernel has not closed yet does not stand in its way.
         let again = json(place, &[&options[..], &["a", "b"]].concat(), 0);
-        assert!(again["notices"][0].as_str().expect("told").contains("going on from map file m"), "{again}");
+        let told = again["notices"][0].as_str().expect("told");
+        assert!(
+            told.starts_with("going on from map file m: ") && told.contains(" of 16.0 MiB are done"),
+            "{told}"
+        );
         assert_eq!(again["done"], LENGTH);
         assert!(same(&place.join("a"), &place.join("b")));
         let names: Vec<_> =

@@ -1,6 +1,7 @@
 //! What the tests of the program share: running it, making disks, reading its output.
 #![allow(dead_code, reason = "every test program uses its own part of this")]
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::process::ExitStatusExt;
@@ -19,6 +20,14 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// The program.
 pub(crate) fn program() -> PathBuf {
     assert_cmd::cargo::cargo_bin("engine-cli")
+}
+
+/// A command that heeds the signals which a test sends it. Under `nohup` or in the background of a script the tests themselves ignore
+/// some, and what they start would too.
+pub(crate) fn heeding(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("env");
+    command.arg("--default-signal=HUP,INT,QUIT,TERM").arg(program);
+    command
 }
 
 /// Run the program with `arguments` in `directory` to its end.
@@ -144,7 +153,7 @@ impl Running {
 
     /// Start the program.
     pub(crate) fn program(directory: &Path, arguments: &[&str]) -> Self {
-        Self::start(Command::new(program()).args(arguments).current_dir(directory).stdin(Stdio::null()))
+        Self::start(heeding(program()).args(arguments).current_dir(directory).stdin(Stdio::null()))
     }
 
     pub(crate) fn id(&self) -> u32 {

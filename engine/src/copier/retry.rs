@@ -4,7 +4,8 @@
 //! the policy, so that an error names one cluster and the good ones around it are copied. A cluster that failed alone goes by
 //! the policy of the side that failed. Clusters in the list are not claimed; they are claimed when their time has come.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -56,10 +57,18 @@ struct Entry {
     at: Timestamp,
 }
 
-/// Clusters to try again, each alone.
+/// Clusters to try again, each alone. On a bad disk there are as many as slots, and the sweep asks at each of its steps: nothing here
+/// looks at more than it moves.
+///
+/// Each cluster is in `entries` and in one of the two others, by whether its time had come when that was last looked at. The time
+/// never goes back.
 #[derive(Debug, Default)]
 pub(super) struct RetryList {
     entries: BTreeMap<ClusterIndex, Entry>,
+    /// Their time has come: in the order of the disk.
+    due: BTreeSet<ClusterIndex>,
+    /// The others: in the order of time.
+    later: BTreeSet<(Timestamp, ClusterIndex)>,
 }
 
 impl RetryList {
@@ -71,11 +80,13 @@ impl RetryList {
     pub(super) fn add(&mut self, cluster: ClusterIndex, attempts: u32, at: Timestamp) {
         let before = self.entries.insert(cluster, Entry { attempts, at });
         assert!(before.is_none(), "{cluster:?} was waiting for its retry already");
+        self.later.insert((at, cluster));
     }
 
     /// As [`Self::add`], whether it was waiting already or not.
     pub(super) fn put(&mut self, cluster: ClusterIndex, attempts: u32, at: Timestamp) {
-        self.entries.insert(cluster, Entry { attempts, at });
+        self.forget(super::one(cluster));
+        self.add(cluster, attempts, at);
     }
 
     /// Somebody else tries `clusters` now: the failed retries of any of them.
@@ -88,33 +99,42 @@ impl RetryList {
         attempts
     }
 
-    /// Take a cluster whose time has come, with its failed retries.
+    /// Take the first cluster whose time has come, with its failed retries.
     pub(super) fn take_due(&mut self, now: Timestamp) -> Option<(ClusterIndex, u32)> {
-        let (&cluster, &entry) = self.entries.iter().find(|(_, entry)| entry.at <= now)?;
-        self.entries.remove(&cluster);
+        while let Some(&(at, cluster)) = self.later.first().filter(|(at, _)| *at <= now) {
+            self.later.remove(&(at, cluster));
+            self.due.insert(cluster);
+        }
+        let cluster = self.due.pop_first()?;
+        let entry = self.entries.remove(&cluster).expect("what is due waits for its retry");
         Some((cluster, entry.attempts))
     }
 
     /// The sweep has claimed `clusters` itself: they wait for nothing any more.
     pub(super) fn forget(&mut self, clusters: ClusterRange) {
-        if !self.entries.is_empty() {
-            self.entries.retain(|&cluster, _| !clusters.contains(cluster));
+        while let Some((&cluster, &entry)) = self.entries.range(clusters.start..clusters.end).next() {
+            self.entries.remove(&cluster);
+            let found = self.due.remove(&cluster) || self.later.remove(&(entry.at, cluster));
+            assert!(found, "{cluster:?} waits for its retry");
         }
     }
 
     /// Nothing waits for a retry any more.
     pub(super) fn clear(&mut self) {
-        self.entries.clear();
+        *self = Self::default();
     }
 
     /// When the next cluster's time comes. Those whose time has come already wait for something else: a slot, a turn.
     pub(super) fn next_after(&self, now: Timestamp) -> Option<Timestamp> {
-        self.entries.values().map(|entry| entry.at).filter(|&at| at > now).min()
+        let last_now = (now, ClusterIndex(u64::MAX));
+        self.later.range((Bound::Excluded(last_now), Bound::Unbounded)).next().map(|&(at, _)| at)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const EIO: Fault = Fault::Errno(Errno::EIO);
@@ -158,5 +178,74 @@ mod tests {
         assert_eq!(list.take_due(Timestamp(Duration::from_secs(3))), Some((ClusterIndex(4), 1)));
         assert_eq!(list.take_due(Timestamp(Duration::from_secs(3))), Some((ClusterIndex(9), 0)));
         assert_eq!(list.len(), 0);
+    }
+
+    /// The list without its indices: every question looks at everything.
+    #[derive(Default)]
+    struct Naive(BTreeMap<ClusterIndex, Entry>);
+
+    impl Naive {
+        fn take_due(&mut self, now: Timestamp) -> Option<(ClusterIndex, u32)> {
+            let (&cluster, &entry) = self.0.iter().find(|(_, entry)| entry.at <= now)?;
+            self.0.remove(&cluster);
+            Some((cluster, entry.attempts))
+        }
+
+        fn next_after(&self, now: Timestamp) -> Option<Timestamp> {
+            self.0.values().map(|entry| entry.at).filter(|&at| at > now).min()
+        }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Add { cluster: u64, attempts: u32, pause: u64 },
+        TakeDue,
+        Forget { start: u64, count: u64 },
+        Clear,
+        Pass { time: u64 },
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            8 => (0..40_u64, 0..6_u32, 0..8_u64)
+                .prop_map(|(cluster, attempts, pause)| Step::Add { cluster, attempts, pause }),
+            6 => Just(Step::TakeDue),
+            2 => (0..40_u64, 0..10_u64).prop_map(|(start, count)| Step::Forget { start, count }),
+            1 => Just(Step::Clear),
+            4 => (0..6_u64).prop_map(|time| Step::Pass { time }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn the_list_does_what_a_search_of_everything_does(steps in prop::collection::vec(step(), 0..200)) {
+            let (mut list, mut naive) = (RetryList::default(), Naive::default());
+            let mut now = Timestamp::default();
+            for step in steps {
+                match step {
+                    Step::Add { cluster, attempts, pause } => {
+                        let (cluster, at) = (ClusterIndex(cluster), now.after(Duration::from_secs(pause)));
+                        if let std::collections::btree_map::Entry::Vacant(free) = naive.0.entry(cluster) {
+                            free.insert(Entry { attempts, at });
+                            list.add(cluster, attempts, at);
+                        }
+                    }
+                    Step::TakeDue => prop_assert_eq!(list.take_due(now), naive.take_due(now)),
+                    Step::Forget { start, count } => {
+                        let clusters = ClusterRange::new(start, start + count);
+                        list.forget(clusters);
+                        naive.0.retain(|&cluster, _| !clusters.contains(cluster));
+                    }
+                    Step::Clear => {
+                        list.clear();
+                        naive.0.clear();
+                    }
+                    Step::Pass { time } => now = now.after(Duration::from_secs(time)),
+                }
+                prop_assert_eq!(list.len(), naive.0.len());
+                prop_assert_eq!(list.next_after(now), naive.next_after(now));
+                prop_assert_eq!(list.due.len() + list.later.len(), list.len());
+            }
+        }
     }
 }

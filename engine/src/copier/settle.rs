@@ -11,7 +11,7 @@ use super::retry::{Verdict, verdict};
 use super::skipped::merged;
 use super::verify::{Unverified, Verification, Window};
 use super::{Copier, Ending, Event, Task};
-use crate::error::{Error, Operation};
+use crate::error::{Error, Operation, describe};
 use crate::modes::SyncMode;
 use crate::ring::{Op, Output};
 use crate::units::{ByteRange, ClusterRange, Timestamp};
@@ -331,7 +331,7 @@ impl Copier {
                 self.checkpoints.map_written = !self.map_removed;
             }
             Err(errno) if self.map_removed => {
-                let reason = errno.desc();
+                let reason = describe(*errno);
                 let notice = format!("the copy is complete, but its map file cannot be removed: {reason}");
                 self.events.push(Event::Notice(notice));
             }
@@ -341,8 +341,8 @@ impl Copier {
                 // Once a job: a map file that fails now and then fails often.
                 if !std::mem::replace(&mut self.checkpoints.map_failure_said, true) {
                     self.events.push(Event::Notice(format!(
-                        "the map file cannot be written ({}): an interrupted copy would go on from an older one",
-                        errno.desc()
+                        "the map file cannot be written: {}; an interrupted copy would go on from an older one",
+                        describe(*errno)
                     )));
                 }
             }

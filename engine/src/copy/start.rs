@@ -31,7 +31,7 @@ use crate::storage::{
     Document, Identity, Locator, OpenedSource, OpenedTarget, Resume, SourceOptions, Storage, TargetOptions,
     TargetPlan, alignment_of, open_source, plan_target,
 };
-use crate::units::{ClusterRange, Geometry};
+use crate::units::{ClusterRange, Geometry, Length};
 
 /// Bytes in flight unless a depth is asked for: enough for a fast disk's best throughput on both sides, and together with the ring
 /// within the 8 MiB that ordinary users may register with the kernel.
@@ -161,15 +161,19 @@ fn slots_of(options: &CopyOptions) -> Result<u32, Error> {
     Ok(u32::try_from(slots).expect("at most MAX_SLOTS"))
 }
 
-/// The ring thread's life.
-fn carry_out(checked: Checked, started: &Sender<Result<Copy, Error>>) {
-    let config = RingConfig {
+/// How large a ring a copy wants.
+fn ring_config(checked: &Checked) -> RingConfig {
+    RingConfig {
         arena_bytes: usize::try_from(u64::from(checked.slots) * checked.options.cluster_size.bytes())
             .expect("at most 1 GiB"),
         capacity: (checked.slots as usize * 2 + 64).min(RingConfig::MAX_CAPACITY),
         threads: RingConfig::DEFAULT_THREADS.min(checked.slots as usize + 1),
-    };
-    let opened = match select::open(checked.options.io_engine, &config) {
+    }
+}
+
+/// The ring thread's life.
+fn carry_out(checked: Checked, started: &Sender<Result<Copy, Error>>) {
+    let opened = match select::open(checked.options.io_engine, &ring_config(&checked)) {
         Ok(opened) => opened,
         Err(error) => {
             // What was opened is given up, and a map file that stood in removed, before the caller hears of it.
@@ -383,9 +387,10 @@ fn going_on(map: &MapFile, geometry: Geometry, resumed: &[ClusterRange]) -> Opti
         again => format!("; {again} ranges that were left out are tried again at the end"),
     };
     Some(format!(
-        "going on from map file {}: {bytes} of {} bytes are done{again}",
+        "going on from map file {}: {} of {} are done{again}",
         map.path(),
-        geometry.length().0
+        Length(bytes),
+        geometry.length()
     ))
 }
 
@@ -402,3 +407,7 @@ fn publish_first(map: &MapFile, header: &MapHeader, target: &OpenedTarget) -> Re
         Error::io(Operation::WriteMap, map.path(), None, errno)
     })
 }
+
+#[cfg(test)]
+#[path = "dying_ring_tests.rs"]
+mod tests;

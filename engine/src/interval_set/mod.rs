@@ -81,7 +81,7 @@ use self::waiters::Table;
 pub(crate) use self::waiters::{Parker, Woken};
 pub use self::waiters::{Ticket, Waiter};
 pub use self::waiting::{Cancellation, Registration, Waited};
-use self::word::{CLUSTERS, Mask, Outcome, Span, Word, first_span, spans, word_of};
+use self::word::{CLUSTERS, Mask, Outcome, Span, Word, first_span, in_one_word, spans, word_of};
 use self::words::Words;
 
 /// Where a cluster stands.
@@ -358,11 +358,16 @@ impl IntervalSet {
 
     #[inline]
     fn check(&self, range: ClusterRange) {
-        assert!(
-            range.start <= range.end && range.end.0 <= self.clusters.0,
-            "{range:?} in a set of {} clusters",
-            self.clusters.0
-        );
+        if range.start > range.end || range.end.0 > self.clusters.0 {
+            self.out_of_bounds(range);
+        }
+    }
+
+    /// Apart, so that the check itself needs no memory: what is formatted has an address.
+    #[cold]
+    #[inline(never)]
+    fn out_of_bounds(&self, range: ClusterRange) -> ! {
+        panic!("{range:?} in a set of {} clusters", self.clusters.0)
     }
 }
 

@@ -4,7 +4,9 @@
 //! as good, because a cluster that is done stays done (until a failed flush reopens it, which no reader of a live set
 //! ever sees).
 
-use super::{CLUSTERS, ClusterState, IntervalSet, Mask, Ordering, Span, Word, first_span, spans, word_of};
+use super::{
+    CLUSTERS, ClusterState, IntervalSet, Mask, Ordering, Span, Word, first_span, in_one_word, spans, word_of,
+};
 use crate::units::{ClusterCount, ClusterIndex, ClusterRange};
 
 impl IntervalSet {
@@ -22,6 +24,15 @@ impl IntervalSet {
     #[must_use]
     pub fn is_done(&self, range: ClusterRange) -> bool {
         self.check(range);
+        match in_one_word(range) {
+            Some((word, mask)) => self.read(word).done().covers(mask),
+            None => self.all_done(range),
+        }
+    }
+
+    /// [`Self::is_done`] for what lies in several words: kept out of the callers' code.
+    #[inline(never)]
+    fn all_done(&self, range: ClusterRange) -> bool {
         spans(range).all(|span| self.read(span.word).done().covers(span.mask))
     }
 

@@ -250,6 +250,22 @@ pub(super) fn first_span(range: ClusterRange) -> Option<Span> {
     Some(Span { word: word_of(base), mask: Mask::span(first, length), base })
 }
 
+/// `range`, which lies in one word, as that word's number and which of its clusters; `None` if it reaches beyond. An empty range may
+/// be either, with no clusters.
+///
+/// For the check that a guest makes before each write: a comparison and two shifts, none of which can overflow.
+#[inline]
+pub(super) fn in_one_word(range: ClusterRange) -> Option<(usize, Mask)> {
+    let first = range.start.0;
+    let last = range.end.0.wrapping_sub(1);
+    if first / CLUSTERS != last / CLUSTERS {
+        return None;
+    }
+    let from_first = u32::MAX << bit_of(first);
+    let to_last = u32::MAX >> (BITS - 1 - bit_of(last));
+    Some((word_of(first), Mask(from_first & to_last)))
+}
+
 #[inline]
 fn bit_of(cluster: u64) -> u32 {
     bit_count(cluster % CLUSTERS)
@@ -294,6 +310,21 @@ mod tests {
         assert_eq!(cut(31, 33), [(0, ClusterRange::new(31, 32)), (1, ClusterRange::new(32, 33))]);
         assert_eq!(cut(32, 64), [(1, ClusterRange::new(32, 64))]);
         assert_eq!(cut(0, 70).last(), Some(&(2, ClusterRange::new(64, 70))));
+    }
+
+    #[test]
+    fn a_range_in_one_word_is_its_only_span() {
+        for start in 0..70 {
+            for end in start..=70 {
+                let range = ClusterRange::new(start, end);
+                let spans: Vec<_> = spans(range).map(|span| (span.word, span.mask)).collect();
+                match in_one_word(range) {
+                    Some((_, mask)) if range.is_empty() => assert_eq!(mask, Mask::EMPTY),
+                    Some(only) => assert_eq!(spans, [only], "{range:?}"),
+                    None => assert_ne!(spans.len(), 1, "{range:?}"),
+                }
+            }
+        }
     }
 
     #[test]

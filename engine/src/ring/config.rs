@@ -7,6 +7,7 @@ use nix::errno::Errno;
 use super::Arena;
 use super::base::MAX_CAPACITY;
 use super::blocking::MAX_THREADS;
+use crate::error::describe;
 
 /// How large a ring is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +35,7 @@ impl RingConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
     /// The kernel, or what guards it, does not let us use io_uring.
-    #[error("io_uring is not available here: {step}: {errno}")]
+    #[error("io_uring is not available here: {step}: {}", describe(*.errno))]
     Refused {
         /// What was tried.
         step: &'static str,

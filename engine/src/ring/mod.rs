@@ -31,6 +31,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
+use crate::error::describe;
 use crate::units::{ByteRange, Timestamp};
 pub use arena::{Arena, BufferRange};
 
@@ -216,7 +217,7 @@ pub trait Wake: Send + Sync {
 
 /// The ring itself broke (not an operation in it): nothing more can be done with it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the {ring} ring failed: {errno}")]
+#[error("the {ring} ring failed: {}", describe(*.errno))]
 pub struct RingFailure {
     /// Which implementation.
     pub ring: &'static str,

@@ -51,7 +51,7 @@ impl Locator {
             return refused(Refusal::BadArgument, "a path holds no zero byte", "check the path");
         }
         if let Some(size) = text.strip_prefix("null:") {
-            let length = if size.is_empty() { None } else { Some(parse_size(size)?) };
+            let length = if size.is_empty() { None } else { Some(null_length(text, size)?) };
             return Ok(Self { text: text.to_owned(), place: Place::Null { length } });
         }
         match scheme(text) {
@@ -109,6 +109,14 @@ fn scheme(text: &str) -> Option<&str> {
     let valid = scheme.starts_with(|c: char| c.is_ascii_alphabetic())
         && scheme.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.'));
     valid.then_some(scheme)
+}
+
+/// The size of `null:SIZE`, refused by the whole argument: a user looks for what was written.
+fn null_length(text: &str, size: &str) -> Result<Length> {
+    quantity(size).map(Length).map_err(|(refusal, reason)| {
+        Error::refused(refusal, Operation::Parse, format!("the size in '{text}'"), reason)
+            .advise("write it like null:65536, null:64K or null:1.5G")
+    })
 }
 
 /// A size as users write it: `4096`, `64K`, `1.5G`, `10GiB`; powers of 1024; a fraction must give whole bytes.
@@ -236,6 +244,8 @@ mod tests {
         assert_eq!(refusal_of(Locator::parse("")), Refusal::BadArgument);
         assert_eq!(refusal_of(Locator::parse("a\0b")), Refusal::BadArgument);
         assert_eq!(refusal_of(Locator::parse("null:-1")), Refusal::BadArgument);
+        let error = Locator::parse("null:0x").expect_err("refused").to_string();
+        assert!(error.starts_with("cannot understand the size in 'null:0x': "), "{error}");
     }
 
     #[test]

@@ -153,28 +153,3 @@ fn fill_new(new: &NewFile, file: &File, length: Length) -> std::result::Result<O
         Err(Errno::EBUSY)
     }
 }
-
-/// Bytes as people read them.
-pub(super) fn in_units(bytes: u64) -> String {
-    let units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-    let step = (bytes.checked_ilog2().unwrap_or(0) / 10).min(6);
-    if step == 0 {
-        return format!("{bytes} bytes");
-    }
-    let tenths = (u128::from(bytes) * 10) >> (10 * step);
-    format!("{}.{} {}", tenths / 10, tenths % 10, units[step as usize])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn amounts_read_well() {
-        assert_eq!(in_units(0), "0 bytes");
-        assert_eq!(in_units(1023), "1023 bytes");
-        assert_eq!(in_units(1536), "1.5 KiB");
-        assert_eq!(in_units(64 << 30), "64.0 GiB");
-        assert_eq!(in_units(u64::MAX), "15.9 EiB");
-    }
-}

@@ -31,7 +31,7 @@ use super::open::{
     Access, OpenedPair, OpenedSource, errno_of, length_of, open_both, refuse_format, refuse_non_disk,
     warn_of_buffered,
 };
-use super::prepare::{NewFile, NewPlace, create, empty, identify, in_units, open_directory};
+use super::prepare::{NewFile, NewPlace, create, empty, identify, open_directory};
 use super::topology::{self, Node};
 use super::{NullStorage, Storage, place, sys};
 use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
@@ -282,7 +282,7 @@ impl TargetPlan {
             self.warnings.push(format!(
                 "{}: the device is larger than the source; its last {} stay as they are",
                 self.locator,
-                in_units(size - self.length.0)
+                Length(size - self.length.0)
             ));
         }
         Ok(())
@@ -397,8 +397,8 @@ impl TargetPlan {
             self.warnings.push(format!(
                 "{}: the copy takes about {} and there is room for {}",
                 self.locator,
-                in_units(needed),
-                in_units(free)
+                Length(needed),
+                Length(free)
             ));
         }
     }

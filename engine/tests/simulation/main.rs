@@ -7,6 +7,7 @@
 //! `SIM_SEEDS=100000 SIM_FIRST=0 cargo test --release -p engine --test simulation seeded` runs more seeds; a failure
 //! names its seed, and `SIM_FIRST=<seed> SIM_SEEDS=1` repeats it.
 
+mod by_hand;
 mod exhaustive;
 mod maps;
 mod oracle;

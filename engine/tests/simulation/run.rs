@@ -6,7 +6,7 @@ use engine::copier::plan::{Checkpoint, Plan};
 use engine::copier::{Copier, Counters};
 use engine::interval_set::IntervalSet;
 use engine::job::driver::Driver;
-use engine::job::{IoStatus, JobResult, Lifecycle, Status};
+use engine::job::{IoStatus, JobHandle, JobResult, Lifecycle, Status};
 use engine::ring::Ring;
 use engine::ring::sim::{FaultPlan, SharedWorld, SimRing};
 use fastrand::Rng;
@@ -59,7 +59,13 @@ pub(crate) fn run(scenario: &Scenario, world: &SharedWorld, faults: FaultPlan, s
     run_plan(scenario, plan, world, faults, script)
 }
 
-fn run_plan(scenario: &Scenario, plan: Plan, world: &SharedWorld, faults: FaultPlan, script: Script) -> Run {
+/// A driver that is to carry out `plan` over `world`, and the handle of its job.
+pub(crate) fn driver_of(
+    scenario: &Scenario,
+    plan: Plan,
+    world: &SharedWorld,
+    faults: FaultPlan,
+) -> (Driver<SimRing>, JobHandle) {
     let arena = usize::try_from(u64::from(scenario.slots) * scenario.cluster).unwrap();
     let mut ring = SimRing::new(world.clone(), arena, scenario.capacity, scenario.seed ^ 0x1217, faults);
     ring.add_file(0).unwrap();
@@ -67,7 +73,11 @@ fn run_plan(scenario: &Scenario, plan: Plan, world: &SharedWorld, faults: FaultP
     ring.add_document(0).unwrap();
     let set = Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap());
     let copier = Copier::new(plan, set);
-    let (mut driver, handle) = Driver::new(ring, copier, Lifecycle::new(true, false), scenario.speed());
+    Driver::new(ring, copier, Lifecycle::new(true, false), scenario.speed())
+}
+
+fn run_plan(scenario: &Scenario, plan: Plan, world: &SharedWorld, faults: FaultPlan, script: Script) -> Run {
+    let (mut driver, handle) = driver_of(scenario, plan, world, faults);
     let mut rng = Rng::with_seed(script.fidget.unwrap_or(0));
     let mut turns = 0;
     let mut cancelled_at = None;

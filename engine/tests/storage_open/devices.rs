@@ -2,13 +2,15 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use engine::copy::SyncMode;
 use engine::error::Refusal;
 use engine::map::MapHeader;
 use engine::ring::{ExtentQuery, IoPath, ZeroMethod};
-use engine::storage::{DiskKind, Locator, Resume, Storage, TargetOptions, info, source_unchanged};
+use engine::storage::{
+    DiskId, DiskKind, Identity, Locator, OpenedSource, Resume, Storage, TargetOptions, info, source_unchanged,
+};
 use engine::units::{ByteRange, ClusterSize, Geometry, Length};
 use nix::errno::Errno;
 use nix::sys::stat::{Mode, SFlag, mknod};
@@ -187,6 +189,21 @@ fn a_full_file_system_is_a_warning() {
     drop(planned);
 }
 
+fn header(from: &OpenedSource, target: Identity) -> MapHeader {
+    MapHeader {
+        source: from.identity().clone(),
+        target,
+        geometry: Geometry::new(from.length(), ClusterSize::DEFAULT),
+        sync: SyncMode::Full,
+        verify: false,
+        target_was_zero: false,
+    }
+}
+
+fn resume(header: &MapHeader) -> TargetOptions<'_> {
+    TargetOptions { resume: Some(Resume { header, map_path: "copy.map" }), ..plain() }
+}
+
 #[test]
 fn a_resumed_device_must_be_the_same() {
     if !is_root("a_resumed_device") {
@@ -197,18 +214,72 @@ fn a_resumed_device_must_be_the_same() {
     let device = LoopDevice::over(&place.file("one", MIB), &[]);
     let other = LoopDevice::over(&place.file("two", 2 * MIB), &[]);
     let identity = target(&device.0, &from, &plain()).expect("target").identity().clone();
-    let header = MapHeader {
-        source: from.identity().clone(),
-        target: identity,
-        geometry: Geometry::new(from.length(), ClusterSize::DEFAULT),
-        sync: SyncMode::Full,
-        verify: false,
-        target_was_zero: false,
-    };
-    let resume = TargetOptions { resume: Some(Resume { header: &header, map_path: "copy.map" }), ..plain() };
+    let header = header(&from, identity);
+    let resume = resume(&header);
     drop(target(&device.0, &from, &resume).expect("the same device"));
     map_refused(plan(&other.0, &from, &resume), "the target");
     map_refused(plan(place.file("three", MIB), &from, &resume), "its kind was a block device");
+}
+
+/// Name, number and length are the same, and yet it is another disk.
+#[test]
+fn a_loop_device_is_the_file_that_it_lies_over() {
+    if !is_root("a_loop_device_is_the_file") {
+        return;
+    }
+    let place = Place::new();
+    let (one, two, end) = (place.file("one", MIB), place.file("two", MIB), place.file("end", MIB));
+    let from = source(place.file("source", MIB)).expect("source");
+    let device = LoopDevice::over(&one, &[]);
+    let path = device.0.clone();
+    let to_it = header(&from, target(&path, &from, &plain()).expect("target").identity().clone());
+    let from_it = {
+        let from = source(&path).expect("source");
+        header(&from, target(&end, &from, &forced()).expect("target").identity().clone())
+    };
+    let goes_on = |path: &Path| {
+        drop(plan(path, &from, &resume(&to_it)).expect("the same target"));
+        drop(plan(&end, &source(path).expect("source"), &resume(&from_it)).expect("the same source"));
+    };
+    let Some(device) = device.moved_to(&one, &[]) else { return };
+    goes_on(&path);
+    let Some(device) = device.moved_to(&two, &[]) else { return };
+    assert_eq!(device.0, path);
+    map_refused(plan(&path, &from, &resume(&to_it)), "the target");
+    map_refused(plan(&path, &from, &resume(&to_it)), "its serial number was loop over inode");
+    map_refused(plan(&end, &source(&path).expect("source"), &resume(&from_it)), "its serial number was loop");
+    // Found again under another name.
+    goes_on(&LoopDevice::over(&one, &[]).0);
+}
+
+/// A partition of a disk without a serial number: only the kernel's count of disks tells that another one took its place.
+#[test]
+fn a_device_without_a_serial_number_is_the_one_that_was_attached() {
+    if !is_root("a_device_without_a_serial_number") {
+        return;
+    }
+    let place = Place::new();
+    let (one, two) = (place.file("one", 8 * MIB), place.file("two", 8 * MIB));
+    let from = source(place.file("source", MIB)).expect("source");
+    let disk = LoopDevice::over(&one, &["--partscan"]);
+    let partition = PathBuf::from(format!("{}p1", disk.text()));
+    run("addpart", &[disk.text(), "1", "2048", "2048"]);
+    let then = target(&partition, &from, &plain()).expect("target").identity().clone();
+    let DiskId::Device { serial: None, attachment: Some(attachment), .. } = then.disk.clone() else {
+        return println!("skipped: attachments are not counted here: {then:?}");
+    };
+    let recorded = header(&from, then);
+    drop(plan(&partition, &from, &resume(&recorded)).expect("the same disk"));
+    let Some(disk) = disk.moved_to(&two, &["--partscan"]) else { return };
+    run("addpart", &[disk.text(), "1", "2048", "2048"]);
+    map_refused(plan(&partition, &from, &resume(&recorded)), "the target");
+    // The number of a partition may differ by chance; were it the same, the attachment tells.
+    let now = target(&partition, &from, &plain()).expect("target").identity().clone();
+    drop(plan(&partition, &from, &resume(&header(&from, now.clone()))).expect("the same disk"));
+    let DiskId::Device { number, .. } = now.disk else { panic!("{now:?}") };
+    let disk_then = DiskId::Device { number, serial: None, attachment: Some(attachment) };
+    let recorded = header(&from, Identity { disk: disk_then, ..now });
+    map_refused(plan(&partition, &from, &resume(&recorded)), "its attachment was");
 }
 
 #[test]

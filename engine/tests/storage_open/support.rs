@@ -150,6 +150,27 @@ impl LoopDevice {
         Self(run("losetup", &arguments).into())
     }
 
+    /// The same device over another file; `None`, with a word about it, where somebody else took the device meanwhile.
+    pub(crate) fn moved_to(self, file: &Path, options: &[&str]) -> Option<Self> {
+        let losetup = |arguments: &[&str]| {
+            Command::new("losetup").args(arguments).output().expect("losetup").status.success()
+        };
+        // From here on it is nobody's: not to be detached once more.
+        let path = std::mem::take(&mut std::mem::ManuallyDrop::new(self).0);
+        let text = path.to_str().expect("text");
+        assert!(losetup(&["--detach", text]), "it was ours");
+        let arguments = [options, &[text, file.to_str().expect("text")]].concat();
+        for _ in 0..100 {
+            if losetup(&arguments) {
+                return Some(Self(path));
+            }
+            // It goes once whoever looks at new devices has let go of it.
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        println!("skipped: somebody else has taken {text}");
+        None
+    }
+
     pub(crate) fn text(&self) -> &str {
         self.0.to_str().expect("text")
     }

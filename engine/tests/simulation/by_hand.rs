@@ -1,0 +1,238 @@
+//! Orders of events that simulated runs seldom or never meet: the copier with every operation answered by hand, the driver with every
+//! turn made by hand.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use engine::copier::plan::Checkpoint;
+use engine::copier::{Copier, Ending, Event};
+use engine::copy::ErrorPolicy;
+use engine::interval_set::IntervalSet;
+use engine::job::Status;
+use engine::ring::sim::{DiskTraits, FaultPlan};
+use engine::ring::{Arena, BufferRange, Completion, Extent, Op, Output, Token, ZeroMethod};
+use engine::units::{ByteRange, Timestamp};
+use nix::errno::Errno;
+
+use crate::run::driver_of;
+use crate::scenario::Scenario;
+
+const CLUSTER: u64 = 8192;
+
+/// Nothing done yet, on a blank target.
+fn blank() -> Checkpoint {
+    Checkpoint { done: Vec::new(), skipped: Vec::new(), blank_is_zero: true }
+}
+
+/// A copier whose operations wait for their answers.
+struct ByHand {
+    copier: Copier,
+    arena: Arena,
+    now: Timestamp,
+    waiting: Vec<(Token, Op)>,
+    /// Whether the source is a hole as a whole; else it is data as a whole, all of it zero.
+    hole: bool,
+    events: Vec<Event>,
+}
+
+impl ByHand {
+    fn new(scenario: &Scenario, hole: bool) -> Self {
+        let set = Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap());
+        let arena =
+            Arena::new(usize::try_from(u64::from(scenario.slots) * scenario.cluster).unwrap()).unwrap();
+        let copier = Copier::new(scenario.plan(blank()), set);
+        let mut new =
+            Self { copier, arena, now: Timestamp::default(), waiting: Vec::new(), hole, events: Vec::new() };
+        new.poll();
+        new
+    }
+
+    /// Let it start whatever it can. What it wants to know about the source is answered at once.
+    fn poll(&mut self) {
+        loop {
+            while self.copier.poll(self.now, usize::MAX, &mut self.waiting) {}
+            self.events.extend(self.copier.take_events());
+            let asks = |op: &Op| matches!(op, Op::Extents { .. });
+            if self.count(asks) == 0 {
+                return;
+            }
+            self.complete(asks, Ok(()));
+        }
+    }
+
+    /// The operations that wait and that `pick` picks.
+    fn count(&self, pick: impl Fn(&Op) -> bool) -> usize {
+        self.waiting.iter().filter(|(_, op)| pick(op)).count()
+    }
+
+    fn complete(&mut self, pick: impl Fn(&Op) -> bool, result: Result<(), Errno>) {
+        let picked: Vec<_> = self.waiting.extract_if(.., |(_, op)| pick(op)).collect();
+        assert!(!picked.is_empty(), "nothing is picked of {:?}", self.waiting);
+        for (token, op) in picked {
+            let result = result.map(|()| self.success(&op));
+            self.copier.on_completion(Completion { token, result }, &self.arena, self.now);
+        }
+    }
+
+    /// Answer the operations that wait and that `pick` picks, all of them before the copier acts again.
+    fn answer(&mut self, pick: impl Fn(&Op) -> bool, result: Result<(), Errno>) {
+        self.complete(pick, result);
+        self.poll();
+    }
+
+    fn success(&mut self, op: &Op) -> Output {
+        match op {
+            Op::Read { buffer, .. } => {
+                self.arena.slice_mut(*buffer).fill(0);
+                Output::Bytes(buffer.length)
+            }
+            Op::Write { buffer: BufferRange { length, .. }, .. } => Output::Bytes(*length),
+            Op::Extents { range, .. } => Output::Extents(vec![Extent { range: *range, present: !self.hole }]),
+            _ => Output::Done,
+        }
+    }
+
+    /// Answer everything with success until it has ended; gives what was made zero meanwhile, by operations and as data.
+    fn finish(&mut self) -> (Vec<ByteRange>, Vec<ByteRange>) {
+        let (mut zeroed, mut written) = (Vec::new(), Vec::new());
+        while !self.copier.is_finished() {
+            for (_, op) in &self.waiting {
+                match op {
+                    Op::WriteZeroes { range, .. } => zeroed.push(*range),
+                    Op::Write { offset, buffer, .. } => {
+                        written.push(ByteRange::new(*offset, u64::from(buffer.length)));
+                    }
+                    _ => {}
+                }
+            }
+            self.answer(|_| true, Ok(()));
+        }
+        let complete = |event: &Event| matches!(event, Event::Finished(Ending::Complete));
+        assert!(self.events.iter().any(complete), "{:?}", self.events);
+        (zeroed, written)
+    }
+}
+
+/// A copy of 24 clusters to a device full of old data.
+fn to_a_device() -> Scenario {
+    Scenario {
+        length: 24 * CLUSTER,
+        target_is_zero: false,
+        target: DiskTraits { fixed_length: true, ..DiskTraits::default() },
+        ..Scenario::plain(31)
+    }
+}
+
+fn zeroes_by(method: ZeroMethod) -> impl Fn(&Op) -> bool {
+    move |op| matches!(op, Op::WriteZeroes { method: by, .. } if *by == method)
+}
+
+fn is_zeroing(op: &Op) -> bool {
+    matches!(op, Op::WriteZeroes { .. })
+}
+
+fn bytes(ranges: &[ByteRange]) -> u64 {
+    ranges.iter().map(|range| range.length).sum()
+}
+
+/// Several operations are in flight when the first of them says that its method is not to be had: all of them together are one step.
+#[test]
+fn each_zero_method_is_given_up_once_however_many_operations_of_it_fail() {
+    let scenario = to_a_device();
+    let mut copy = ByHand::new(&scenario, true);
+    assert_eq!(copy.count(zeroes_by(ZeroMethod::Unmap)), 4);
+    copy.answer(zeroes_by(ZeroMethod::Unmap), Err(Errno::EOPNOTSUPP));
+    assert_eq!((copy.count(zeroes_by(ZeroMethod::Keep)), copy.waiting.len()), (4, 4), "{:?}", copy.waiting);
+    let (zeroed, written) = copy.finish();
+    assert_eq!((bytes(&zeroed), written), (scenario.length, vec![]));
+    assert_eq!(copy.copier.counters().holes, scenario.length);
+}
+
+/// Whether all is written as data once the operations in flight have failed so, one kind after the other.
+fn ends_as_data(failures: &[(ZeroMethod, Errno)]) -> bool {
+    let scenario = to_a_device();
+    let mut copy = ByHand::new(&scenario, true);
+    for &(method, errno) in failures {
+        copy.answer(zeroes_by(method), Err(errno));
+    }
+    let (zeroed, written) = copy.finish();
+    zeroed.is_empty() && bytes(&written) == scenario.length
+}
+
+#[test]
+fn where_no_method_is_to_be_had_zeros_are_written_as_data() {
+    let unsupported = Errno::EOPNOTSUPP;
+    assert!(ends_as_data(&[(ZeroMethod::Unmap, unsupported), (ZeroMethod::Keep, unsupported)]));
+    assert!(
+        ends_as_data(&[(ZeroMethod::Unmap, Errno::EIO)]),
+        "an error says nothing good of the next method"
+    );
+    assert!(!ends_as_data(&[(ZeroMethod::Unmap, unsupported)]));
+}
+
+/// As the first of these tests, for clusters that were read and found to be zero.
+#[test]
+fn clusters_of_zeros_give_a_method_up_once_and_are_written_themselves() {
+    let scenario = to_a_device();
+    let mut copy = ByHand::new(&scenario, false);
+    copy.answer(|op| matches!(op, Op::Read { .. }), Ok(()));
+    let failing = copy.count(zeroes_by(ZeroMethod::Unmap));
+    assert!(failing > 1, "{:?}", copy.waiting);
+    copy.answer(zeroes_by(ZeroMethod::Unmap), Err(Errno::EOPNOTSUPP));
+    assert_eq!(copy.count(|op| matches!(op, Op::Write { .. })), failing);
+    let (zeroed, written) = copy.finish();
+    assert!(!zeroed.is_empty(), "the second method is used for the rest");
+    assert_eq!(bytes(&zeroed) + bytes(&written), scenario.length);
+}
+
+/// What a failed flush may have lost of zeros that were on their way meanwhile is made zero again.
+#[test]
+fn zeros_in_flight_while_a_flush_fails_are_not_believed() {
+    let scenario = Scenario {
+        length: 60 * CLUSTER,
+        map: true,
+        target_policy: ErrorPolicy::Ignore,
+        checkpoint_bytes: 6 * CLUSTER,
+        ..to_a_device()
+    };
+    let mut copy = ByHand::new(&scenario, true);
+    let first = |op: &Op| matches!(op, Op::WriteZeroes { range, .. } if range.offset == 0);
+    copy.answer(first, Ok(()));
+    assert_eq!(copy.copier.counters().holes, 6 * CLUSTER);
+    let in_flight = copy.count(is_zeroing);
+    assert!(in_flight >= 3, "{:?}", copy.waiting);
+    copy.answer(|op| matches!(op, Op::Flush { .. }), Err(Errno::EIO));
+    assert_eq!(copy.copier.counters().done, 0, "what the flush was to cover is withdrawn");
+    // Its pause over, nothing new is started that could not be told from what is in flight.
+    copy.now = copy.now.after(Duration::from_secs(1));
+    copy.answer(|op| matches!(op, Op::WriteZeroes { range, .. } if range.offset == 6 * CLUSTER), Ok(()));
+    assert_eq!(copy.count(is_zeroing), in_flight - 1);
+    copy.answer(is_zeroing, Ok(()));
+    assert_eq!(copy.copier.counters().done, 0, "what was in flight is not believed");
+    let (zeroed, written) = copy.finish();
+    assert_eq!((bytes(&zeroed), written), (scenario.length, vec![]), "everything is made zero again");
+}
+
+/// The ring thread looks at what is asked for now and then. It has not seen the job go on, and yet that was so.
+#[test]
+fn a_pause_takes_hold_although_the_resume_before_it_went_unseen() {
+    let scenario = Scenario::plain(33);
+    let world = scenario.world();
+    let plan = scenario.plan(blank());
+    let (mut driver, job) = driver_of(&scenario, plan, &world, FaultPlan::default());
+    for _ in 0..5 {
+        assert!(!driver.turn().unwrap());
+    }
+    let mut until_paused = || (0..100).any(|_| !driver.turn().unwrap() && job.status() == Status::Paused);
+    job.pause().unwrap();
+    assert!(until_paused(), "{:?}", job.progress());
+    for _ in 0..3 {
+        job.resume().unwrap();
+        job.pause().unwrap();
+        assert_eq!(job.status(), Status::Running, "it is not known yet that nothing is in flight");
+        assert!(until_paused(), "{:?}", job.progress());
+    }
+    job.resume().unwrap();
+    driver.run().unwrap();
+    assert!(matches!(job.wait().outcome, engine::job::Outcome::Complete));
+}
