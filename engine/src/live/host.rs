@@ -48,11 +48,12 @@ impl AdmissionHost for Host<'_> {
 
     fn attempt(&mut self, range: ByteRange) -> Attempt<Permit> {
         use super::admission::Attempt as Found;
+        let look = || attempt_unnested(self.disk.gate(), self.disk.jobs(), range);
         #[cfg(feature = "sim")]
-        let planted = self.planted.pass(self.disk.id(), self.disk.gate(), range);
+        let found = self.planted.pass(self.disk.id(), self.disk.gate(), range).unwrap_or_else(look);
         #[cfg(not(feature = "sim"))]
-        let planted = None;
-        match planted.unwrap_or_else(|| attempt_unnested(self.disk.gate(), self.disk.jobs(), range)) {
+        let found = look();
+        match found {
             Found::Granted(permit) => Attempt::Granted(permit),
             Found::AtBarrier => Attempt::AtBarrier,
             Found::Copy(job, clusters) => {
