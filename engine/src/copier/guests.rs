@@ -146,11 +146,21 @@ impl Copier {
         self.time_out_guests(now);
         while let Some(&id) = self.guests.ready.first() {
             if !self.serve(id, now) {
+                self.answer_done();
                 break;
             }
             if self.ending.is_some() {
                 return self.release_guests();
             }
+        }
+    }
+
+    /// Slots are missing. Those who need none are not kept waiting by those who do.
+    fn answer_done(&mut self) {
+        let done = |id: &CbwId| self.set.is_done(self.guests.requests[id].clusters);
+        let ids: Vec<CbwId> = self.guests.ready.iter().copied().filter(done).collect();
+        for id in ids {
+            self.answer(id, Ok(()));
         }
     }
 
@@ -282,12 +292,12 @@ impl Copier {
         let tasks = &self.tasks;
         let of_it = |token: crate::ring::Token| {
             let task = usize::try_from(token.0).ok().and_then(|index| tasks.get(index));
-            matches!(task, Some(Task::Move { transfer, .. } | Task::Zero { transfer, .. } | Task::Digest { transfer })
-                if *transfer == id)
+            task.and_then(Task::transfer) == Some(id)
         };
         let (urgent, rest): (Vec<_>, Vec<_>) = self.backlog.drain(..).partition(|(token, _)| of_it(*token));
         self.backlog.extend(rest);
         self.urgent.extend(urgent);
+        self.rescue(id, cluster);
     }
 
     /// A transfer made for the request `id` has ended; `unsettled` of it could not be copied.

@@ -158,6 +158,8 @@ pub enum PlantedBug {
     WakeUpLost,
     /// The last cluster that a guest's write touches is not copied first.
     TailForgotten,
+    /// A slot of the fleece file is free once its cluster is written to the target, flushed or not.
+    FleeceFreedBeforeFlush,
 }
 
 impl Plan {

@@ -88,6 +88,11 @@ impl RetryList {
         attempts
     }
 
+    /// Whether a cluster's time has come.
+    pub(super) fn is_due(&self, now: Timestamp) -> bool {
+        self.entries.values().any(|entry| entry.at <= now)
+    }
+
     /// Take a cluster whose time has come, with its failed retries.
     pub(super) fn take_due(&mut self, now: Timestamp) -> Option<(ClusterIndex, u32)> {
         let (&cluster, &entry) = self.entries.iter().find(|(_, entry)| entry.at <= now)?;

@@ -40,11 +40,16 @@ impl Copier {
         if self.keeps_checkpoints() && self.checkpoints.is_due(now, &self.plan.limits) {
             self.begin_checkpoint(false, now);
         }
+        let slots_due = self.fleece.as_ref().is_some_and(|fleece| fleece.flush_is_due(now));
+        // Once all is settled, the last one covers them.
+        if slots_due && self.checkpoints.is_idle() && !all_settled {
+            self.begin_checkpoint(false, now);
+        }
         self.drop_cache();
     }
 
     fn settle_ending(&mut self, now: Timestamp) {
-        if !self.is_idle() || !self.checkpoints.is_idle() || self.writing_back {
+        if !self.is_idle() || !self.checkpoints.is_idle() || self.writing_back || self.is_draining_out() {
             return;
         }
         let decided = matches!(self.ending, Some(Ending::Complete));
@@ -87,6 +92,7 @@ impl Copier {
             assert_eq!(counters.done + counters.skipped, counters.total, "everything was done or left out");
             assert_eq!(self.set.count_done(), self.plan.geometry.clusters(), "everything was settled");
             assert!(counters.written >= counters.copied, "what was copied was written");
+            assert_eq!(self.fleeced_bytes(), 0, "nothing is left in the fleece file");
         }
         self.ending = Some(ending.clone());
         self.finished = true;
@@ -123,6 +129,9 @@ impl Copier {
         tracing::debug!(ranges = captured.done.len(), last, "checkpoint");
         self.closed_window = std::mem::take(&mut self.window);
         self.checkpoints.begin(captured, now);
+        if let Some(fleece) = &mut self.fleece {
+            fleece.capture(now);
+        }
         self.push(Task::Flush, Op::Flush { file: self.plan.target.file });
         if planted!(self.plan, MapBeforeFlush) && self.plan.map.is_some() {
             let captured = self.checkpoints.captured.clone();
@@ -138,6 +147,9 @@ impl Copier {
                     self.checkpoints.captured = self.capture();
                 }
                 self.checkpoints.failed_flushes = 0;
+                if let Some(fleece) = &mut self.fleece {
+                    fleece.flushed();
+                }
                 self.begin_verification();
             }
             Err(_) if planted!(self.plan, FlushRetriedAndBelieved) => {

@@ -37,7 +37,7 @@ mod tests;
 pub use self::admission::Permit;
 pub use crate::modes::CbwErrorPolicy;
 
-pub use self::backup::{Backup, BackupOptions, Snapshot};
+pub use self::backup::{Backup, BackupOptions, FleeceOptions, Snapshot};
 pub use self::carrier::IoRequest;
 pub use self::command::GroupFailure;
 pub use self::controller::SweepDepth;

@@ -155,7 +155,7 @@ fn fill_new(new: &NewFile, file: &File, length: Length) -> std::result::Result<O
 }
 
 /// Bytes as people read them.
-pub(super) fn in_units(bytes: u64) -> String {
+pub(crate) fn in_units(bytes: u64) -> String {
     let units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let step = (bytes.checked_ilog2().unwrap_or(0) / 10).min(6);
     if step == 0 {

@@ -124,6 +124,12 @@ impl SimRing {
         self.pushed
     }
 
+    /// Storages that were added and not removed.
+    #[must_use]
+    pub fn files(&self) -> usize {
+        self.files.iter().flatten().count()
+    }
+
     /// The power goes: writes in flight are torn, what was not flushed is kept or lost sector by sector. The ring is gone.
     pub fn crash(mut self) {
         let mut world = self.world.borrow_mut();
@@ -210,7 +216,9 @@ impl SimRing {
                 disk.writable(*offset, u64::from(buffer.length))?;
                 let count = self.shorten(slot, u64::from(buffer.length), *path);
                 let bytes = self.arena.slice(BufferRange { start: buffer.start, length: count });
-                world.disk(self.disk_of(*file)).write(*offset, bytes);
+                let disk = world.disk(self.disk_of(*file));
+                disk.write(*offset, bytes);
+                disk.count_written(u64::from(count));
                 Ok(Output::Bytes(count))
             }
             Op::WriteZeroes { file, range, method } => {
@@ -255,7 +263,7 @@ impl SimRing {
         }
     }
 
-    fn disk_of(&self, file: FileId) -> usize {
+    pub(crate) fn disk_of(&self, file: FileId) -> usize {
         self.files[file.0 as usize].expect("the disk was not removed")
     }
 
@@ -263,6 +271,8 @@ impl SimRing {
     fn schedule(&mut self, index: usize) {
         self.sequence += 1;
         let slow = if self.rng.u8(..20) == 0 { 50 } else { 1 };
+        let op = &self.in_flight[index].as_ref().expect("in flight").op;
+        let slow = slow * file_of(op).map_or(1, |file| self.slowness(file));
         let duration = Duration::from_micros(self.rng.u64(20..400) * slow);
         self.due.push(Reverse((self.clock.after(duration), self.sequence, index)));
     }
@@ -278,6 +288,21 @@ impl SimRing {
             self.schedule(index);
         }
         true
+    }
+
+    fn slowness(&self, file: FileId) -> u64 {
+        self.world.borrow_mut().disk(self.disk_of(file)).slowness()
+    }
+
+    /// What was stuck on disks that have come free goes on.
+    fn free_stuck(&mut self) {
+        for index in 0..self.in_flight.len() {
+            let Some(slot) = self.in_flight[index].as_ref().filter(|slot| slot.stuck) else { continue };
+            if !self.is_stuck(&slot.op) {
+                self.in_flight[index].as_mut().expect("just seen").stuck = false;
+                self.schedule(index);
+            }
+        }
     }
 
     fn is_stuck(&self, op: &Op) -> bool {
@@ -411,6 +436,9 @@ impl Ring for SimRing {
     }
 
     fn wait(&mut self, until: Wait, completions: &mut Vec<Completion>) -> Result<(), RingFailure> {
+        if self.count > self.due.len() {
+            self.free_stuck();
+        }
         let next = self.due.peek().map(|Reverse((at, ..))| *at);
         let woken = self.woken.0.swap(false, Ordering::Relaxed);
         let target = match (until, next) {

@@ -54,6 +54,8 @@ pub struct Disk {
     /// Sectors that cannot be read, or written.
     bad: Vec<ByteRange>,
     stuck: bool,
+    slowness: u64,
+    written: u64,
 }
 
 impl Disk {
@@ -72,6 +74,8 @@ impl Disk {
             top_layer: None,
             bad: Vec::new(),
             stuck: false,
+            slowness: 1,
+            written: 0,
         }
     }
 
@@ -133,6 +137,22 @@ impl Disk {
         self.stuck = true;
     }
 
+    /// What was stuck goes on.
+    pub fn set_free(&mut self) {
+        self.stuck = false;
+    }
+
+    /// Everything that is pushed from now on takes so many times as long.
+    pub fn set_slowness(&mut self, factor: u64) {
+        self.slowness = factor;
+    }
+
+    /// Bytes that write operations have written; zeros made by operations of their own do not count.
+    #[must_use]
+    pub fn written_bytes(&self) -> u64 {
+        self.written
+    }
+
     /// Cut it short, as if another program truncated it.
     pub fn truncate(&mut self, length: usize) {
         self.view.truncate(length);
@@ -175,6 +195,14 @@ impl Disk {
 
     pub(super) fn is_stuck(&self) -> bool {
         self.stuck
+    }
+
+    pub(super) fn slowness(&self) -> u64 {
+        self.slowness
+    }
+
+    pub(super) fn count_written(&mut self, bytes: u64) {
+        self.written += bytes;
     }
 
     pub(super) fn writes_so_far(&self) -> u64 {
