@@ -272,7 +272,8 @@ impl Copier {
         let whole = transfer.bytes;
         let exact = alone.is_none() && self.blank_is_zero;
         transfer.data = if exact { self.data_in(whole) } else { vec![whole] };
-        let read = if self.plan.verify {
+        // What may go to the fleece file goes as a whole.
+        let read = if self.plan.verify || self.fleece.is_some() {
             whole
         } else {
             let first = transfer.data.first().map_or(whole.offset, |range| range.offset);

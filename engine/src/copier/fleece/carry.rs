@@ -158,12 +158,6 @@ impl Copier {
         if !sweeps || !transfer.is_written_out || !transfer.work(cluster).is_under_way() {
             return;
         }
-        // Holes at either end of what was read are not in the buffer.
-        let bytes = self.plan.geometry.bytes_of(one(cluster));
-        let ends = transfer.data.first().zip(transfer.data.last());
-        if !ends.is_some_and(|(first, last)| first.offset <= bytes.offset && bytes.end() <= last.end()) {
-            return;
-        }
         let Some((slot, _)) = fleece.space.take(1) else { return };
         tracing::trace!(?cluster, slot, "to the fleece file as well");
         self.push_fleece(id, one(cluster), slot, true);
