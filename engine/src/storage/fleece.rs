@@ -19,6 +19,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::statvfs::fstatvfs;
 
 use super::locator::{Locator, Place};
 use super::lock::{self, Lock};
@@ -222,6 +223,10 @@ fn reserve(locator: &Locator, file: &File, size: u64) -> Result<()> {
     let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE).map_err(refused)?;
     if limit < size {
         return Err(refused(Errno::EFBIG));
+    }
+    // Asked first: a reservation that fails half-way has filled the file system for a moment, for everybody else on it.
+    if fstatvfs(file).is_ok_and(|system| system.blocks_available() * system.fragment_size() < size) {
+        return Err(refused(Errno::ENOSPC));
     }
     let length = libc::off_t::try_from(size).map_err(|_| refused(Errno::EFBIG))?;
     match fallocate(file.as_fd(), FallocateFlags::empty(), 0, length) {

@@ -176,7 +176,6 @@ impl Copier {
     }
 
     /// A write to the fleece file has completed.
-    #[expect(clippy::too_many_arguments, reason = "the parts of its task, and how it went")]
     pub(in crate::copier) fn on_fleeced(
         &mut self,
         id: TransferId,
