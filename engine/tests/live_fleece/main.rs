@@ -129,6 +129,7 @@ fn full_and_stopped(on_cbw_error: CbwErrorPolicy) -> Bench {
         bench.write(cluster);
     }
     bench.write(30);
+    assert_eq!(bench.job.progress().fleeced, 16 * CLUSTER);
     bench
 }
 

@@ -41,7 +41,7 @@ impl Copier {
         self
     }
 
-    /// Bytes of the disk whose old contents are in the fleece file and not on the target yet.
+    /// Bytes of the fleece file that hold old contents which are not on the target yet.
     #[must_use]
     pub fn fleeced_bytes(&self) -> u64 {
         let clusters = self.fleece.as_ref().map_or(0, Fleece::undrained) as u64;
