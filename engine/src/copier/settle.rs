@@ -5,6 +5,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::checkpoint::{Captured, Stage, subtract, without};
+use super::fleece::Fleece;
 use super::piece::Fault;
 use super::plan::{Checkpoint, planted};
 use super::retry::{Verdict, verdict};
@@ -26,11 +27,14 @@ impl Copier {
             return self.settle_ending(now);
         }
         let idle = self.is_idle();
-        if self.paused() && self.sweep_is_idle() && !self.drained_said {
+        let all_settled = self.tally.settled_clusters == self.plan.geometry.clusters().0;
+        // Once all is settled, the last checkpoint covers them.
+        let frees_slots = !all_settled && self.fleece.as_ref().is_some_and(Fleece::has_unflushed);
+        // A pause may be long, and guests need the slots.
+        if self.paused() && self.sweep_is_idle() && !self.drained_said && !frees_slots {
             self.drained_said = true;
             self.events.push(Event::Drained);
         }
-        let all_settled = self.tally.settled_clusters == self.plan.geometry.clusters().0;
         if self.writing_back {
             return;
         }
@@ -40,9 +44,9 @@ impl Copier {
         if self.keeps_checkpoints() && self.checkpoints.is_due(now, &self.plan.limits) {
             self.begin_checkpoint(false, now);
         }
-        let slots_due = self.fleece.as_ref().is_some_and(|fleece| fleece.flush_is_due(now));
-        // Once all is settled, the last one covers them.
-        if slots_due && self.checkpoints.is_idle() && !all_settled {
+        let halts = self.paused() && self.sweep_is_idle();
+        let due = self.fleece.as_ref().is_some_and(|fleece| fleece.flush_is_due(now, halts));
+        if due && self.checkpoints.is_idle() && !all_settled {
             self.begin_checkpoint(false, now);
         }
         self.drop_cache();

@@ -66,15 +66,17 @@ pub(super) struct ClusterWork {
     failed: bool,
     /// Its claim was completed (for a verification: it was compared).
     settled: bool,
-    /// Its claim was completed before it was settled: it is in the fleece file as well.
+    /// It goes to the fleece file as well, for a guest who waits for it.
+    helped: bool,
+    /// Its claim was completed before it was settled: it is in the fleece file.
     early: bool,
     pub(super) category: Category,
 }
 
 impl ClusterWork {
-    /// Whether something that must still end keeps it from being settled.
-    pub(super) fn is_under_way(&self) -> bool {
-        self.tasks > 0 && !self.failed
+    /// Whether something that must still end keeps it from being settled, and nobody has helped it yet.
+    pub(super) fn may_be_helped(&self) -> bool {
+        self.tasks > 0 && !self.failed && !self.helped
     }
 
     pub(super) fn is_settled(&self) -> bool {
@@ -128,8 +130,14 @@ pub(super) struct Transfer {
 impl Transfer {
     pub(super) fn new(purpose: Purpose, clusters: ClusterRange, geometry: Geometry, slots: SlotRun) -> Self {
         assert!(!clusters.is_empty(), "a transfer has clusters");
-        let work =
-            ClusterWork { tasks: 0, failed: false, settled: false, early: false, category: Category::Data };
+        let work = ClusterWork {
+            tasks: 0,
+            failed: false,
+            settled: false,
+            helped: false,
+            early: false,
+            category: Category::Data,
+        };
         let count = usize::try_from(clusters.count()).expect("bounded by the slots");
         Self {
             purpose,
@@ -249,6 +257,12 @@ impl Transfer {
             work.settled = true;
         }
         self.take_claim(clusters)
+    }
+
+    /// `cluster` goes to the fleece file as well.
+    pub(super) fn set_helped(&mut self, cluster: ClusterIndex) {
+        let index = self.index(cluster);
+        self.work[index].helped = true;
     }
 
     /// Take out the claim on `cluster`, whose tasks go on.

@@ -171,6 +171,37 @@ fn a_full_fleece_file_breaks_the_snapshot_otherwise() {
 }
 
 #[test]
+fn slots_that_held_what_is_on_the_target_are_free_in_a_pause() {
+    let setup = Setup {
+        room: 30,
+        fleece_slots: 16,
+        on_target_error: ErrorPolicy::Stop,
+        on_cbw_error: CbwErrorPolicy::BreakGuestWrite,
+        ..Setup::of_changes(14)
+    };
+    let mut bench = Bench::start(&setup);
+    for cluster in 20..30 {
+        bench.write(cluster);
+    }
+    bench.pass(Duration::from_millis(200));
+    assert_eq!(bench.job.progress().fleeced, 0, "drained, and not flushed");
+    bench.write(40);
+    assert!(bench.has_stopped());
+    for cluster in 41..40 + 16 {
+        bench.write(cluster);
+    }
+    assert!(bench.try_write(56).expect("decided at once").is_err(), "all 16 are in use");
+    bench.enlarge();
+    bench.job.resume().unwrap();
+    bench.pass(Duration::from_secs(2));
+    assert_eq!(bench.job.progress().fleeced, 0);
+    for cluster in bench.shuffled() {
+        bench.write(cluster);
+    }
+    bench.end_complete();
+}
+
+#[test]
 fn guests_who_find_it_full_go_to_the_target() {
     for paused in [false, true] {
         // The sweep gets nowhere, and so does the drain.

@@ -155,11 +155,12 @@ impl Copier {
         let Some(fleece) = &mut self.fleece else { return };
         let transfer = &self.transfers[id];
         let sweeps = transfer.guest.is_none() && matches!(transfer.purpose, Purpose::Copy { .. });
-        if !sweeps || !transfer.is_written_out || !transfer.work(cluster).is_under_way() {
+        if !sweeps || !transfer.is_written_out || !transfer.work(cluster).may_be_helped() {
             return;
         }
         let Some((slot, _)) = fleece.space.take(1) else { return };
         tracing::trace!(?cluster, slot, "to the fleece file as well");
+        self.transfers[id].set_helped(cluster);
         self.push_fleece(id, one(cluster), slot, true);
     }
 

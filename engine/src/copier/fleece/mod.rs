@@ -201,9 +201,14 @@ impl Fleece {
         self.space.give_back(held.slot);
     }
 
-    /// Whether a flush is due that lets slots be used again.
-    pub(super) fn flush_is_due(&self, now: Timestamp) -> bool {
-        self.flush_due_at().is_some_and(|at| at <= now || self.space.is_short())
+    /// Whether a flush is due that lets slots be used again. `halts`: nothing else is going to be written.
+    pub(super) fn flush_is_due(&self, now: Timestamp, halts: bool) -> bool {
+        self.flush_due_at().is_some_and(|at| halts || at <= now || self.space.is_short())
+    }
+
+    /// Whether a flush, one that is under way perhaps, lets slots be used again.
+    pub(super) fn has_unflushed(&self) -> bool {
+        !self.written.is_empty() || !self.captured.is_empty()
     }
 
     /// When the next flush is due at the latest; `None`: it would free nothing.

@@ -39,7 +39,8 @@ fn a_slot_is_free_after_the_flush_that_covers_its_cluster_and_not_before() {
     assert_eq!(fleece.next_run(4, NOW, 8), Some((ClusterRange::new(0, 4), None)));
     fleece.written(ClusterIndex(0));
     assert_eq!(fleece.slot_of(ClusterIndex(0)), None, "read from the target from now on");
-    assert!(!fleece.flush_is_due(NOW) && fleece.flush_is_due(NOW.after(FLUSH_INTERVAL)));
+    assert!(!fleece.flush_is_due(NOW, false) && fleece.flush_is_due(NOW.after(FLUSH_INTERVAL), false));
+    assert!(fleece.flush_is_due(NOW, true), "nothing is going to be added");
     fleece.capture(NOW);
     fleece.written(ClusterIndex(1));
     assert_eq!(fleece.space.free_count(), 12);
@@ -59,10 +60,10 @@ fn a_slot_is_free_after_the_flush_that_covers_its_cluster_and_not_before() {
 fn a_flush_is_due_at_once_when_space_is_short() {
     let mut fleece = fleece(16);
     hold(&mut fleece, 0..13);
-    assert!(!fleece.flush_is_due(NOW), "it would free nothing");
+    assert!(!fleece.flush_is_due(NOW, false), "it would free nothing");
     assert_eq!(fleece.next_run(1, NOW, 8), Some((ClusterRange::new(0, 1), None)));
     fleece.written(ClusterIndex(0));
-    assert!(fleece.flush_is_due(NOW));
+    assert!(fleece.flush_is_due(NOW, false));
 }
 
 #[test]
