@@ -187,6 +187,7 @@ fn slots_that_held_what_is_on_the_target_are_free_in_a_pause() {
     assert_eq!(bench.job.progress().fleeced, 0, "drained, and not flushed");
     bench.write(40);
     assert!(bench.has_stopped());
+    assert!(bench.engine.now().0 < Duration::from_millis(900), "before a flush was due by itself");
     for cluster in 41..40 + 16 {
         bench.write(cluster);
     }
