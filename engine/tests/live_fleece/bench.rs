@@ -191,7 +191,16 @@ impl Bench {
     }
 
     pub(crate) fn turn(&mut self, until: Timestamp) {
-        let wait = match self.engine.act().expect("the engine goes on") {
+        let nothing = self.turn_for(until, |_| None::<()>);
+        assert!(nothing.is_none());
+    }
+
+    /// A turn that does not wait when `look`, asked in its midst, finds something.
+    fn turn_for<T>(&mut self, until: Timestamp, look: impl FnOnce(&mut Self) -> Option<T>) -> Option<T> {
+        let wait = self.engine.act().expect("the engine goes on");
+        let found = look(self);
+        let wait = match wait {
+            _ if found.is_some() => Wait::Poll,
             Wait::Poll => Wait::Poll,
             Wait::Until(at) => Wait::Until(at.min(until)),
             Wait::Forever => Wait::Until(until),
@@ -200,6 +209,7 @@ impl Bench {
         if self.watched && self.lost.is_none() {
             self.lost = self.find_lost();
         }
+        found
     }
 
     /// The first cluster that guests have changed and whose old contents a power loss at the target would leave nowhere.
@@ -227,13 +237,12 @@ impl Bench {
     pub(crate) fn answer<T>(&mut self, pending: &Pending<T>, within: Duration) -> Option<T> {
         let until = self.engine.now().after(within);
         loop {
-            if let Some(answer) = pending.take() {
+            if let Some(answer) = self.turn_for(until, |_| pending.take()) {
                 return Some(answer);
             }
             if self.engine.now() >= until {
-                return None;
+                return pending.take();
             }
-            self.turn(until);
         }
     }
 
@@ -307,9 +316,12 @@ impl Bench {
 
     pub(crate) fn has_stopped(&mut self) -> bool {
         let until = self.engine.now().after(Duration::from_secs(1));
-        while self.job.status() != Status::Paused && self.engine.now() < until {
-            self.turn(until);
+        let stopped = |bench: &mut Self| (bench.job.status() == Status::Paused).then_some(());
+        while self.engine.now() < until {
+            if self.turn_for(until, stopped).is_some() {
+                return true;
+            }
         }
-        self.job.status() == Status::Paused
+        stopped(self).is_some()
     }
 }
