@@ -93,6 +93,8 @@ pub enum Operation {
     OpenSource,
     /// Opening the target.
     OpenTarget,
+    /// Opening the fleece file.
+    OpenFleece,
     /// Creating a new target file.
     Create,
     /// Setting the target's length.
@@ -129,6 +131,10 @@ pub enum Operation {
     CopyBeforeWrite,
     /// Reading the disk as it was at t0.
     ReadSnapshot,
+    /// Keeping old contents in the fleece file.
+    WriteFleece,
+    /// Reading old contents that are kept in the fleece file.
+    ReadFleece,
     /// Taking a guest's request.
     Queue,
 }
@@ -142,6 +148,7 @@ impl Operation {
             Self::Open => "open",
             Self::OpenSource => "open source",
             Self::OpenTarget => "open target",
+            Self::OpenFleece => "use as fleece file",
             Self::Create => "create",
             Self::Resize => "set the length of",
             Self::Inspect => "inspect",
@@ -158,6 +165,8 @@ impl Operation {
             Self::WriteMap => "write map file",
             Self::Remove => "remove",
             Self::Copy => "copy",
+            Self::WriteFleece => "keep old contents in the fleece file",
+            Self::ReadFleece => "read old contents from the fleece file",
             Self::Queue => "take a request for",
             Self::ReadSnapshot => "read the snapshot of",
             Self::CopyBeforeWrite => "copy the old contents before a guest's write to",

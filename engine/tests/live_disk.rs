@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use engine::copy::SyncMode;
 use engine::job::Outcome;
 use engine::live::{
-    BackupOptions, DiskOptions, Engine, EngineOptions, GroupFailure, IoRequest, LiveDisk, read,
+    BackupOptions, DiskOptions, Engine, EngineOptions, FleeceOptions, GroupFailure, IoRequest, LiveDisk, read,
 };
 use engine::units::ByteRange;
 
@@ -279,4 +279,96 @@ fn a_cancelled_job_lets_its_guests_go_and_removes_its_file() {
     // The engine and the disk serve on.
     let again = fixture.engine.start_backup(&disk, &fixture.options("backup")).unwrap();
     assert!(matches!(again.job.wait().outcome, Outcome::Complete));
+}
+
+/// Fleece options of `clusters` clusters.
+fn fleece(fixture: &Fixture, name: &str, clusters: u64) -> FleeceOptions {
+    let path = fixture.path(name).display().to_string();
+    FleeceOptions { size: clusters * CLUSTER, ..FleeceOptions::new(path) }
+}
+
+#[test]
+fn what_guests_change_goes_by_way_of_the_fleece_file() {
+    for sync in [SyncMode::Full, SyncMode::None] {
+        let fixture = Fixture::new();
+        let (disk, contents) = fixture.disk("disk", true);
+        let mut options = fixture.options("backup");
+        options.sync = sync;
+        // Neither the sweep nor the drain gets anywhere: the first cluster, or at most one more.
+        options.speed = std::num::NonZeroU64::new(1);
+        fs::write(fixture.path("empty"), b"").unwrap();
+        options.fleece = Some(fleece(&fixture, if sync == SyncMode::Full { "fleece" } else { "empty" }, 16));
+        let backup = fixture.engine.start_backup(&disk, &options).unwrap();
+        assert!(!fixture.path("fleece").exists());
+        assert_eq!(fixture.path("empty").exists(), sync == SyncMode::Full, "it has lost its name");
+        let mut now = contents.clone();
+        for cluster in [20, 5, 6, 7, 15, 3] {
+            let offset = usize::try_from(cluster * CLUSTER + 100).unwrap();
+            disk.write(offset as u64, vec![0x77; 300]).unwrap();
+            now[offset..offset + 300].fill(0x77);
+        }
+        let progress = backup.job.progress();
+        assert!(progress.done <= 4 * CLUSTER, "{progress:?}");
+        assert!(backup.snapshot.read(0, contents.len()).unwrap() == contents, "held, copied or untouched");
+        if sync == SyncMode::Full {
+            backup.job.set_speed(None).unwrap();
+            let result = backup.job.wait();
+            assert!(matches!(result.outcome, Outcome::Complete), "{result:?}");
+            assert!(result.notices.is_empty(), "{result:?}");
+            assert!(fs::read(fixture.path("backup")).unwrap() == contents);
+        } else {
+            backup.job.cancel().unwrap();
+            assert!(matches!(backup.job.wait().outcome, Outcome::Cancelled));
+            let old = fs::read(fixture.path("backup")).unwrap();
+            for cluster in [20_u64, 5, 6, 7, 15, 3] {
+                let start = usize::try_from(cluster * CLUSTER).unwrap();
+                let end = (start + 65536).min(old.len());
+                assert!(old[start..end] == contents[start..end], "cluster {cluster}");
+            }
+        }
+        assert!(fs::read(fixture.path("disk")).unwrap() == now);
+    }
+}
+
+#[test]
+fn a_fleece_file_that_cannot_be_is_refused_and_nothing_touched() {
+    let fixture = Fixture::new();
+    let (disk, contents) = fixture.disk("disk", true);
+    fs::write(fixture.path("full"), b"mine").unwrap();
+    fs::write(fixture.path("empty"), b"").unwrap();
+    fs::write(fixture.path("overwritten"), b"old").unwrap();
+    fs::hard_link(fixture.path("disk"), fixture.path("alias")).unwrap();
+    let cases = [
+        ("backup", fleece(&fixture, "disk", 16), "the disk of the copy"),
+        ("backup", fleece(&fixture, "alias", 16), "the disk of the copy"),
+        ("backup", fleece(&fixture, "backup", 16), "the target of the copy"),
+        ("overwritten", fleece(&fixture, "overwritten", 16), "the target of the copy"),
+        ("overwritten", fleece(&fixture, "full", 16), "exists already"),
+        ("overwritten", fleece(&fixture, "new", 15), "15 clusters"),
+        ("overwritten", fleece(&fixture, "new", (1 << 20) + 1), "1048577 clusters"),
+        ("overwritten", fleece(&fixture, "no/such/directory", 16), "use as fleece file"),
+        ("overwritten", FleeceOptions { path: "null:1G".into(), ..fleece(&fixture, "", 16) }, "null"),
+    ];
+    for (target, fleece, told) in cases {
+        let mut options = fixture.options(target);
+        options.force = true;
+        options.fleece = Some(fleece);
+        let error = fixture.engine.start_backup(&disk, &options).unwrap_err();
+        assert!(error.is_refusal() && error.to_string().contains(told), "{error}");
+    }
+    // More than any file system here has room for, with clusters that allow it.
+    for name in ["empty", "new"] {
+        let mut options = fixture.options("overwritten");
+        options.force = true;
+        options.cluster_size = engine::units::ClusterSize::new(4 << 20).unwrap();
+        options.fleece = Some(FleeceOptions { size: 4 << 40, ..fleece(&fixture, name, 0) });
+        let error = fixture.engine.start_backup(&disk, &options).unwrap_err();
+        assert!(error.is_refusal() && error.to_string().contains("4.0 TiB"), "{error}");
+    }
+    assert!(!fixture.path("backup").exists() && !fixture.path("new").exists());
+    let left = |name: &str| fs::read(fixture.path(name)).unwrap();
+    assert_eq!((left("full"), left("empty"), left("overwritten")), (b"mine".into(), vec![], b"old".into()));
+    assert!(left("disk") == contents);
+    // And the disk is none the worse for it.
+    disk.write(0, vec![1]).unwrap();
 }

@@ -39,9 +39,16 @@ impl Copier {
     pub(super) fn error_of(&self, failure: Failure) -> Error {
         let Failure { fault, operation, range } = failure;
         let path = self.path_of(operation);
+        if operation == Operation::CopyBeforeWrite {
+            return self.fleece_is_full(failure);
+        }
         match fault {
             Fault::Errno(errno) => Error::io(operation, path, Some(range), errno),
             Fault::EndOfStorage if operation == Operation::Read => Error::source_shrank(path, range),
+            Fault::EndOfStorage if operation == Operation::ReadFleece => {
+                let errno = nix::errno::Errno::EIO;
+                Error::new(ErrorKind::Io(errno), operation, path, "it has become shorter").at(range)
+            }
             Fault::EndOfStorage => {
                 Error::new(ErrorKind::VerifyMismatch, operation, path, "the target has become shorter")
                     .at(range)
@@ -106,6 +113,11 @@ impl Copier {
     pub(super) fn skip(&mut self, cluster: ClusterIndex, error: Arc<Error>) {
         let marked = self.set.mark_done(one(cluster));
         assert_eq!(marked.0, 1, "a cluster to leave out is free");
+        self.leave_out(cluster, error);
+    }
+
+    /// `cluster`, which is done for guests, is no part of the copy.
+    pub(super) fn leave_out(&mut self, cluster: ClusterIndex, error: Arc<Error>) {
         self.tally.settled_clusters += 1;
         self.skipped_bytes += self.plan.geometry.bytes_of(one(cluster)).length;
         self.checkpoints.on_settled(1);

@@ -149,11 +149,21 @@ impl Copier {
         }
         while let Some(&id) = self.guests.ready.first() {
             if !self.serve(id, now) {
+                self.answer_done();
                 break;
             }
             if self.ending.is_some() {
                 return self.release_guests();
             }
+        }
+    }
+
+    /// Slots are missing. Those who need none are not kept waiting by those who do.
+    fn answer_done(&mut self) {
+        let done = |id: &CbwId| self.set.is_done(self.guests.requests[id].clusters);
+        let ids: Vec<CbwId> = self.guests.ready.iter().copied().filter(done).collect();
+        for id in ids {
+            self.answer(id, Ok(()));
         }
     }
 
@@ -280,19 +290,21 @@ impl Copier {
     /// A guest waits for `cluster`, which the sweep is copying or somebody is reading: what is queued of that goes before the rest of the sweep.
     fn promote(&mut self, cluster: ClusterIndex) {
         let id = self.transfer_of(cluster);
-        if id.is_some_and(|id| std::mem::replace(&mut self.transfers[id].urgent, true)) {
-            return;
+        if let Some(id) = id {
+            let was_urgent = std::mem::replace(&mut self.transfers[id].urgent, true);
+            self.rescue(id, cluster);
+            if was_urgent {
+                return;
+            }
         }
         let tasks = &self.tasks;
         let of_it = |token: crate::ring::Token| {
             let task = usize::try_from(token.0).ok().and_then(|index| tasks.get(index));
             match task {
-                Some(
-                    Task::Move { transfer, .. } | Task::Zero { transfer, .. } | Task::Digest { transfer },
-                ) => Some(*transfer) == id,
                 Some(Task::ZeroRun { claim, .. }) => claim.range().contains(cluster),
                 Some(Task::Snapshot(read)) => read.holds(cluster),
-                _ => false,
+                Some(task) => task.transfer().is_some_and(|transfer| Some(transfer) == id),
+                None => false,
             }
         };
         let (urgent, rest): (Vec<_>, Vec<_>) = self.backlog.drain(..).partition(|(token, _)| of_it(*token));

@@ -23,6 +23,7 @@ mod allocation;
 mod checkpoint;
 mod extents;
 mod faults;
+pub mod fleece;
 pub mod guests;
 pub mod inspect;
 pub mod plan;
@@ -53,6 +54,7 @@ use crate::units::{ByteRange, ClusterIndex, ClusterRange, Speed, Timestamp};
 use allocation::AllocateAhead;
 use checkpoint::{Captured, Checkpoints, Stage};
 use extents::ExtentWindow;
+use fleece::Fleece;
 use guests::Guests;
 use plan::Plan;
 use retry::RetryList;
@@ -145,6 +147,10 @@ enum Task {
     Flush,
     /// A checkpoint's map.
     Publish,
+    /// A write of a transfer's clusters to the fleece file, in slots from `slot` on. `rescue`: they are written to the target as well.
+    Fleece { transfer: TransferId, clusters: ClusterRange, slot: u32, rescue: bool, piece: Piece },
+    /// A read of a transfer's clusters from the fleece file.
+    Drain { transfer: TransferId, clusters: ClusterRange, piece: Piece },
     /// A window of a read as of t0.
     Snapshot(Box<snapshot::SnapshotRead>),
     /// Page cache dropped behind a buffered source.
@@ -153,6 +159,20 @@ enum Task {
     DropTargetCache,
     /// Page cache of a buffered target dropped before it is read back.
     DropBeforeVerify,
+}
+
+impl Task {
+    /// The transfer of which it is a part.
+    fn transfer(&self) -> Option<TransferId> {
+        match self {
+            Self::Move { transfer, .. }
+            | Self::Zero { transfer, .. }
+            | Self::Digest { transfer }
+            | Self::Fleece { transfer, .. }
+            | Self::Drain { transfer, .. } => Some(*transfer),
+            _ => None,
+        }
+    }
 }
 
 /// How the target is made to read as zeros.
@@ -175,6 +195,7 @@ pub struct Copier {
     urgent: VecDeque<(Token, Op)>,
     backlog: VecDeque<(Token, Op)>,
     guests: Guests,
+    fleece: Option<Fleece>,
     snapshots: Snapshots,
     /// Most slots that the sweep may hold at a time.
     sweep_limit: u32,
@@ -261,6 +282,7 @@ impl Copier {
             urgent: VecDeque::new(),
             backlog: VecDeque::new(),
             guests: Guests::default(),
+            fleece: None,
             snapshots: Snapshots::default(),
             sweep_limit: plan.slots,
             sweep_run: plan.max_run,
@@ -337,15 +359,22 @@ impl Copier {
         .then(|| self.checkpoints.due_at(&self.plan.limits))
         // One that is due already waits for something in flight, whose completion comes first.
         .filter(|&due| due > now);
+        let drain = self.fleece.as_ref().and_then(|fleece| fleece.retries.next_after(now));
         let sweep = match self.hold_until {
+            _ if self.is_draining_out() => drain,
             _ if self.ending.is_some() || self.paused() => None,
             Some(until) => Some(until),
-            None => self.throttle.next_at(now).into_iter().chain(self.retries.next_after(now)).min(),
+            None => {
+                let throttle = self.throttle.next_at(now).into_iter();
+                throttle.chain(self.retries.next_after(now)).chain(drain).min()
+            }
         };
         let reading_back = matches!(&self.checkpoints.stage, Stage::Verifying(window) if window.has_next());
         let read_back = if reading_back { self.throttle.next_at(now) } else { None };
+        let flush = self.fleece.as_ref().and_then(Fleece::flush_due_at);
+        let flush = flush.filter(|&due| due > now && self.ending.is_none() && self.checkpoints.is_idle());
         let guests = self.guests.next_deadline();
-        checkpoint.into_iter().chain(sweep).chain(read_back).chain(guests).min()
+        checkpoint.into_iter().chain(sweep).chain(read_back).chain(flush).chain(guests).min()
     }
 
     /// A user pauses the sweep, or lets it go on. Letting go on also lifts a pause on an error.
@@ -447,10 +476,12 @@ impl Copier {
 
     fn push(&mut self, task: Task, op: Op) {
         let urgent = match &task {
-            Task::Move { transfer, .. } | Task::Zero { transfer, .. } | Task::Digest { transfer } => {
-                self.transfers.get(*transfer).is_some_and(|transfer| transfer.urgent)
+            // A guest waits for it, whoever else is in no hurry with the transfer.
+            Task::Fleece { .. } => true,
+            task => {
+                let transfer = task.transfer().and_then(|transfer| self.transfers.get(transfer));
+                transfer.is_some_and(|transfer| transfer.urgent)
             }
-            _ => false,
         };
         let token = Token(self.tasks.insert(task) as u64);
         let queue = if urgent { &mut self.urgent } else { &mut self.backlog };
@@ -480,6 +511,7 @@ impl std::fmt::Debug for Copier {
             .field("backlog", &self.backlog)
             .field("held", &self.held)
             .field("retries", &self.retries)
+            .field("fleece", &self.fleece)
             .field("holes", &self.holes)
             .field("allocation", &self.allocation)
             .field("stage", &self.checkpoints.stage)

@@ -99,6 +99,11 @@ impl RetryList {
         attempts
     }
 
+    /// Whether a cluster's time has come.
+    pub(super) fn is_due(&self, now: Timestamp) -> bool {
+        !self.due.is_empty() || self.later.first().is_some_and(|&(at, _)| at <= now)
+    }
+
     /// Take the first cluster whose time has come, with its failed retries.
     pub(super) fn take_due(&mut self, now: Timestamp) -> Option<(ClusterIndex, u32)> {
         while let Some(&(at, cluster)) = self.later.first().filter(|(at, _)| *at <= now) {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::checkpoint::{Captured, Stage, subtract};
+use super::fleece::Fleece;
 use super::piece::Fault;
 use super::plan::{Checkpoint, planted};
 use super::retry::{Verdict, verdict};
@@ -27,16 +28,18 @@ impl Copier {
             return self.settle_ending(now);
         }
         let idle = self.is_idle();
+        let all_settled = self.tally.settled_clusters == self.plan.geometry.clusters().0;
+        // Once all is settled, the last checkpoint covers them. A pause may be long, and guests need the slots.
+        let frees_slots = !all_settled && self.fleece.as_ref().is_some_and(Fleece::has_unflushed);
         let still = match self.plan.live {
             // Guests go on, and what is copied for them.
-            Some(_) => self.sweep_is_idle() && self.checkpoints.is_idle(),
+            Some(_) => self.sweep_is_idle() && self.checkpoints.is_idle() && !frees_slots,
             None => idle && self.checkpoints.is_idle() && self.nothing_under_way(),
         };
         if self.paused() && still && !self.drained_said {
             self.drained_said = true;
             self.events.push(Event::Drained);
         }
-        let all_settled = self.tally.settled_clusters == self.plan.geometry.clusters().0;
         if self.writing_back {
             return;
         }
@@ -46,13 +49,18 @@ impl Copier {
         if self.keeps_checkpoints() && !self.drained() && self.checkpoints.is_due(now, &self.plan.limits) {
             self.begin_checkpoint(false, now);
         }
+        let halts = self.paused() && self.sweep_is_idle();
+        let due = self.fleece.as_ref().is_some_and(|fleece| fleece.flush_is_due(now, halts));
+        if due && self.checkpoints.is_idle() && !all_settled {
+            self.begin_checkpoint(false, now);
+        }
         if !self.paused() {
             self.drop_cache();
         }
     }
 
     fn settle_ending(&mut self, now: Timestamp) {
-        if !self.is_idle() || !self.checkpoints.is_idle() || self.writing_back {
+        if !self.is_idle() || !self.checkpoints.is_idle() || self.writing_back || self.is_draining_out() {
             return;
         }
         let decided = matches!(self.ending, Some(Ending::Complete));
@@ -103,6 +111,7 @@ impl Copier {
             assert_eq!(counters.done + counters.skipped, counters.total, "everything was done or left out");
             assert_eq!(self.set.count_done(), self.plan.geometry.clusters(), "everything was settled");
             assert!(counters.written >= counters.copied, "what was copied was written");
+            assert_eq!(self.fleeced_bytes(), 0, "nothing is left in the fleece file");
         }
         self.ending = Some(ending.clone());
         self.finished = true;
@@ -138,6 +147,9 @@ impl Copier {
         tracing::debug!(ranges = captured.done.len(), last, "checkpoint");
         self.closed_window = std::mem::take(&mut self.window);
         self.checkpoints.begin(captured, now);
+        if let Some(fleece) = &mut self.fleece {
+            fleece.capture(now);
+        }
         self.push(Task::Flush, Op::Flush { file: self.plan.target.file });
         if planted!(self.plan, MapBeforeFlush) && self.plan.map.is_some() {
             let captured = self.checkpoints.captured.clone();
@@ -151,6 +163,9 @@ impl Copier {
             Ok(_) => {
                 if planted!(self.plan, CaptureAfterFlush) {
                     self.checkpoints.captured = self.capture();
+                }
+                if let Some(fleece) = &mut self.fleece {
+                    fleece.flushed();
                 }
                 self.begin_verification();
             }

@@ -1,8 +1,8 @@
 //! Reading the disk as it was at t0 while the job runs.
 //!
 //! # Model
-//! A read goes window by window. What is copied already is read from the target, which nobody changes any more; what is not is read
-//! from the source under a claim, which keeps guests from changing it meanwhile and is released afterwards, for it is not a copy. What
+//! A read goes window by window. What is copied already is read from the target, which nobody changes any more, or from the fleece file while
+//! it is there alone; what is not is read from the source under a claim, which keeps guests from changing it meanwhile and is released afterwards, for it is not a copy. What
 //! somebody else is copying is waited for. Clusters that were left out of the copy are an error: their old contents may be gone.
 //!
 //! # Ordering
@@ -14,6 +14,7 @@ use std::sync::Arc;
 use crossbeam::queue::SegQueue;
 use nix::errno::Errno;
 
+use super::plan::Side;
 use super::slots::SlotRun;
 use super::{Copier, Task, one};
 use crate::error::{Error, ErrorKind, Operation};
@@ -34,6 +35,8 @@ pub type SnapshotOutcome = Result<Vec<u8>, Error>;
 pub(super) enum From {
     Source,
     Target,
+    /// From this slot on.
+    Fleece(u32),
 }
 
 /// A window that is being read, and what it holds.
@@ -41,6 +44,8 @@ pub(super) enum From {
 pub(super) struct SnapshotRead {
     id: SnapshotId,
     from: From,
+    clusters: ClusterRange,
+    /// Of the source, of the target, or of the fleece file.
     piece: Piece,
     /// Where the window's bytes are in the arena.
     buffer: u32,
@@ -201,12 +206,11 @@ impl Copier {
             return false;
         }
         let wanted = ClusterRange::new(clusters.start.0, clusters.start.0 + u64::from(free));
-        let (run, claim) = if done {
-            let same = wanted.iter().take_while(|&cluster| {
-                self.set.state(cluster) == ClusterState::Done && self.skipped.error_of(cluster).is_none()
-            });
-            let end = wanted.start.0 + same.count() as u64;
-            (ClusterRange::new(wanted.start.0, end), None)
+        let held = self.fleece.as_ref().and_then(|fleece| fleece.first_run(wanted));
+        let (run, claim) = if let Some((_, count)) = held {
+            (ClusterRange::new(wanted.start.0, wanted.start.0 + count), None)
+        } else if done {
+            (self.on_target(wanted), None)
         } else {
             let Some(claim) = self.set.claim_first(wanted, ClusterCount(u64::from(free))) else {
                 return true;
@@ -215,23 +219,55 @@ impl Copier {
         };
         assert_eq!(run.start, clusters.start, "the ring thread alone claims");
         let slots = self.slots.take(slot, u32::try_from(run.count()).expect("bounded by the slots"));
+        let from = match held {
+            Some((slot, _)) => From::Fleece(slot),
+            None if done => From::Target,
+            None => From::Source,
+        };
         let window = self.plan.geometry.bytes_of(run);
         let cluster_bytes = u32::try_from(self.plan.geometry.cluster_size().bytes()).expect("at most 4 MiB");
         let buffer = slots.buffer(cluster_bytes).start;
         // Whole clusters, so that offsets and lengths suit direct I/O.
-        let piece = Piece::new(Direction::Read, window, buffer);
+        let piece = Piece::new(Direction::Read, self.place_of(from, window), buffer);
         debug_assert!(window.offset <= rest.offset);
         self.snapshots.ready.remove(&id);
         self.snapshots.requests.get_mut(&id).expect("it is there").running = true;
         self.snapshots.running += 1;
-        let from = if done { From::Target } else { From::Source };
-        self.push_snapshot(SnapshotRead { id, from, piece, buffer, slots, claim });
+        self.push_snapshot(SnapshotRead { id, from, clusters: run, piece, buffer, slots, claim });
         true
     }
 
+    /// How many of the first of `clusters` are to be read from the target.
+    fn on_target(&self, clusters: ClusterRange) -> ClusterRange {
+        let same = clusters.iter().take_while(|&cluster| {
+            let held = self.fleece.as_ref().and_then(|fleece| fleece.slot_of(cluster));
+            self.set.state(cluster) == ClusterState::Done
+                && held.is_none()
+                && self.skipped.error_of(cluster).is_none()
+        });
+        ClusterRange::new(clusters.start.0, clusters.start.0 + same.count() as u64)
+    }
+
+    fn side_of_read(&self, from: From) -> &Side {
+        match from {
+            From::Source => &self.plan.source,
+            From::Target => &self.plan.target,
+            From::Fleece(_) => &self.fleece.as_ref().expect("it holds something").side,
+        }
+    }
+
+    /// Where the bytes `window` of the disk are to be read.
+    fn place_of(&self, from: From, window: ByteRange) -> ByteRange {
+        match from {
+            From::Source | From::Target => window,
+            From::Fleece(slot) => {
+                self.fleece.as_ref().expect("it holds something").place(slot, window.length)
+            }
+        }
+    }
+
     fn push_snapshot(&mut self, read: SnapshotRead) {
-        let side = if read.from == From::Source { &self.plan.source } else { &self.plan.target };
-        let op = read.piece.op(side);
+        let op = read.piece.op(self.side_of_read(read.from));
         self.push(Task::Snapshot(Box::new(read)), op);
     }
 
@@ -241,19 +277,23 @@ impl Copier {
         result: Result<Output, Errno>,
         arena: &Arena,
     ) {
-        let side = if read.from == From::Source { &self.plan.source } else { &self.plan.target };
-        let fault = match read.piece.on_result(result, side) {
+        let side = self.side_of_read(read.from).clone();
+        let fault = match read.piece.on_result(result, &side) {
             Step::Again if self.ending.is_none() => return self.push_snapshot(read),
             Step::Again => Some(Fault::Errno(Errno::ECANCELED)),
             Step::Finished => None,
             Step::Failed(fault) => Some(fault),
         };
-        let SnapshotRead { id, from, piece, buffer, slots, claim } = read;
-        let window = piece.range();
-        let path =
-            if from == From::Source { &self.plan.source.name } else { &self.plan.target.name }.to_string();
-        // The guest cannot have changed it before this: it was claimed, or is on the target.
-        let valid = from == From::Target || self.ending.is_none();
+        let SnapshotRead { id, from, clusters, piece: _, buffer, slots, claim } = read;
+        let window = self.plan.geometry.bytes_of(clusters);
+        let valid = match from {
+            From::Target => true,
+            // The guest cannot have changed it before this: it was claimed.
+            From::Source => self.ending.is_none(),
+            From::Fleece(slot) => {
+                self.fleece.as_ref().is_some_and(|fleece| fleece.still_holds(clusters, slot))
+            }
+        };
         if let Some(request) = self.snapshots.requests.get_mut(&id) {
             request.running = false;
             match fault {
@@ -266,12 +306,15 @@ impl Copier {
                     request.bytes.extend_from_slice(arena.slice(at));
                     self.snapshots.ready.insert(id);
                 }
-                None => {
+                // Once more, from where it is now.
+                _ if !valid => {
                     self.snapshots.ready.insert(id);
                 }
+                None => unreachable!("it is valid"),
                 Some(fault) => {
                     let errno = if let Fault::Errno(errno) = fault { errno } else { Errno::EIO };
-                    let error = Error::io(Operation::ReadSnapshot, path, Some(window), errno);
+                    let error =
+                        Error::io(Operation::ReadSnapshot, side.name.to_string(), Some(window), errno);
                     self.answer_snapshot(id, Err(error));
                 }
             }

@@ -2,6 +2,7 @@
 
 use super::checkpoint::Stage;
 use super::extents::{ExtentWindow, Known};
+use super::fleece::Drained;
 use super::piece::Direction;
 use super::tally::Was;
 use super::transfer::{Purpose, Transfer};
@@ -54,12 +55,20 @@ impl Copier {
         if self.start_verification(now) {
             return true;
         }
-        let idle = self.plan.sync == SyncMode::None;
-        if self.ending.is_some() || self.paused() || self.hold_until.is_some() || idle {
+        if self.is_draining_out() {
+            return self.drain(now) == Drained::Started;
+        }
+        if self.ending.is_some() || self.paused() || self.hold_until.is_some() {
             return false;
         }
         if self.throttle.allowance(now) == Some(0) {
             return false;
+        }
+        match self.drain(now) {
+            Drained::Started => return true,
+            Drained::NoRoom => return false,
+            Drained::Nothing if self.plan.sync == SyncMode::None => return false,
+            Drained::Nothing => {}
         }
         // The next checkpoint is due and cannot begin yet: what it will have to cover is bounded.
         if self.keeps_checkpoints() && self.checkpoints.bytes_since() >= self.plan.limits.checkpoint_bytes {
@@ -243,7 +252,7 @@ impl Copier {
     }
 
     /// Slots that the sweep may take now.
-    fn sweep_room(&self) -> u32 {
+    pub(super) fn sweep_room(&self) -> u32 {
         let reserved = self.plan.live.map_or(0, |live| live.reserved_slots);
         let free = self.slots.free_count().saturating_sub(reserved);
         free.min(self.sweep_limit.saturating_sub(self.sweep_slots))
@@ -270,7 +279,10 @@ impl Copier {
         transfer.urgent = true;
         let whole = transfer.bytes;
         transfer.data = vec![whole];
-        self.throttle.spend_for_guest(whole.length, now);
+        // What goes to the fleece file is paid for when it is drained.
+        if self.fleece.is_none() {
+            self.throttle.spend_for_guest(whole.length, now);
+        }
         tracing::trace!(?clusters, ?guest, "copy before write");
         self.start_read(transfer, whole);
     }
@@ -286,7 +298,8 @@ impl Copier {
         let whole = transfer.bytes;
         let exact = alone.is_none() && self.blank_is_zero;
         transfer.data = if exact { self.data_in(whole) } else { vec![whole] };
-        let read = if self.plan.verify {
+        // What may go to the fleece file goes as a whole.
+        let read = if self.plan.verify || self.fleece.is_some() {
             whole
         } else {
             let first = transfer.data.first().map_or(whole.offset, |range| range.offset);

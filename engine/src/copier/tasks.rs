@@ -38,6 +38,12 @@ impl Copier {
             Task::Flush => self.on_flushed(&result, now),
             Task::Publish => self.on_published(&result),
             Task::DropBeforeVerify | Task::DropTargetCache => self.on_written_back(&result, now),
+            Task::Fleece { transfer, clusters, slot, rescue, piece } => {
+                self.on_fleeced(transfer, clusters, slot, rescue, piece, result, now);
+            }
+            Task::Drain { transfer, clusters, piece } => {
+                self.on_drained(transfer, clusters, piece, result, arena, now);
+            }
             Task::Snapshot(read) => self.on_snapshot_read(*read, result, arena),
             Task::DropSourceCache => {
                 if let Err(errno) = result {
@@ -68,7 +74,7 @@ impl Copier {
             step = Step::Finished;
         }
         match step {
-            Step::Again if self.ending.is_none() => {
+            Step::Again if self.goes_on(id) => {
                 let op = piece.op(side);
                 self.push(Task::Move { transfer: id, piece }, op);
             }
@@ -123,7 +129,7 @@ impl Copier {
     }
 
     /// A task over `clusters` of a transfer has succeeded: settle the clusters that have none left.
-    fn task_done(&mut self, id: TransferId, clusters: ClusterRange, now: Timestamp) {
+    pub(super) fn task_done(&mut self, id: TransferId, clusters: ClusterRange, now: Timestamp) {
         let transfer = &mut self.transfers[id];
         transfer.outstanding -= 1;
         let ranges = transfer.task_done(clusters);
@@ -149,7 +155,7 @@ impl Copier {
     }
 
     /// Start the writes of a transfer that was read. Its read still counts as outstanding.
-    fn write_out(&mut self, id: TransferId, arena: &Arena, now: Timestamp) {
+    pub(super) fn write_out(&mut self, id: TransferId, arena: &Arena, now: Timestamp) {
         let all = self.transfers[id].clusters;
         for cluster in all.iter() {
             if self.is_zero_cluster(id, cluster, arena) {
@@ -174,13 +180,16 @@ impl Copier {
                 end.0 += 1;
             }
             let clusters = ClusterRange { start, end };
-            if category == Category::Zeros {
-                self.zero_out(id, clusters)
-            } else {
-                self.write_data(id, clusters)
+            match category {
+                Category::Zeros => self.zero_out(id, clusters),
+                _ if self.is_fleeced(id) => self.write_fleece(id, clusters, now),
+                _ => self.write_data(id, clusters),
             }
             start = end;
         }
+        let transfer = &mut self.transfers[id];
+        transfer.is_written_out = true;
+        self.rescue_waited(id);
         let transfer = &mut self.transfers[id];
         transfer.outstanding -= 1;
         let ranges = transfer.settleable(all);
@@ -191,7 +200,9 @@ impl Copier {
     /// Whether clusters of zeros of this transfer must be made zero on the target: always where it does not read as zeros, and for a
     /// cluster that was tried before, of which anything may be there.
     fn needs_zeros(&self, id: TransferId) -> bool {
-        !self.blank_is_zero || matches!(self.transfers[id].purpose, Purpose::Copy { alone: Some(_) })
+        let tried =
+            matches!(self.transfers[id].purpose, Purpose::Copy { alone: Some(_) } | Purpose::Drain { .. });
+        !self.blank_is_zero || tried
     }
 
     fn is_zero_cluster(&self, id: TransferId, cluster: ClusterIndex, arena: &Arena) -> bool {
@@ -199,7 +210,8 @@ impl Copier {
         let needs_zeros = self.needs_zeros(id);
         // Where zeros are needed an odd end goes as data: operations work on whole blocks.
         let odd_end = needs_zeros && !bytes.end().is_multiple_of(4096);
-        let as_data = needs_zeros && self.zeroing == Zeroing::Data;
+        // So do those of a guest that does not wait for the target: they are told from data when they are drained.
+        let as_data = needs_zeros && (self.zeroing == Zeroing::Data || self.is_fleeced(id));
         if !self.plan.zero_detect || odd_end || as_data {
             return false;
         }
@@ -211,7 +223,7 @@ impl Copier {
             .all(|range| is_zero(arena.slice(transfer.buffer_of(range))))
     }
 
-    fn write_data(&mut self, id: TransferId, clusters: ClusterRange) {
+    pub(super) fn write_data(&mut self, id: TransferId, clusters: ClusterRange) {
         let bytes = self.plan.geometry.bytes_of(clusters);
         let ranges: Vec<ByteRange> =
             self.transfers[id].data.iter().filter_map(|range| range.intersection(bytes)).collect();
@@ -415,8 +427,13 @@ impl Copier {
     /// `ranges` of a transfer have no task left: complete their claims and count them.
     fn settle_in(&mut self, id: TransferId, ranges: &[ClusterRange]) {
         for &range in ranges {
-            let claim = self.transfers[id].settle(range).expect("a copy holds its claim until it is settled");
-            self.set.complete(claim);
+            let transfer = &mut self.transfers[id];
+            let held =
+                transfer.work(range.start).is_early() || matches!(transfer.purpose, Purpose::Drain { .. });
+            match transfer.settle(range) {
+                Some(claim) => self.set.complete(claim),
+                None => assert!(held, "a copy holds its claim until it is settled"),
+            }
             for cluster in range.iter() {
                 self.settle_cluster(id, cluster);
             }
@@ -426,6 +443,9 @@ impl Copier {
     fn settle_cluster(&mut self, id: TransferId, cluster: ClusterIndex) {
         let transfer = &self.transfers[id];
         let bytes = self.plan.geometry.bytes_of(super::one(cluster));
+        if let Category::Fleeced { slot } = transfer.work(cluster).category {
+            return self.hold(cluster, slot);
+        }
         if transfer.work(cluster).category == Category::Zeros {
             self.note_zeros(super::one(cluster), Was::Zeros);
         } else {
@@ -440,6 +460,9 @@ impl Copier {
             self.tally.settle(Was::Data { written }, 1, bytes.length);
         }
         self.checkpoints.on_settled(bytes.length);
+        if let Some(fleece) = &mut self.fleece {
+            fleece.written(cluster);
+        }
     }
 
     /// Count `clusters`, which read as zeros, as done.
@@ -451,7 +474,7 @@ impl Copier {
     }
 
     /// Once nothing of a transfer is under way, take it apart.
-    fn finish_if_over(&mut self, id: TransferId, now: Timestamp) {
+    pub(super) fn finish_if_over(&mut self, id: TransferId, now: Timestamp) {
         if self.transfers[id].outstanding > 0 {
             return;
         }
@@ -461,13 +484,16 @@ impl Copier {
         let tainted = transfer.tainted;
         let clusters = transfer.clusters;
         let guest = transfer.guest;
-        let unsettled: Vec<ClusterIndex> = transfer.unsettled().collect();
+        let drains = matches!(transfer.purpose, Purpose::Drain { .. });
+        let (held, unsettled): (Vec<ClusterIndex>, Vec<ClusterIndex>) =
+            transfer.unsettled().partition(|&cluster| drains || transfer.work(cluster).is_early());
         let unverified = transfer.unverified();
         let alone = match &transfer.purpose {
-            Purpose::Copy { alone } => Some(*alone),
+            Purpose::Copy { alone } | Purpose::Drain { alone } => Some(*alone),
             Purpose::Verify(_) => None,
         };
-        assert!(failure.is_some() || tainted || unsettled.is_empty(), "a transfer settles what did not fail");
+        let all_settled = unsettled.is_empty() && held.is_empty();
+        assert!(failure.is_some() || tainted || all_settled, "a transfer settles what did not fail");
         let (claims, run) = transfer.into_claims();
         if guest.is_none() {
             self.sweep_slots -= run.count();
@@ -476,6 +502,7 @@ impl Copier {
         for claim in claims {
             self.set.release(claim);
         }
+        self.drain_ended(&held, clusters, alone.flatten(), failure, now);
         match alone {
             Some(alone) if guest.is_some() => {
                 let id = guest.expect("it was made for a guest");
@@ -489,6 +516,9 @@ impl Copier {
     /// How messages name the side on which `operation` failed.
     pub(super) fn path_of(&self, operation: Operation) -> String {
         let side = side_of(operation);
+        if let (Operation::ReadFleece, Some(fleece)) = (operation, &self.fleece) {
+            return fleece.side.name.to_string();
+        }
         if side == super::faults::SideName::Source { &self.plan.source.name } else { &self.plan.target.name }
             .to_string()
     }

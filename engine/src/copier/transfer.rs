@@ -51,6 +51,11 @@ pub(super) enum Purpose {
         /// See above.
         alone: Option<u32>,
     },
+    /// Bringing clusters that are held in the fleece file to the target. `alone`: as above.
+    Drain {
+        /// See above.
+        alone: Option<u32>,
+    },
     /// Reading back and comparing, one expectation a cluster.
     Verify(Vec<Expected>),
 }
@@ -62,6 +67,11 @@ pub(super) enum Category {
     Data,
     /// Read, and all zero.
     Zeros,
+    /// Data, written to this slot of the fleece file.
+    Fleeced {
+        /// See above.
+        slot: u32,
+    },
 }
 
 /// One cluster of a transfer.
@@ -72,7 +82,26 @@ pub(super) struct ClusterWork {
     failed: bool,
     /// Its claim was completed (for a verification: it was compared).
     settled: bool,
+    /// It goes to the fleece file as well, for a guest who waits for it.
+    helped: bool,
+    /// Its claim was completed before it was settled: it is in the fleece file.
+    early: bool,
     pub(super) category: Category,
+}
+
+impl ClusterWork {
+    /// Whether something that must still end keeps it from being settled, and nobody has helped it yet.
+    pub(super) fn may_be_helped(&self) -> bool {
+        self.tasks > 0 && !self.failed && !self.helped
+    }
+
+    pub(super) fn is_settled(&self) -> bool {
+        self.settled
+    }
+
+    pub(super) fn is_early(&self) -> bool {
+        self.early
+    }
 }
 
 /// Why a transfer's cluster failed, for the error message.
@@ -110,13 +139,22 @@ pub(super) struct Transfer {
     pub(super) digests: Vec<u128>,
     /// Bytes written as data.
     pub(super) written: u64,
+    /// Its data was read, and its writes were started.
+    pub(super) is_written_out: bool,
     slot_bytes: u32,
 }
 
 impl Transfer {
     pub(super) fn new(purpose: Purpose, clusters: ClusterRange, geometry: Geometry, slots: SlotRun) -> Self {
         assert!(!clusters.is_empty(), "a transfer has clusters");
-        let work = ClusterWork { tasks: 0, failed: false, settled: false, category: Category::Data };
+        let work = ClusterWork {
+            tasks: 0,
+            failed: false,
+            settled: false,
+            helped: false,
+            early: false,
+            category: Category::Data,
+        };
         let count = usize::try_from(clusters.count()).expect("bounded by the slots");
         Self {
             purpose,
@@ -133,6 +171,7 @@ impl Transfer {
             tainted: false,
             digests: Vec::new(),
             written: 0,
+            is_written_out: false,
             slot_bytes: u32::try_from(geometry.cluster_size().bytes()).expect("at most 4 MiB"),
         }
     }
@@ -222,7 +261,10 @@ impl Transfer {
                 continue;
             }
             match ranges.last_mut() {
-                Some(last) if last.end == cluster => last.end = ClusterIndex(cluster.0 + 1),
+                // Those without a claim apart from those with one.
+                Some(last) if last.end == cluster && self.work(last.start).early == work.early => {
+                    last.end = ClusterIndex(cluster.0 + 1);
+                }
                 _ => ranges.push(ClusterRange::new(cluster.0, cluster.0 + 1)),
             }
         }
@@ -238,6 +280,20 @@ impl Transfer {
             work.settled = true;
         }
         self.take_claim(clusters)
+    }
+
+    /// `cluster` goes to the fleece file as well.
+    pub(super) fn set_helped(&mut self, cluster: ClusterIndex) {
+        let index = self.index(cluster);
+        self.work[index].helped = true;
+    }
+
+    /// Take out the claim on `cluster`, whose tasks go on.
+    pub(super) fn take_early(&mut self, cluster: ClusterIndex) -> Claim {
+        let index = self.index(cluster);
+        assert!(!self.work[index].settled && !self.work[index].early, "{cluster:?} is claimed");
+        self.work[index].early = true;
+        self.take_claim(super::one(cluster)).expect("it is claimed")
     }
 
     fn take_claim(&mut self, clusters: ClusterRange) -> Option<Claim> {

@@ -33,6 +33,8 @@ pub struct Progress {
     pub retries: u64,
     /// Bytes of buffers that hold clusters on their way.
     pub in_flight: u64,
+    /// Bytes of the fleece file that hold old contents which are not on the target yet; not in `done`.
+    pub fleeced: u64,
     /// Bytes a second settled, over the last seconds.
     pub rate: u64,
     /// Estimated time left; `None` while there is no rate.

@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use super::ask::{Answer, ask, ask_with};
 use super::carrier::IoOutcome;
-use super::command::{Command, Inbox, NewJob};
+use super::command::{Command, Inbox, NewFleece, NewJob};
 use super::controller::SweepDepth;
 use super::disk::{File, Io, LiveDisk};
 use super::jobs::JobId;
+use crate::copier::fleece::{MAX_SLOTS, MIN_SLOTS as MIN_FLEECE_SLOTS};
 use crate::copier::plan::{Limits, LivePlan, Plan, Side};
 use crate::error::{Error, Operation, Refusal};
 use crate::interval_set::IntervalSet;
@@ -18,7 +19,10 @@ use crate::job::runner::{AtEnd, empty_progress};
 use crate::job::{JobHandle, JobResult, Lifecycle, Outcome};
 use crate::modes::{CbwErrorPolicy, ErrorPolicy, Format, SyncMode};
 use crate::ring::{ExtentQuery, FileId};
-use crate::storage::{Locator, OpenedTarget, Storage, TargetOptions, TargetPlan, alignment_of, plan_target};
+use crate::storage::{
+    Locator, OpenedFleece, OpenedSource, OpenedTarget, Storage, TargetOptions, TargetPlan, alignment_of,
+    open_fleece, plan_target,
+};
 use crate::units::{ByteRange, ClusterSize, Geometry, Length, Speed};
 
 /// Bytes in flight of a job, those of guests' copies included.
@@ -29,6 +33,27 @@ const RESERVED_PART: u64 = 5;
 const MIN_SLOTS: u64 = 8;
 /// Largest request of the sweep in bytes, unless one cluster is larger.
 const MAX_REQUEST_BYTES: u64 = 1 << 20;
+
+/// Where the old contents of what guests change go first, so that guests wait for local storage only and not for the target: a
+/// place of its own, which is free again after the job.
+///
+/// A job that has stopped because its target is full or broken goes on as long as there is room in it. What finds no room goes to the
+/// target as without a fleece file.
+#[derive(Clone, Debug)]
+pub struct FleeceOptions {
+    /// A file that does not exist or is empty, which loses its name at once, or a block device of its own.
+    pub path: String,
+    /// Bytes of it; of a device at most that many. At least 16 clusters, at most 1,048,576. Those of a file are reserved at the start.
+    pub size: u64,
+}
+
+impl FleeceOptions {
+    /// 1 GiB at `path`.
+    #[must_use]
+    pub fn new(path: impl Into<String>) -> Self {
+        Self { path: path.into(), size: 1 << 30 }
+    }
+}
 
 /// What to copy, where to, and how.
 #[derive(Clone, Debug)]
@@ -59,6 +84,8 @@ pub struct BackupOptions {
     pub target_is_zero: bool,
     /// Overwrite an existing file.
     pub force: bool,
+    /// Copy what guests are about to change to a fleece file first.
+    pub fleece: Option<FleeceOptions>,
 }
 
 impl BackupOptions {
@@ -80,6 +107,7 @@ impl BackupOptions {
             zero_detect: true,
             target_is_zero: false,
             force: false,
+            fleece: None,
         }
     }
 }
@@ -188,6 +216,7 @@ pub(super) struct Checked<'a> {
     disk: &'a LiveDisk,
     options: &'a BackupOptions,
     target: TargetPlan,
+    fleece: Option<OpenedFleece>,
     set: IntervalSet,
 }
 
@@ -208,16 +237,59 @@ pub(super) fn check<'a>(disk: &'a LiveDisk, options: &'a BackupOptions) -> Resul
             .because(error)
     })?;
     let target = plan_target(&Locator::parse(&options.target)?, source, &target_options)?;
-    Ok(Checked { disk, options, target, set })
+    let fleece =
+        options.fleece.as_ref().map(|fleece| check_fleece(fleece, options.cluster_size, source, &target));
+    Ok(Checked { disk, options, fleece: fleece.transpose()?, target, set })
+}
+
+/// Open the fleece file: nothing is left of that if the job does not start.
+fn check_fleece(
+    fleece: &FleeceOptions,
+    cluster_size: ClusterSize,
+    source: &OpenedSource,
+    target: &TargetPlan,
+) -> Result<OpenedFleece, Error> {
+    let locator = Locator::parse(&fleece.path)?;
+    let check = |bytes: u64| {
+        let clusters = bytes / cluster_size.bytes();
+        if (u64::from(MIN_FLEECE_SLOTS)..=u64::from(MAX_SLOTS)).contains(&clusters) {
+            return Ok(());
+        }
+        let reason = format!("{bytes} bytes are {clusters} clusters of {}", cluster_size.bytes());
+        Err(Error::refused(Refusal::BadArgument, Operation::OpenFleece, locator.as_str(), reason)
+            .advise(format!("give it room for {MIN_FLEECE_SLOTS} to {MAX_SLOTS} clusters")))
+    };
+    check(fleece.size)?;
+    let opened = open_fleece(&locator, fleece.size, source, target)?;
+    check(opened.length().0)?;
+    Ok(opened)
+}
+
+/// The fleece file as the ring thread takes it.
+fn new_fleece(fleece: &OpenedFleece, cluster_size: ClusterSize) -> NewFleece<File> {
+    let storage = fleece.storage();
+    NewFleece {
+        name: Arc::from(storage.name()),
+        direct_alignment: alignment_of(storage.as_ref()),
+        slots: u32::try_from(fleece.length().0 / cluster_size.bytes()).expect("checked"),
+        file: storage,
+    }
 }
 
 /// Make the target ready.
 pub(super) fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
-    let Checked { disk, options, target, set } = checked;
+    let Checked { disk, options, target, fleece, set } = checked;
     let source = &disk.inner.source;
     let geometry = Geometry::new(source.length(), options.cluster_size);
     let cluster = options.cluster_size.bytes();
     let slots = u32::try_from((BYTES_IN_FLIGHT / cluster).max(MIN_SLOTS)).expect("at most 5 MiB of 4 KiB");
+    let fleece = match fleece {
+        Some(mut fleece) => {
+            fleece.keep()?;
+            Some(new_fleece(&fleece, options.cluster_size))
+        }
+        None => None,
+    };
     let target = target.prepare()?;
     if target.is_new_file() {
         reserve(source.storage().as_ref(), target.storage().as_ref());
@@ -267,6 +339,7 @@ pub(super) fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
     let job = NewJob {
         disk: disk.inner.shared.id(),
         target: storage,
+        fleece,
         geometry,
         set: Arc::new(set),
         shared,

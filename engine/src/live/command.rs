@@ -26,10 +26,22 @@ use crate::units::{ByteRange, ClusterRange, Geometry};
 /// Makes the plan of a job, once its place on the ring is known: the live disk as its source, its target, its part of the arena.
 pub(super) type MakePlan = Box<dyn FnOnce(Side, FileId, BufferRange) -> Plan + Send>;
 
+/// A fleece file for a job.
+pub(super) struct NewFleece<F> {
+    pub(super) file: F,
+    /// How messages name it.
+    pub(super) name: Arc<str>,
+    /// Of direct I/O; `None`: buffered.
+    pub(super) direct_alignment: Option<u32>,
+    /// Clusters that it takes.
+    pub(super) slots: u32,
+}
+
 /// A job to start.
 pub(super) struct NewJob<F> {
     pub(super) disk: DiskId,
     pub(super) target: F,
+    pub(super) fleece: Option<NewFleece<F>>,
     pub(super) geometry: Geometry,
     pub(super) set: Arc<IntervalSet>,
     pub(super) shared: Arc<Shared>,

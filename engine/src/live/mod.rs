@@ -63,7 +63,7 @@ mod token;
 pub use self::admission::Permit;
 pub use crate::modes::CbwErrorPolicy;
 
-pub use self::backup::{Backup, BackupOptions, Snapshot};
+pub use self::backup::{Backup, BackupOptions, FleeceOptions, Snapshot};
 pub use self::carrier::IoRequest;
 pub use self::command::GroupFailure;
 pub use self::controller::SweepDepth;

@@ -86,6 +86,7 @@ pub(super) struct Job {
     pub(super) disk: DiskId,
     pub(super) runner: Runner,
     pub(super) target: FileId,
+    pub(super) fleece: Option<FileId>,
     pub(super) memory: BufferRange,
     pub(super) watch: Arc<Watch>,
     pub(super) controller: Controller,
@@ -431,7 +432,9 @@ impl<R: Ring> Reactor<R> {
             let engine = self.ring.name();
             let Some(result) = self.jobs[index].runner.conclusion(now, engine) else { continue };
             let job = self.jobs.remove(index);
-            self.ring.remove_file(job.target);
+            for file in [Some(job.target), job.fleece].into_iter().flatten() {
+                self.ring.remove_file(file);
+            }
             self.memory.give_back(job.memory);
             job.runner.conclude(result);
         }
@@ -485,11 +488,12 @@ impl<R: Ring> Reactor<R> {
 
     /// A job that was attached to its disk gets its place.
     pub(super) fn put_job(&mut self, job: NewlyMade) {
-        let NewlyMade { disk, runner, controller, target, memory, watch, group, on_failure } = job;
+        let NewlyMade { disk, runner, controller, target, fleece, memory, watch, group, on_failure } = job;
         let entry = Job {
             disk,
             runner,
             target,
+            fleece,
             memory,
             watch,
             controller,
@@ -551,6 +555,7 @@ pub(super) struct NewlyMade {
     pub(super) runner: Runner,
     pub(super) controller: Controller,
     pub(super) target: FileId,
+    pub(super) fleece: Option<FileId>,
     pub(super) memory: BufferRange,
     pub(super) watch: Arc<Watch>,
     pub(super) group: u64,

@@ -10,7 +10,7 @@ use super::DiskId;
 use super::admission::{Attempt, attempt_unnested};
 use super::ask::{Asked, ask};
 use super::carrier::{CarrierLimits, IoOutcome, IoRequest};
-use super::command::{Command, GroupFailure, NewGroup, NewJob};
+use super::command::{Command, GroupFailure, NewFleece, NewGroup, NewJob};
 use super::controller::SweepDepth;
 use super::disk::DiskShared;
 use super::jobs::JobId;
@@ -58,6 +58,17 @@ pub struct SimJobState {
     pub ends: bool,
     /// Whether it is decided that it does not succeed.
     pub fails: bool,
+}
+
+/// A fleece file for a [`SimJob`].
+#[derive(Clone, Copy, Debug)]
+pub struct SimFleece {
+    /// Its number in the world.
+    pub file: usize,
+    /// Alignment of direct I/O.
+    pub direct_alignment: Option<u32>,
+    /// Clusters that it takes.
+    pub slots: u32,
 }
 
 /// Something asked for, whose answer comes in a later turn.
@@ -138,15 +149,42 @@ impl SimEngine {
         on_failure: GroupFailure,
         timeout: Duration,
     ) -> (Vec<JobHandle>, Pending<Result<Vec<JobId>, Error>>) {
+        self.start_fleeced(jobs.into_iter().map(|job| (job, None)).collect(), on_failure, timeout)
+    }
+
+    /// Start jobs at one instant, each with its fleece file, if it has one.
+    pub fn start_fleeced(
+        &mut self,
+        jobs: Vec<(SimJob, Option<SimFleece>)>,
+        on_failure: GroupFailure,
+        timeout: Duration,
+    ) -> (Vec<JobHandle>, Pending<Result<Vec<JobId>, Error>>) {
         let mut handles = Vec::new();
-        let make = |job: SimJob| {
+        let make = |(job, fleece): (SimJob, Option<SimFleece>)| {
             let SimJob { disk, target, geometry, slots, depth, plan } = job;
             let shared = Shared::new(Lifecycle::new(true, false), empty_progress(geometry.length().0), None);
             handles.push(JobHandle::new(Arc::clone(&shared)));
             let set = Arc::new(IntervalSet::new(geometry.clusters()).expect("memory for a test"));
             let memory = u64::from(slots) * geometry.cluster_size().bytes();
             let memory = u32::try_from(memory).expect("a small test");
-            NewJob { disk: disk.0.id(), target, geometry, set, shared, memory, depth, plan, at_end: None }
+            let fleece = fleece.map(|SimFleece { file, direct_alignment, slots }| NewFleece {
+                file,
+                name: Arc::from(format!("fleece{file}")),
+                direct_alignment,
+                slots,
+            });
+            NewJob {
+                disk: disk.0.id(),
+                target,
+                fleece,
+                geometry,
+                set,
+                shared,
+                memory,
+                depth,
+                plan,
+                at_end: None,
+            }
         };
         let jobs = jobs.into_iter().map(make).collect();
         let (answer, asked) = ask();

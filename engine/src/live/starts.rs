@@ -13,14 +13,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::DiskId;
-use super::command::{NewGroup, NewJob};
+use super::command::{NewFleece, NewGroup, NewJob};
 use super::controller::Controller;
 use super::jobs::{JobId, Watch};
 use super::reactor::{NewlyMade, Reactor};
 use crate::copier::Copier;
+use crate::copier::fleece::FleecePlan;
+use crate::copier::plan::Side;
 use crate::error::{Error, ErrorKind, Operation, Refusal};
 use crate::job::runner::Runner;
-use crate::ring::Ring;
+use crate::ring::{Ring, RingFailure};
 use crate::units::Timestamp;
 use nix::errno::Errno;
 
@@ -98,7 +100,7 @@ impl<R: Ring> Reactor<R> {
         on_failure: super::GroupFailure,
         now: Timestamp,
     ) -> Result<NewlyMade, Error> {
-        let NewJob { disk: id, target, geometry, set, shared, memory, depth, plan, at_end } = job;
+        let NewJob { disk: id, target, fleece, geometry, set, shared, memory, depth, plan, at_end } = job;
         let Some(disk) = self.disks.get(&id) else {
             let reason = "its disk has left the engine";
             return Err(Error::refused(Refusal::Unavailable, Operation::Copy, "disk", reason));
@@ -119,13 +121,41 @@ impl<R: Ring> Reactor<R> {
                 return Err(refused("the engine carries as many disks as it can").because(failure));
             }
         };
+        let fleece = match fleece.map(|fleece| self.add_fleece(fleece)).transpose() {
+            Ok(fleece) => fleece,
+            Err(failure) => {
+                self.ring.remove_file(target);
+                self.memory.give_back(memory);
+                return Err(refused("the engine carries as many disks as it can").because(failure));
+            }
+        };
         shared.set_waker(self.ring.waker());
-        let copier = Copier::new(plan(side, target, memory), Arc::clone(&set));
+        let mut copier = Copier::new(plan(side, target, memory), Arc::clone(&set));
+        let fleece_file = fleece.as_ref().map(|fleece| fleece.side.file);
+        if let Some(fleece) = fleece {
+            copier = copier.with_fleece(fleece);
+        }
         let runner = Runner::new(copier, shared, at_end, now);
         self.next_job += 1;
         let watch = Arc::new(Watch::new(JobId(self.next_job), set, geometry));
         let controller = Controller::new(depth, geometry.cluster_size().bytes());
-        Ok(NewlyMade { disk: id, runner, controller, target, memory, watch, group, on_failure })
+        Ok(NewlyMade {
+            disk: id,
+            runner,
+            controller,
+            target,
+            fleece: fleece_file,
+            memory,
+            watch,
+            group,
+            on_failure,
+        })
+    }
+
+    fn add_fleece(&mut self, fleece: NewFleece<R::File>) -> Result<FleecePlan, RingFailure> {
+        let NewFleece { file, name, direct_alignment, slots } = fleece;
+        let file = self.ring.add_file(file)?;
+        Ok(FleecePlan { side: Side { file, name, direct_alignment }, slots })
     }
 
     /// Every permit is back: this is t0.
@@ -157,7 +187,9 @@ impl<R: Ring> Reactor<R> {
 
     fn undo(&mut self, jobs: Vec<NewlyMade>) {
         for job in jobs {
-            self.ring.remove_file(job.target);
+            for file in [Some(job.target), job.fleece].into_iter().flatten() {
+                self.ring.remove_file(file);
+            }
             self.memory.give_back(job.memory);
         }
     }

@@ -7,6 +7,7 @@
 
 mod block;
 mod file;
+mod fleece;
 mod handles;
 mod identity;
 mod info;
@@ -28,6 +29,7 @@ use crate::ring::{Extent, ExtentQuery, IoPath, ZeroMethod};
 use crate::units::{ByteRange, Length};
 pub use block::BlockStorage;
 pub use file::FileStorage;
+pub(crate) use fleece::{OpenedFleece, open_fleece};
 pub use identity::{Difference, DiskId, FileTime, Identity};
 pub use info::{DiskInfo, DiskKind, info};
 pub use locator::Locator;

@@ -162,6 +162,25 @@ impl TargetPlan {
         }
     }
 
+    /// The file or device; `None` where there is none yet, or never.
+    pub(super) fn node(&self) -> Option<Node> {
+        match &self.state {
+            Planned::Existing { pair, .. } => Some(Node::of(&pair.metadata)),
+            Planned::Null { .. } | Planned::New(_) => None,
+        }
+    }
+
+    /// Whether it is a file that is yet to be made at `path`.
+    pub(super) fn will_be_at(&self, path: &Path) -> bool {
+        let Planned::New(place) = &self.state else { return false };
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let same_directory = place.directory.metadata().is_ok_and(|ours| {
+            std::fs::metadata(parent)
+                .is_ok_and(|theirs| (ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()))
+        });
+        same_directory && path.file_name() == Some(place.name.as_os_str())
+    }
+
     /// What the user should know, a line each.
     #[must_use]
     pub fn warnings(&self) -> &[String] {
