@@ -148,7 +148,7 @@ fn a_full_fleece_file_breaks_the_write_of_a_guest_who_chose_that() {
     let mut bench = full_and_stopped(CbwErrorPolicy::BreakGuestWrite);
     for _ in 0..2 {
         let error = bench.try_write(50).expect("decided at once").unwrap_err().to_string();
-        let told = ["fleece2", "the fleece file is full (128.0 KiB)", "larger", "target"];
+        let told = ["fleece2", "the fleece file is full (128 KiB)", "larger", "target"];
         assert!(told.iter().all(|part| error.contains(part)), "{error}");
     }
     // What is done, or zeros, needs no room.
