@@ -6,8 +6,9 @@
 //! limit for some time, notes what was copied, tries a neighbour, and stays with the smaller one unless the larger is clearly
 //! faster. Disks change their speed all the time, so it never stops trying.
 //!
-//! While guests are about (one came within the last [`GUEST_LINGER`]) the limit is at most [`GUEST_LIMIT_BYTES`], in requests of at most
-//! [`GUEST_RUN_BYTES`]: a request under way cannot be overtaken.
+//! While guests are about (one came within the last [`GUEST_LINGER`]) the limit is at most [`GUEST_LIMIT_BYTES`], and
+//! [`GUEST_SHARE_BYTES`] more for each further request that they keep waiting at a time: a guest with many requests in flight waits for its own as
+//! well, and takes the device from a sweep that has few. Requests are a part of that limit ([`GUEST_RUNS`]): one under way cannot be overtaken.
 
 use std::time::Duration;
 
@@ -25,10 +26,12 @@ pub enum SweepDepth {
 
 /// How long a guest counts as being about after a request.
 const GUEST_LINGER: Duration = Duration::from_millis(100);
-/// Most bytes of the sweep in flight while guests are about.
-const GUEST_LIMIT_BYTES: u64 = 512 << 10;
-/// Most bytes of one request of the sweep while guests are about.
-const GUEST_RUN_BYTES: u64 = 128 << 10;
+/// Most bytes of the sweep in flight while a guest with one request at a time is about.
+const GUEST_LIMIT_BYTES: u64 = 896 << 10;
+/// That much more for each further request at a time, up to [`MAX_BYTES`].
+const GUEST_SHARE_BYTES: u64 = 80 << 10;
+/// Fewest requests that the sweep's bytes are cut into while guests are about.
+const GUEST_RUNS: u64 = 4;
 /// Fewest and most bytes of the sweep in flight without guests.
 const MIN_BYTES: u64 = 512 << 10;
 const MAX_BYTES: u64 = 4 << 20;
@@ -60,6 +63,8 @@ pub(super) struct Controller {
     base_rate: u64,
     window: Option<(Timestamp, u64)>,
     guest_until: Timestamp,
+    /// Most requests of guests at a time since they are about.
+    guests: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,12 +84,21 @@ impl Controller {
             base_rate: 0,
             window: None,
             guest_until: Timestamp::default(),
+            guests: 0,
         }
     }
 
-    /// A guest has asked for something at `now`, or still waits then. Times may come out of order.
-    pub(super) fn on_guest(&mut self, now: Timestamp) {
+    /// A guest has asked for something at `now`, or still waits then, as one of `together` requests. Times may come out of order.
+    pub(super) fn on_guest(&mut self, now: Timestamp, together: usize) {
+        let together = u64::try_from(together).unwrap_or(u64::MAX);
+        self.guests = if now < self.guest_until { self.guests.max(together) } else { together };
         self.guest_until = self.guest_until.max(now.after(GUEST_LINGER));
+    }
+
+    /// Most bytes in flight beside the guests that are about.
+    fn beside_guests(&self) -> u64 {
+        let more = GUEST_SHARE_BYTES.saturating_mul(self.guests.saturating_sub(1));
+        GUEST_LIMIT_BYTES.saturating_add(more).min(MAX_BYTES)
     }
 
     fn tried(&self) -> u64 {
@@ -104,7 +118,8 @@ impl Controller {
         if now < self.guest_until {
             // What is measured now tells nothing of a quiet disk.
             self.window = None;
-            return Allowance { clusters: clusters(GUEST_LIMIT_BYTES), run: clusters(GUEST_RUN_BYTES) };
+            let bytes = self.beside_guests();
+            return Allowance { clusters: clusters(bytes), run: clusters(bytes / GUEST_RUNS) };
         }
         let tried = clusters(self.tried());
         match self.window {
@@ -175,20 +190,33 @@ mod tests {
     fn guests_make_it_small_for_a_while() {
         let mut controller = Controller::new(SweepDepth::Auto, 65_536);
         let quiet = controller.allowance(Timestamp::default(), 0);
-        controller.on_guest(Timestamp::default());
+        controller.on_guest(Timestamp::default(), 1);
         let held = controller.allowance(Timestamp::default(), 0);
         assert!(held.clusters < quiet.clusters && held.run < quiet.run);
         // One that has asked before is heard of later.
-        controller.on_guest(Timestamp::default().after(GUEST_LINGER));
-        controller.on_guest(Timestamp::default());
+        controller.on_guest(Timestamp::default().after(GUEST_LINGER), 1);
+        controller.on_guest(Timestamp::default(), 1);
         assert_eq!(controller.allowance(Timestamp::default().after(GUEST_LINGER), 0), held);
         assert_eq!(controller.allowance(Timestamp::default().after(2 * GUEST_LINGER), 0), quiet);
     }
 
     #[test]
+    fn a_guest_with_many_requests_leaves_the_sweep_more() {
+        let at = |together| {
+            let mut controller = Controller::new(SweepDepth::Auto, 65_536);
+            controller.on_guest(Timestamp::default(), 1);
+            controller.on_guest(Timestamp::default(), together);
+            controller.on_guest(Timestamp::default(), 1);
+            u64::from(controller.allowance(Timestamp::default(), 0).clusters) * 65_536
+        };
+        assert_eq!((at(1), at(1000)), (GUEST_LIMIT_BYTES, MAX_BYTES));
+        assert!(at(16) > 2 * at(1) && at(16) < MAX_BYTES);
+    }
+
+    #[test]
     fn a_fixed_depth_is_kept() {
         let mut controller = Controller::new(SweepDepth::Fixed(3), 65_536);
-        controller.on_guest(Timestamp::default());
+        controller.on_guest(Timestamp::default(), 1);
         assert_eq!(controller.allowance(Timestamp::default(), 0).clusters, 3);
     }
 }

@@ -31,7 +31,7 @@ pub(super) fn ask_job(
     let ask = CbwId(job.next_ask);
     job.next_ask += 1;
     job.asks.insert(ask, asker);
-    job.controller.on_guest(since);
+    job.controller.on_guest(since, job.asks.len());
     job.runner.copier.copy_before_write(ask, clusters, since);
 }
 

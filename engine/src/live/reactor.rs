@@ -301,10 +301,10 @@ impl<R: Ring> Reactor<R> {
         }
         disk.queue.push_back((request, answer, now));
         disk.feed();
-        let id = disk.shared.id();
+        let (id, together) = (disk.shared.id(), disk.carrier.requests_under_way());
         for (_, job) in &mut self.jobs {
             if job.disk == id {
-                job.controller.on_guest(now);
+                job.controller.on_guest(now, together);
             }
         }
     }
@@ -379,7 +379,7 @@ impl<R: Ring> Reactor<R> {
             let left = room_of(capacity, self.ring.in_flight(), of_jobs);
             let room = (capacity / JOB_PART).max(1).saturating_sub(job.in_flight).min(left);
             if job.runner.copier.has_guests() {
-                job.controller.on_guest(now);
+                job.controller.on_guest(now, job.asks.len());
             }
             let allowance = job.controller.allowance(now, job.runner.copier.counters().done);
             job.runner.copier.set_sweep_limit(allowance.clusters, allowance.run);
