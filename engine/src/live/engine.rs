@@ -185,6 +185,7 @@ fn carry(options: &EngineOptions, started: &Sender<Result<Engine, Error>>) {
         arena_bytes: bytes,
         capacity: RingConfig::MAX_CAPACITY.min(1024),
         threads: RingConfig::DEFAULT_THREADS,
+        sockets: 0,
     };
     let told = match select::open(options.io_engine, &config) {
         Ok(opened) => {
