@@ -65,6 +65,8 @@ pub(crate) trait Fixture: Default {
     fn ring_with_sockets(&self, arena_bytes: usize, capacity: usize, sockets: usize) -> Self::R;
     /// A listening socket, and how to connect to it.
     fn listener(&self, family: Family) -> (<Self::R as Ring>::Socket, Dial);
+    /// More bytes than a connection takes that nobody reads from.
+    const MORE_THAN_FITS: usize;
     /// A connected socket, and its peer.
     fn pair(&self, family: Family) -> (<Self::R as Ring>::Socket, Box<dyn Peer>);
     /// A disk that is one hole of `length` bytes.

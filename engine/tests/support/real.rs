@@ -97,6 +97,7 @@ impl<R> Real<R> {
 impl<R: RealRing> Fixture for Real<R> {
     type R = R;
     type Disk = Arc<PlainFile>;
+    const MORE_THAN_FITS: usize = 32 << 20;
 
     fn unavailable() -> Option<String> {
         R::open(&config(4096, 1, 0)).err().filter(SetupError::is_refusal).map(|refusal| refusal.to_string())

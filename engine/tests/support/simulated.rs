@@ -49,6 +49,7 @@ impl TestDisk for SimDisk {
 impl Fixture for Simulated {
     type R = SimRing;
     type Disk = SimDisk;
+    const MORE_THAN_FITS: usize = 1 << 20;
 
     fn unavailable() -> Option<String> {
         None

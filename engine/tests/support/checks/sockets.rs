@@ -116,7 +116,7 @@ pub(crate) fn a_send_waits_for_room<F: Fixture>() {
         let mut ring = fixture.ring_with_sockets(1 << 20, 4, 1);
         let (socket, mut peer) = fixture.pair(family);
         let socket = ring.add_socket(socket).unwrap();
-        let sent = pattern(9, 32 << 20);
+        let sent = pattern(9, F::MORE_THAN_FITS);
         let skip = stall(&mut ring, socket, &sent);
         assert_eq!(peer.write(b"question"), Ok(8));
         assert_eq!(receive(&mut ring, socket, 8, true), b"question");
@@ -151,7 +151,7 @@ pub(crate) fn shutdown_ends_all<F: Fixture>() {
         let mut ring = fixture.ring_with_sockets(1 << 20, 4, 1);
         let (socket, mut peer) = fixture.pair(family);
         let socket = ring.add_socket(socket).unwrap();
-        stall(&mut ring, socket, &vec![1; 32 << 20]);
+        stall(&mut ring, socket, &vec![1; F::MORE_THAN_FITS]);
         ring.push(Token(1), Op::Receive { socket, buffer: vec![0; 10], filled: 0, whole: true });
         assert!(settle(&mut ring, Duration::from_millis(5)).is_empty());
         ring.shutdown_socket(socket);
@@ -192,7 +192,7 @@ pub(crate) fn cancels_on_connections<F: Fixture>() {
             // Nothing had come, so nothing is lost.
             assert_eq!(peer.write(b"later"), Ok(5));
             assert_eq!(receive(&mut ring, socket, 5, true), b"later");
-            stall(&mut ring, socket, &vec![1; 32 << 20]);
+            stall(&mut ring, socket, &vec![1; F::MORE_THAN_FITS]);
             ring.push(Token(3), Op::Cancel { target: Token(902) });
             let mut completions = complete(&mut ring, 2);
             completions.sort_by_key(|completion| completion.token);
@@ -232,7 +232,7 @@ pub(crate) fn a_reset_is_an_error<F: Fixture>() {
     let (socket, other) = fixture.pair(Family::Unix);
     peer = other;
     let socket = ring.add_socket(socket).unwrap();
-    stall(&mut ring, socket, &vec![1; 32 << 20]);
+    stall(&mut ring, socket, &vec![1; F::MORE_THAN_FITS]);
     peer.close();
     let result = complete(&mut ring, 1).remove(0).result;
     assert!(
@@ -370,7 +370,7 @@ pub(crate) fn dropped_with_sockets<F: Fixture>() {
     for family in FAMILIES {
         let (socket, peer) = fixture.pair(family);
         let socket = ring.add_socket(socket).unwrap();
-        stall(&mut ring, socket, &vec![1; 32 << 20]);
+        stall(&mut ring, socket, &vec![1; F::MORE_THAN_FITS]);
         ring.push(Token(u64::from(socket.0)), Op::Receive { socket, buffer: vec![0; 9000], filled: 0, whole: true });
         // A token of its own for the next.
         ring.push(Token(50), Op::Cancel { target: Token(902) });
