@@ -193,14 +193,14 @@ pub(crate) fn send_all<R: Ring>(
     let (mut skip, mut parts, mut read) = (skip, parts, Vec::new());
     let wanted = total - skip;
     while skip < total {
-        let before = parts.clone();
+        let before = (total < 1 << 16).then(|| parts.clone());
         ring.push(Token(901), Op::Send { socket, parts, skip });
         let mut completions = turn(ring, |completions| {
             drain(peer, &mut read);
             !completions.is_empty()
         });
         let Ok(Output::Sent { parts: back, bytes }) = completions.remove(0).result else { panic!("a send") };
-        assert!(bytes > 0 && back == before, "{bytes}");
+        assert!(bytes > 0 && before.is_none_or(|before| before == back), "{bytes}");
         skip += bytes as usize;
         parts = back;
     }
