@@ -174,15 +174,16 @@ impl Account {
 
     /// Take the bytes of the first piece of `start..end` and return how many these are; `None`: not now.
     ///
-    /// What is no longer than a piece is one; of what is longer, the first ends at the next multiple of `piece_bytes` on the disk. Where there is no
-    /// room for that, it is shorter, but not by much shorter than the reserve: small pieces cost more than to wait for what is held already.
+    /// What is no longer than a piece is one; of what is longer, the first ends at the next multiple of `piece_bytes` on the disk. Where others
+    /// have taken too much for that, it is shorter, but not by much shorter than the reserve: small pieces cost more than to wait for what
+    /// is held here already.
     pub(super) fn take_piece(&mut self, start: u64, end: u64, piece_bytes: usize) -> Option<usize> {
         let piece_bytes = piece_bytes as u64;
         let full = if end - start <= piece_bytes { end - start } else { piece_bytes - start % piece_bytes };
-        let available = self.available() as u64;
+        let (available, own_room) = (self.available() as u64, (self.most - self.used) as u64);
         let length = if full <= available {
             full
-        } else if available >= self.reserve as u64 {
+        } else if full <= own_room && available >= self.reserve as u64 {
             (start + available) / GRAIN * GRAIN - start
         } else {
             return None;
@@ -247,6 +248,10 @@ mod tests {
         assert_eq!(account.take_piece(0, 1 << 20, PIECE), None);
         assert_eq!(account.take_piece(0, 100, PIECE), Some(100));
         account.give(53_348);
+        // What is held by the account itself is waited for.
+        let mut held = Account::new(SharedBytes::new(1 << 20), 16_384, 100_000);
+        assert!(held.take(60_000));
+        assert_eq!(held.take_piece(0, 1 << 20, PIECE), None);
         // Never too little when nothing is held.
         assert!(Account::new(SharedBytes::new(0), 8192, PIECE).take_piece(4095, 1 << 20, PIECE).is_some());
         assert_eq!(shared.left(), 40_000);

@@ -3,55 +3,55 @@
 
 use std::fmt;
 
-pub const READ: u16 = 0;
-pub const WRITE: u16 = 1;
-pub const DISC: u16 = 2;
-pub const FLUSH: u16 = 3;
-pub const TRIM: u16 = 4;
-pub const CACHE: u16 = 5;
-pub const WRITE_ZEROES: u16 = 6;
-pub const BLOCK_STATUS: u16 = 7;
+pub(crate) const READ: u16 = 0;
+pub(crate) const WRITE: u16 = 1;
+pub(crate) const DISC: u16 = 2;
+pub(crate) const FLUSH: u16 = 3;
+pub(crate) const TRIM: u16 = 4;
+pub(crate) const CACHE: u16 = 5;
+pub(crate) const WRITE_ZEROES: u16 = 6;
+pub(crate) const BLOCK_STATUS: u16 = 7;
 
-pub const FUA: u16 = 1;
-pub const NO_HOLE: u16 = 2;
-pub const DF: u16 = 4;
-pub const REQ_ONE: u16 = 8;
-pub const FAST_ZERO: u16 = 16;
+pub(crate) const FUA: u16 = 1;
+pub(crate) const NO_HOLE: u16 = 2;
+pub(crate) const DF: u16 = 4;
+pub(crate) const REQ_ONE: u16 = 8;
+pub(crate) const FAST_ZERO: u16 = 16;
 
-pub const EPERM: u32 = 1;
-pub const EIO: u32 = 5;
-pub const EINVAL: u32 = 22;
-pub const ENOSPC: u32 = 28;
-pub const ENOTSUP: u32 = 95;
-pub const ESHUTDOWN: u32 = 108;
+pub(crate) const EPERM: u32 = 1;
+pub(crate) const EIO: u32 = 5;
+pub(crate) const EINVAL: u32 = 22;
+pub(crate) const ENOSPC: u32 = 28;
+pub(crate) const ENOTSUP: u32 = 95;
+pub(crate) const ESHUTDOWN: u32 = 108;
 
-pub const OPT_EXPORT_NAME: u32 = 1;
-pub const OPT_ABORT: u32 = 2;
-pub const OPT_LIST: u32 = 3;
-pub const OPT_STARTTLS: u32 = 5;
-pub const OPT_INFO: u32 = 6;
-pub const OPT_GO: u32 = 7;
-pub const OPT_STRUCTURED_REPLY: u32 = 8;
-pub const OPT_LIST_META_CONTEXT: u32 = 9;
-pub const OPT_SET_META_CONTEXT: u32 = 10;
-pub const OPT_EXTENDED_HEADERS: u32 = 11;
+pub(crate) const OPT_EXPORT_NAME: u32 = 1;
+pub(crate) const OPT_ABORT: u32 = 2;
+pub(crate) const OPT_LIST: u32 = 3;
+pub(crate) const OPT_STARTTLS: u32 = 5;
+pub(crate) const OPT_INFO: u32 = 6;
+pub(crate) const OPT_GO: u32 = 7;
+pub(crate) const OPT_STRUCTURED_REPLY: u32 = 8;
+pub(crate) const OPT_LIST_META_CONTEXT: u32 = 9;
+pub(crate) const OPT_SET_META_CONTEXT: u32 = 10;
+pub(crate) const OPT_EXTENDED_HEADERS: u32 = 11;
 
-pub const REP_ACK: u32 = 1;
-pub const REP_SERVER: u32 = 2;
-pub const REP_INFO: u32 = 3;
-pub const REP_META_CONTEXT: u32 = 4;
-pub const ERR_UNSUP: u32 = 0x8000_0001;
-pub const ERR_INVALID: u32 = 0x8000_0003;
-pub const ERR_UNKNOWN: u32 = 0x8000_0006;
-pub const ERR_BLOCK_SIZE_REQD: u32 = 0x8000_0008;
-pub const ERR_TOO_BIG: u32 = 0x8000_0009;
+pub(crate) const REP_ACK: u32 = 1;
+pub(crate) const REP_SERVER: u32 = 2;
+pub(crate) const REP_INFO: u32 = 3;
+pub(crate) const REP_META_CONTEXT: u32 = 4;
+pub(crate) const ERR_UNSUP: u32 = 0x8000_0001;
+pub(crate) const ERR_INVALID: u32 = 0x8000_0003;
+pub(crate) const ERR_UNKNOWN: u32 = 0x8000_0006;
+pub(crate) const ERR_BLOCK_SIZE_REQD: u32 = 0x8000_0008;
+pub(crate) const ERR_TOO_BIG: u32 = 0x8000_0009;
 
 /// What the client sends after the greeting: fixed newstyle, no zeros.
-pub fn client_flags(flags: u32) -> Vec<u8> {
+pub(crate) fn client_flags(flags: u32) -> Vec<u8> {
     flags.to_be_bytes().to_vec()
 }
 
-pub fn option(option: u32, data: &[u8]) -> Vec<u8> {
+pub(crate) fn option(option: u32, data: &[u8]) -> Vec<u8> {
     let mut bytes = b"IHAVEOPT".to_vec();
     bytes.extend(option.to_be_bytes());
     bytes.extend((data.len() as u32).to_be_bytes());
@@ -59,12 +59,12 @@ pub fn option(option: u32, data: &[u8]) -> Vec<u8> {
     bytes
 }
 
-pub fn string(text: &[u8]) -> Vec<u8> {
+pub(crate) fn string(text: &[u8]) -> Vec<u8> {
     [&(text.len() as u32).to_be_bytes(), text].concat()
 }
 
 /// Data of INFO and GO.
-pub fn info_data(name: &str, wanted: &[u16]) -> Vec<u8> {
+pub(crate) fn info_data(name: &str, wanted: &[u16]) -> Vec<u8> {
     let mut data = string(name.as_bytes());
     data.extend((wanted.len() as u16).to_be_bytes());
     wanted.iter().for_each(|kind| data.extend(kind.to_be_bytes()));
@@ -72,7 +72,7 @@ pub fn info_data(name: &str, wanted: &[u16]) -> Vec<u8> {
 }
 
 /// Data of LIST_META_CONTEXT and SET_META_CONTEXT.
-pub fn context_data(name: &str, queries: &[&str]) -> Vec<u8> {
+pub(crate) fn context_data(name: &str, queries: &[&str]) -> Vec<u8> {
     let mut data = string(name.as_bytes());
     data.extend((queries.len() as u32).to_be_bytes());
     queries.iter().for_each(|query| data.extend(string(query.as_bytes())));
@@ -81,13 +81,13 @@ pub fn context_data(name: &str, queries: &[&str]) -> Vec<u8> {
 
 /// A request as the client sent it.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Request {
-    pub flags: u16,
-    pub command: u16,
-    pub cookie: u64,
-    pub offset: u64,
-    pub length: u32,
-    pub payload: Vec<u8>,
+pub(crate) struct Request {
+    pub(crate) flags: u16,
+    pub(crate) command: u16,
+    pub(crate) cookie: u64,
+    pub(crate) offset: u64,
+    pub(crate) length: u32,
+    pub(crate) payload: Vec<u8>,
 }
 
 impl fmt::Debug for Request {
@@ -98,11 +98,11 @@ impl fmt::Debug for Request {
 }
 
 impl Request {
-    pub fn new(command: u16, flags: u16, cookie: u64, offset: u64, length: u32) -> Self {
+    pub(crate) fn new(command: u16, flags: u16, cookie: u64, offset: u64, length: u32) -> Self {
         Self { flags, command, cookie, offset, length, payload: Vec::new() }
     }
 
-    pub fn write(flags: u16, cookie: u64, offset: u64, payload: Vec<u8>) -> Self {
+    pub(crate) fn write(flags: u16, cookie: u64, offset: u64, payload: Vec<u8>) -> Self {
         Self { payload, ..Self::new(WRITE, flags, cookie, offset, 0) }.with_length()
     }
 
@@ -111,7 +111,7 @@ impl Request {
         self
     }
 
-    pub fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0x25, 0x60, 0x95, 0x13];
         bytes.extend(self.flags.to_be_bytes());
         bytes.extend(self.command.to_be_bytes());
@@ -125,21 +125,21 @@ impl Request {
 
 /// A reply to an option.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OptionReply {
-    pub option: u32,
-    pub kind: u32,
-    pub data: Vec<u8>,
+pub(crate) struct OptionReply {
+    pub(crate) option: u32,
+    pub(crate) kind: u32,
+    pub(crate) data: Vec<u8>,
 }
 
 /// What comes in the transmission.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Message {
+pub(crate) enum Message {
     Simple { cookie: u64, error: u32, data: Vec<u8> },
     Chunk { cookie: u64, done: bool, kind: u16, payload: Vec<u8> },
 }
 
 impl Message {
-    pub fn cookie(&self) -> u64 {
+    pub(crate) fn cookie(&self) -> u64 {
         match self {
             Self::Simple { cookie, .. } | Self::Chunk { cookie, .. } => *cookie,
         }
@@ -148,34 +148,34 @@ impl Message {
 
 /// Takes the server's bytes apart.
 #[derive(Debug, Default)]
-pub struct Parser {
-    pub bytes: Vec<u8>,
+pub(crate) struct Parser {
+    pub(crate) bytes: Vec<u8>,
     at: usize,
 }
 
 impl Parser {
-    pub fn push(&mut self, bytes: &[u8]) {
+    pub(crate) fn push(&mut self, bytes: &[u8]) {
         self.bytes.extend_from_slice(bytes);
     }
 
-    pub fn rest(&self) -> &[u8] {
+    pub(crate) fn rest(&self) -> &[u8] {
         &self.bytes[self.at..]
     }
 
-    pub fn take(&mut self, count: usize) -> Option<Vec<u8>> {
+    pub(crate) fn take(&mut self, count: usize) -> Option<Vec<u8>> {
         let taken = self.rest().get(..count)?.to_vec();
         self.at += count;
         Some(taken)
     }
 
     /// The handshake flags of the greeting.
-    pub fn greeting(&mut self) -> Option<u16> {
+    pub(crate) fn greeting(&mut self) -> Option<u16> {
         let bytes = self.take(18)?;
         assert_eq!(&bytes[..16], b"NBDMAGICIHAVEOPT");
         Some(u16_at(&bytes, 16))
     }
 
-    pub fn option_reply(&mut self) -> Option<OptionReply> {
+    pub(crate) fn option_reply(&mut self) -> Option<OptionReply> {
         let header = self.rest().get(..20)?;
         assert_eq!(u64_at(header, 0), 0x0003_e889_0455_65a9, "magic of an option reply");
         let (option, kind) = (u32_at(header, 8), u32_at(header, 12));
@@ -186,7 +186,7 @@ impl Parser {
     }
 
     /// The next message; `read_length`: of the read with this cookie, 0 of anything else.
-    pub fn message(&mut self, read_length: impl Fn(u64) -> usize) -> Option<Message> {
+    pub(crate) fn message(&mut self, read_length: impl Fn(u64) -> usize) -> Option<Message> {
         let rest = self.rest();
         let magic = u32_at(rest.get(..4)?, 0);
         if magic == 0x6744_6698 {
@@ -208,37 +208,37 @@ impl Parser {
     }
 }
 
-pub fn u16_at(bytes: &[u8], at: usize) -> u16 {
+pub(crate) fn u16_at(bytes: &[u8], at: usize) -> u16 {
     u16::from_be_bytes(bytes[at..at + 2].try_into().unwrap())
 }
 
-pub fn u32_at(bytes: &[u8], at: usize) -> u32 {
+pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap())
 }
 
-pub fn u64_at(bytes: &[u8], at: usize) -> u64 {
+pub(crate) fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
 /// The reply to a read that is put together chunk by chunk, or to anything else.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Reply {
+pub(crate) struct Reply {
     /// Parts of the data of a read: offset and bytes.
-    pub data: Vec<(u64, Vec<u8>)>,
+    pub(crate) data: Vec<(u64, Vec<u8>)>,
     /// Of them those that came as holes.
-    pub holes: usize,
+    pub(crate) holes: usize,
     /// Contexts and their extents (length, flags).
-    pub status: Vec<(u32, Vec<(u32, u32)>)>,
+    pub(crate) status: Vec<(u32, Vec<(u32, u32)>)>,
     /// Errors, with the offset if there is one.
-    pub errors: Vec<(u32, Option<u64>)>,
-    pub chunks: usize,
-    pub simple: bool,
-    pub done: bool,
+    pub(crate) errors: Vec<(u32, Option<u64>)>,
+    pub(crate) chunks: usize,
+    pub(crate) simple: bool,
+    pub(crate) done: bool,
 }
 
 impl Reply {
     /// Add a message, checking it against the rules of the protocol that hold for every message.
-    pub fn add(&mut self, request: &Request, message: &Message) {
+    pub(crate) fn add(&mut self, request: &Request, message: &Message) {
         assert!(!self.done, "a message after the last one of {request:?}");
         match message {
             Message::Simple { error, data, .. } => {
@@ -261,7 +261,7 @@ impl Reply {
     fn add_chunk(&mut self, request: &Request, done: bool, kind: u16, payload: &[u8]) {
         self.chunks += 1;
         self.done = done;
-        let (start, end) = (request.offset, request.offset + u64::from(request.length));
+        let (start, end) = (request.offset, request.offset.saturating_add(u64::from(request.length)));
         match kind {
             0 => assert!(done && payload.is_empty(), "NONE ends a reply"),
             1 | 2 => {
@@ -304,7 +304,7 @@ impl Reply {
     }
 
     /// All data of a read that succeeded.
-    pub fn whole(&self, request: &Request) -> Vec<u8> {
+    pub(crate) fn whole(&self, request: &Request) -> Vec<u8> {
         let mut parts = self.data.clone();
         parts.sort();
         let whole = parts.into_iter().flat_map(|(_, bytes)| bytes).collect::<Vec<u8>>();

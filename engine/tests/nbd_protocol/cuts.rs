@@ -73,9 +73,23 @@ fn trace(stream: &[u8], sizes: &[usize], owned: bool) -> Trace {
     session.turn();
     let kinds: Vec<_> = session.ios.iter().map(|(_, kind)| kind.clone()).collect();
     session.connection.end_of_stream();
+    session.turn();
     session.answer_all();
     assert!(session.connection.is_finished());
     (kinds, session.parser.bytes, session.closed)
+}
+
+/// Whether the same came of a stream in one piece and in many. Of one that breaks a rule, the rule is the same, and what was done before it was
+/// found may be more or less.
+fn agree(whole: &Trace, cut: &Trace) -> bool {
+    match whole.2 {
+        Some(CloseReason::Violation(_)) => {
+            let io = whole.0.len().min(cut.0.len());
+            let sent = whole.1.len().min(cut.1.len());
+            whole.2 == cut.2 && whole.0[..io] == cut.0[..io] && whole.1[..sent] == cut.1[..sent]
+        }
+        _ => whole == cut,
+    }
 }
 
 fn some_request() -> impl Strategy<Value = Request> {
@@ -108,8 +122,8 @@ proptest! {
         requests.iter().for_each(|request| stream.extend(request.bytes()));
         stream.extend(junk);
         let whole = trace(&stream, &[usize::MAX], false);
-        prop_assert!(trace(&stream, &sizes, owned) == whole);
-        prop_assert!(trace(&stream, &small, owned) == whole);
+        prop_assert!(agree(&whole, &trace(&stream, &sizes, owned)));
+        prop_assert!(agree(&whole, &trace(&stream, &small, owned)));
     }
 }
 

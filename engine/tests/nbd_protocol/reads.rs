@@ -72,6 +72,7 @@ fn a_request_has_so_many_pieces_on_the_disk_and_others_have_their_turn() {
     // 8 pieces are what a connection may have: the third has to wait for one.
     assert_eq!(session.ios.len(), 8);
     session.answer_next(well);
+    assert_eq!(session.ios.len(), 8);
     assert_eq!(range_of(&session.ios.back().unwrap().1), ByteRange::new(0, 4096));
     let (id, kind) = session.ios.pop_back().unwrap();
     session.answer(id, well(&kind));

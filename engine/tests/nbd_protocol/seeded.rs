@@ -45,7 +45,7 @@ struct Change {
 
 /// What a run has seen, so that a run that sees nothing does not pass.
 #[derive(Debug, Default)]
-pub struct Seen {
+pub(crate) struct Seen {
     good_reads: u64,
     holes: u64,
     good_writes: u64,
@@ -348,7 +348,7 @@ impl World {
                     IoKind::Write { data, .. } => {
                         let start = range.offset.wrapping_sub(request.offset) as usize;
                         request.command == WRITE
-                            && request.payload.get(start..start + data.len()) == Some(data)
+                            && request.payload.get(start..).is_some_and(|rest| rest.starts_with(data))
                     }
                     IoKind::Discard { .. } => request.command == TRIM && whole && durable == has(FUA),
                     IoKind::WriteZeroes { no_hole, fast, .. } => {

@@ -11,11 +11,11 @@ use engine::units::Length;
 
 use crate::client::{self, OptionReply, Parser, Reply, Request};
 
-pub const DISK: u64 = 1 << 20;
+pub(crate) const DISK: u64 = 1 << 20;
 
 /// Exports by name; the empty name means the first.
 #[derive(Clone, Default)]
-pub struct Shelf(pub Vec<Arc<Export>>);
+pub(crate) struct Shelf(pub(crate) Vec<Arc<Export>>);
 
 impl Exports for Shelf {
     fn find(&self, name: &str) -> Option<Arc<Export>> {
@@ -28,7 +28,7 @@ impl Exports for Shelf {
     }
 }
 
-pub fn shelf() -> Shelf {
+pub(crate) fn shelf() -> Shelf {
     Shelf(vec![
         Arc::new(Export::new("disk", Length(DISK), false).unwrap()),
         Arc::new(Export::new("snapshot", Length(DISK), true).unwrap()),
@@ -36,29 +36,29 @@ pub fn shelf() -> Shelf {
 }
 
 /// See the module's header.
-pub struct Session {
-    pub connection: Connection,
-    pub shelf: Shelf,
-    pub shared: SharedBytes,
-    pub ios: VecDeque<(IoId, IoKind)>,
-    pub attached: Option<Arc<Export>>,
-    pub closed: Option<CloseReason>,
-    pub parser: Parser,
+pub(crate) struct Session {
+    pub(crate) connection: Connection,
+    pub(crate) shelf: Shelf,
+    pub(crate) shared: SharedBytes,
+    pub(crate) ios: VecDeque<(IoId, IoKind)>,
+    pub(crate) attached: Option<Arc<Export>>,
+    pub(crate) closed: Option<CloseReason>,
+    pub(crate) parser: Parser,
     /// A send that was not said to have left.
-    pub sending: bool,
+    pub(crate) sending: bool,
     /// Whether sends leave at once.
-    pub drains: bool,
-    pub requests: BTreeMap<u64, Request>,
+    pub(crate) drains: bool,
+    pub(crate) requests: BTreeMap<u64, Request>,
     /// Replies of which something has come, and not the end.
-    pub partial: BTreeMap<u64, Reply>,
+    pub(crate) partial: BTreeMap<u64, Reply>,
 }
 
 impl Session {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::with(ConnectionLimits::default(), shelf(), 64 << 20)
     }
 
-    pub fn with(limits: ConnectionLimits, shelf: Shelf, shared: usize) -> Self {
+    pub(crate) fn with(limits: ConnectionLimits, shelf: Shelf, shared: usize) -> Self {
         let shared = SharedBytes::new(shared);
         let mut session = Self {
             connection: Connection::new(limits, shared.clone()),
@@ -79,13 +79,13 @@ impl Session {
     }
 
     /// A session that has chosen `export` already.
-    pub fn open(export: &str, structured: bool, contexts: &[&str]) -> Self {
+    pub(crate) fn open(export: &str, structured: bool, contexts: &[&str]) -> Self {
         let mut session = Self::new();
         session.choose(export, structured, contexts);
         session
     }
 
-    pub fn choose(&mut self, export: &str, structured: bool, contexts: &[&str]) {
+    pub(crate) fn choose(&mut self, export: &str, structured: bool, contexts: &[&str]) {
         self.feed(&client::client_flags(3));
         if structured {
             assert_eq!(self.ask(client::OPT_STRUCTURED_REPLY, &[]).unwrap().kind, client::REP_ACK);
@@ -100,7 +100,7 @@ impl Session {
     }
 
     /// Do all that can be done without new bytes or outcomes.
-    pub fn turn(&mut self) {
+    pub(crate) fn turn(&mut self) {
         while let Some(action) = self.connection.poll(&self.shelf) {
             match action {
                 Action::Attach(export) => assert!(self.attached.replace(export).is_none()),
@@ -124,13 +124,13 @@ impl Session {
         }
     }
 
-    pub fn sent(&mut self) {
+    pub(crate) fn sent(&mut self) {
         assert!(std::mem::take(&mut self.sending));
         self.connection.sent();
     }
 
     /// Give it bytes as it wants them; what it does not take.
-    pub fn feed<'a>(&mut self, mut bytes: &'a [u8]) -> &'a [u8] {
+    pub(crate) fn feed<'a>(&mut self, mut bytes: &'a [u8]) -> &'a [u8] {
         while !bytes.is_empty() {
             self.turn();
             let most = match self.connection.wants() {
@@ -146,7 +146,7 @@ impl Session {
     }
 
     /// Send an option and take all its replies.
-    pub fn ask_all(&mut self, option: u32, data: &[u8]) -> Vec<OptionReply> {
+    pub(crate) fn ask_all(&mut self, option: u32, data: &[u8]) -> Vec<OptionReply> {
         self.feed(&client::option(option, data));
         let replies: Vec<_> = std::iter::from_fn(|| self.parser.option_reply()).collect();
         assert!(replies.iter().all(|reply| reply.option == option));
@@ -154,33 +154,33 @@ impl Session {
     }
 
     /// The same, for options with one reply.
-    pub fn ask(&mut self, option: u32, data: &[u8]) -> Option<OptionReply> {
+    pub(crate) fn ask(&mut self, option: u32, data: &[u8]) -> Option<OptionReply> {
         let mut replies = self.ask_all(option, data);
         assert!(replies.len() <= 1, "{replies:?}");
         replies.pop()
     }
 
     /// Send a request.
-    pub fn request(&mut self, request: Request) {
+    pub(crate) fn request(&mut self, request: Request) {
         let bytes = request.bytes();
         assert!(self.requests.insert(request.cookie, request).is_none());
         assert!(self.feed(&bytes).is_empty(), "it does not take the request");
     }
 
-    pub fn answer(&mut self, id: IoId, outcome: Outcome) {
+    pub(crate) fn answer(&mut self, id: IoId, outcome: Outcome) {
         self.connection.answered(id, outcome);
         self.turn();
     }
 
     /// Answer the oldest I/O, and say what it was.
-    pub fn answer_next(&mut self, outcome: impl FnOnce(&IoKind) -> Outcome) -> IoKind {
+    pub(crate) fn answer_next(&mut self, outcome: impl FnOnce(&IoKind) -> Outcome) -> IoKind {
         let (id, kind) = self.ios.pop_front().expect("there is I/O");
         self.answer(id, outcome(&kind));
         kind
     }
 
     /// Answer all I/O well until there is none.
-    pub fn answer_all(&mut self) -> Vec<IoKind> {
+    pub(crate) fn answer_all(&mut self) -> Vec<IoKind> {
         let mut kinds = Vec::new();
         while !self.ios.is_empty() {
             kinds.push(self.answer_next(well));
@@ -189,7 +189,7 @@ impl Session {
     }
 
     /// The replies that have come as a whole since the last call, by cookie.
-    pub fn replies(&mut self) -> BTreeMap<u64, Reply> {
+    pub(crate) fn replies(&mut self) -> BTreeMap<u64, Reply> {
         let requests = &self.requests;
         let length = |cookie: u64| match requests.get(&cookie) {
             Some(request) if request.command == client::READ => request.length as usize,
@@ -205,7 +205,7 @@ impl Session {
     }
 
     /// Do one request that needs no I/O, or whose I/O all goes well, and take its reply.
-    pub fn reply_to(&mut self, request: Request) -> Reply {
+    pub(crate) fn reply_to(&mut self, request: Request) -> Reply {
         let cookie = request.cookie;
         self.request(request);
         self.answer_all();
@@ -215,7 +215,7 @@ impl Session {
     }
 
     /// The error that a request is answered with, without I/O.
-    pub fn error_of(&mut self, request: Request) -> u32 {
+    pub(crate) fn error_of(&mut self, request: Request) -> u32 {
         let bytes = request.bytes();
         let cookie = request.cookie;
         self.requests.insert(cookie, request);
@@ -227,16 +227,16 @@ impl Session {
 }
 
 /// What the byte at `offset` of the made-up disk is.
-pub fn byte_at(offset: u64) -> u8 {
+pub(crate) fn byte_at(offset: u64) -> u8 {
     (offset.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8
 }
 
-pub fn contents(offset: u64, length: u64) -> Vec<u8> {
+pub(crate) fn contents(offset: u64, length: u64) -> Vec<u8> {
     (offset..offset + length).map(byte_at).collect()
 }
 
 /// An outcome without errors, of a disk that is all data.
-pub fn well(kind: &IoKind) -> Outcome {
+pub(crate) fn well(kind: &IoKind) -> Outcome {
     match kind {
         IoKind::Read { range } => Outcome::Data(contents(range.offset, range.length)),
         IoKind::BlockStatus { range, contexts, .. } => {

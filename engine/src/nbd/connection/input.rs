@@ -110,7 +110,11 @@ impl Transmission {
                     let header = RequestHeader::decode(bytes);
                     self.incoming = Incoming::default();
                     match header {
-                        Some(header) => self.request(header, output),
+                        Some(header) => {
+                            self.request(header, output);
+                            // At once, so that I/O begins in the order of the requests.
+                            self.start_replies(output);
+                        }
                         None => self.violation("a request did not begin as requests do"),
                     }
                 }

@@ -136,7 +136,7 @@ impl Transmission {
                 let key = self.begin(cookie, Body::Write(write));
                 self.expect_payload(key, range);
             }
-            command::FLUSH if self.export.features.flush => {
+            command::FLUSH if self.export.features.flush && !self.export.is_read_only() => {
                 let key = self.begin(cookie, Body::Plain { fast: false });
                 self.submit(key, range, 0, IoKind::Flush);
             }
