@@ -46,6 +46,7 @@ mod disk;
 mod engine;
 mod gate;
 mod host;
+mod hosted;
 mod jobs;
 mod latency;
 mod memory;

@@ -21,13 +21,13 @@ use std::sync::Arc;
 use slab::Slab;
 
 use super::DiskId;
-use super::admission::Permit;
 use super::ask::Answer;
-use super::carrier::{Carrier, CarrierLimits, CarrierPlan, CopyWait, IoId, IoOutcome, IoRequest};
+use super::carrier::{CarrierLimits, CopyWait, IoOutcome, IoRequest};
 use super::command::{Command, GroupFailure, Inbox, NewGroup};
 use super::controller::Controller;
 use super::disk::DiskShared;
 use super::host::{Host, ask_job};
+use super::hosted::{HostedDisk, IoAsker};
 use super::jobs::{JobId, Watch};
 use super::memory::Memory;
 #[cfg(feature = "sim")]
@@ -46,40 +46,6 @@ use crate::units::{ByteRange, ClusterRange, Timestamp};
 pub(super) enum Asker {
     Guest(Answer<Result<(), Arc<Error>>>),
     Carrier(CopyWait),
-}
-
-pub(super) struct Disk {
-    pub(super) shared: Arc<DiskShared>,
-    pub(super) side: Side,
-    carrier: Carrier<Permit>,
-    memory: BufferRange,
-    answers: BTreeMap<IoId, Answer<IoOutcome>>,
-    /// Requests for which the carrier has no room yet.
-    queue: VecDeque<(IoRequest, Answer<IoOutcome>, Timestamp)>,
-    next_io: u64,
-    /// Its last handle is gone: it goes when nothing is left to do.
-    closing: bool,
-}
-
-impl Disk {
-    /// Hand the carrier as many requests as it has room for; whether there were any.
-    fn feed(&mut self) -> bool {
-        let mut fed = false;
-        while self.carrier.has_room() {
-            let Some((request, answer, since)) = self.queue.pop_front() else { break };
-            let id = IoId(self.next_io);
-            self.next_io += 1;
-            self.answers.insert(id, answer);
-            self.carrier.submit(id, request, since);
-            fed = true;
-        }
-        fed
-    }
-
-    /// Whether nothing is left to do, discards that were put off included.
-    fn is_idle(&self) -> bool {
-        self.queue.is_empty() && self.carrier.is_idle() && self.carrier.deferred_bytes() == 0
-    }
 }
 
 pub(super) struct Job {
@@ -105,7 +71,7 @@ pub(super) struct Reactor<R: Ring> {
     pub(super) ring: R,
     inbox: Arc<Inbox<R::File>>,
     pub(super) memory: Memory,
-    pub(super) disks: BTreeMap<DiskId, Disk>,
+    pub(super) disks: BTreeMap<DiskId, HostedDisk>,
     /// Which of them is the first to act in the next turn.
     first_disk: DiskId,
     pub(super) jobs: Slab<Job>,
@@ -122,10 +88,6 @@ pub(super) struct Reactor<R: Ring> {
     #[cfg(feature = "sim")]
     pub(super) planted: Planted,
 }
-
-/// Most requests of a disk that wait for room in its carrier. Each has its own buffer, so this is a bound on memory for those who send
-/// without waiting.
-const MAX_QUEUED: usize = 16_384;
 
 /// Bytes of the arena that a carried disk gets.
 pub(super) const CARRIER_BYTES: u32 = 4 << 20;
@@ -236,7 +198,9 @@ impl<R: Ring> Reactor<R> {
                         disk.closing = true;
                     }
                 }
-                Command::Io { disk, request, answer } => self.submit(disk, request, answer, now),
+                Command::Io { disk, request, answer } => {
+                    self.submit(disk, request, IoAsker::Caller(answer), now);
+                }
                 Command::Copy { job, clusters, answer } => {
                     self.copy_before_write(job, clusters, Asker::Guest(answer), now);
                 }
@@ -268,40 +232,17 @@ impl<R: Ring> Reactor<R> {
             }
         };
         let side = Side { file, name: shared.name(), direct_alignment };
-        let plan = CarrierPlan {
-            file: side.clone(),
-            length: shared.length(),
-            buffers: memory,
-            limits: self.carrier_limits,
-            #[cfg(feature = "sim")]
-            planted: None,
-        };
-        let disk = Disk {
-            side,
-            carrier: Carrier::new(plan),
-            memory,
-            answers: BTreeMap::new(),
-            queue: VecDeque::new(),
-            next_io: 0,
-            closing: false,
-            shared,
-        };
+        let disk = HostedDisk::new(side, shared, memory, self.carrier_limits);
         self.disks.insert(disk.shared.id(), disk);
         Ok(())
     }
 
-    fn submit(&mut self, disk: DiskId, request: IoRequest, answer: Answer<IoOutcome>, now: Timestamp) {
-        let Some(disk) = self.disks.get_mut(&disk) else { return drop(answer) };
-        if disk.queue.len() >= MAX_QUEUED {
-            let name = disk.shared.name().to_string();
-            let reason = format!("{MAX_QUEUED} requests are waiting already");
-            let error = Error::new(ErrorKind::Io(nix::errno::Errno::EAGAIN), Operation::Queue, name, reason)
-                .advise("send fewer requests at a time");
-            return answer.give(IoOutcome { result: Err(error) });
+    pub(super) fn submit(&mut self, id: DiskId, request: IoRequest, asker: IoAsker, now: Timestamp) {
+        let Some(disk) = self.disks.get_mut(&id) else { return drop(asker) };
+        if let Err((asker, error)) = disk.submit(request, asker, now) {
+            return tell(asker, IoOutcome { result: Err(error) });
         }
-        disk.queue.push_back((request, answer, now));
-        disk.feed();
-        let (id, together) = (disk.shared.id(), disk.carrier.requests_under_way());
+        let together = disk.carrier.requests_under_way();
         for (_, job) in &mut self.jobs {
             if job.disk == id {
                 job.controller.on_guest(now, together);
@@ -359,9 +300,8 @@ impl<R: Ring> Reactor<R> {
             for (token, op) in self.ops.drain(..) {
                 self.ring.push(token_of(Owner::Disk(id), token), op);
             }
-            for (id, outcome) in disk.carrier.take_outcomes() {
-                let answer = disk.answers.remove(&id).expect("every request has its answer");
-                answer.give(outcome);
+            for (asker, outcome) in disk.take_outcomes() {
+                tell(asker, outcome);
             }
             more |= disk.feed();
         }
@@ -522,8 +462,7 @@ impl<R: Ring> Reactor<R> {
                 disk.shared.jobs().detach(job.watch.id());
             }
             disk.shared.gate().poison();
-            disk.answers.clear();
-            disk.queue.clear();
+            disk.drop_requests();
         }
         // Only now: one whose request is dropped looks again, and must find no job any more.
         self.inbox.close();
@@ -540,6 +479,13 @@ impl<R: Ring> Reactor<R> {
                 }
             });
         }
+    }
+}
+
+/// Tell whoever waits for a request how it ended.
+fn tell(asker: IoAsker, outcome: IoOutcome) {
+    match asker {
+        IoAsker::Caller(answer) => answer.give(outcome),
     }
 }
 
