@@ -5,8 +5,9 @@ use std::io;
 use nix::errno::Errno;
 
 use super::Arena;
-use super::base::MAX_CAPACITY;
+use super::base::{MAX_CAPACITY, MAX_FILES};
 use super::blocking::MAX_THREADS;
+use super::socket::MAX_SOCKETS;
 use crate::error::describe;
 
 /// How large a ring is.
@@ -18,6 +19,9 @@ pub struct RingConfig {
     pub capacity: usize,
     /// Threads that carry out operations where io_uring is refused, 1 to [`RingConfig::MAX_THREADS`].
     pub threads: usize,
+    /// Most sockets at a time, listening and connected, 0 to [`RingConfig::MAX_SOCKETS`]. Each takes a descriptor of the process:
+    /// whoever asks for many raises the soft limit on open files (`RLIMIT_NOFILE`) to [`RingConfig::descriptors`] before.
+    pub sockets: usize,
 }
 
 impl RingConfig {
@@ -25,11 +29,22 @@ impl RingConfig {
     pub const MAX_CAPACITY: usize = MAX_CAPACITY;
     /// Largest `threads`.
     pub const MAX_THREADS: usize = MAX_THREADS;
+    /// Largest `sockets`.
+    pub const MAX_SOCKETS: usize = MAX_SOCKETS;
     /// Largest `arena_bytes`.
     pub const MAX_ARENA_BYTES: usize = Arena::MAX_BYTES;
     /// A good number of threads: what it takes to keep a fast disk busy.
     pub const DEFAULT_THREADS: usize = 16;
+
+    /// Descriptors that a process needs for a ring of this size with as many storages as it takes, and a few of its own.
+    #[must_use]
+    pub fn descriptors(&self) -> u64 {
+        (self.sockets + 2 * MAX_FILES + OWN_DESCRIPTORS) as u64
+    }
 }
+
+/// Descriptors beyond sockets and storages: the ring's own, standard streams, directories, one connection on its way to be refused.
+const OWN_DESCRIPTORS: usize = 64;
 
 /// Why a ring could not be opened.
 #[derive(Debug, thiserror::Error)]

@@ -8,8 +8,15 @@
 //! came from the kernel, so that one piece of code (tested under the simulation) decides what they mean.
 //!
 //! # Buffers
-//! All data moves through the ring's [`Arena`]. An operation names a [`BufferRange`] of it; from `push` to the completion
+//! All data of disks moves through the ring's [`Arena`]. An operation names a [`BufferRange`] of it; from `push` to the completion
 //! that range is lent to the ring and the arena refuses to hand out references to it.
+//!
+//! # Sockets
+//! Listening and connected stream sockets are carried by the same ring and the same `wait`. What they receive and send lies in vectors
+//! that the operation owns: the ring keeps them until the completion, which brings them back. The bytes of an operation that fails are
+//! lost with it. A socket has two places for operations in flight: one for an [`Op::Accept`] or an [`Op::Receive`], one for an
+//! [`Op::Send`]. These places are apart from [`Ring::capacity`], so peers that let a thousand receives wait take nothing from the disks. A
+//! peer may keep a place for ever, which is what peers do; [`Ring::shutdown_socket`] is the way to get it back.
 //!
 //! # Implementations
 //! `uring` (the product), `threads` (hosts where io_uring is refused), `sim` (deterministic, seeded, virtual time, faults).
@@ -21,7 +28,9 @@ mod blocking;
 mod config;
 mod lent;
 pub mod select;
+mod poller;
 mod signal;
+mod socket;
 #[cfg(feature = "sim")]
 pub mod sim;
 pub mod threads;
@@ -46,6 +55,16 @@ pub struct FileId(pub u16);
 /// A document (a small file that is replaced as a whole) that was added to a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DocumentId(pub u16);
+
+/// A socket that was added to a ring, or accepted by it. Its number is used again once it was removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SocketId(pub u16);
+
+/// Most bytes that a receive asks for, or that a send has left to send (1 GiB).
+pub const MAX_SOCKET_BYTES: usize = 1 << 30;
+
+/// Most parts of a send that are sent by one operation; what is behind them makes the send a short one.
+pub const MAX_SEND_PARTS: usize = 1024;
 
 /// How bytes travel between buffer and storage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,8 +187,40 @@ pub enum Op {
         /// Its new contents.
         contents: Option<Vec<u8>>,
     },
+    /// Accept one connection; it is in the ring's table when this completes, and is removed with [`Ring::remove_socket`].
+    ///
+    /// When the table is full, the connection is closed and this completes with `ENFILE`. Every error is about one connection
+    /// or about what the host has left (`EMFILE`, `ENOMEM`), none about the listener; in the latter case the connection stays in the
+    /// backlog, so whoever accepts again at once may find the same error at once: pause for a moment after any error.
+    Accept {
+        /// Where: a listening socket.
+        listener: SocketId,
+    },
+    /// Receive into `buffer`, from byte `filled` to its end. Completes with the bytes received, which may be fewer, 0 only when the
+    /// peer has ended.
+    Receive {
+        /// From where.
+        socket: SocketId,
+        /// To where. At most [`MAX_SOCKET_BYTES`] are left to fill, and at least 1.
+        buffer: Vec<u8>,
+        /// Bytes of it that are left alone.
+        filled: usize,
+        /// Wait for all of it rather than for some bytes. May be short even so: at the end, or for no reason.
+        whole: bool,
+    },
+    /// Send `parts`, one behind the other, from byte `skip` of the whole on. Completes with the bytes sent, which may be fewer, but not
+    /// 0. To a peer that has gone away it is `EPIPE`, without a signal. At most [`MAX_SEND_PARTS`] of the parts are sent at a time.
+    Send {
+        /// To where.
+        socket: SocketId,
+        /// What. At most [`MAX_SOCKET_BYTES`] are left to send, and at least 1.
+        parts: Vec<Vec<u8>>,
+        /// Bytes that were sent before.
+        skip: usize,
+    },
     /// Cancel the operation in flight under `target`, if it can still be. The cancelled operation completes with
-    /// `ECANCELED`, or normally; this one completes with success either way, or `ENOENT` if there was none.
+    /// `ECANCELED`, or normally; this one completes with success either way, or `ENOENT` if there was none. A receive or a send that
+    /// was cancelled may have moved bytes: its stream is of no use any more.
     Cancel {
         /// Token of the operation to cancel.
         target: Token,
@@ -187,6 +238,22 @@ pub enum Output {
     Extents(Vec<Extent>),
     /// Checksums in the order of the chunks.
     Digests(Vec<u128>),
+    /// A connection, now in the ring's table.
+    Accepted(SocketId),
+    /// What was received.
+    Received {
+        /// As pushed, with `bytes` more filled.
+        buffer: Vec<u8>,
+        /// How many; 0: the peer has ended.
+        bytes: u32,
+    },
+    /// What was sent.
+    Sent {
+        /// As pushed.
+        parts: Vec<Vec<u8>>,
+        /// How many bytes of them, at least 1.
+        bytes: u32,
+    },
 }
 
 /// The end of one operation.
@@ -231,6 +298,8 @@ pub trait Ring {
     type File;
     /// A document as this ring takes it.
     type Document;
+    /// A listening or connected stream socket as this ring takes it.
+    type Socket;
 
     /// `"io_uring"`, `"threads"` or `"sim"`.
     fn name(&self) -> &'static str;
@@ -254,20 +323,38 @@ pub trait Ring {
     /// # Panics
     /// If it was never added. Nothing that names it may be in flight.
     fn remove_file(&mut self, file: FileId);
+    /// Add a listening or a connected socket. At most as many at a time as the ring was made for, those accepted included.
+    ///
+    /// # Errors
+    /// When the table is full (the socket is closed then), or the kernel refuses.
+    fn add_socket(&mut self, socket: Self::Socket) -> Result<SocketId, RingFailure>;
+    /// Close a socket; its place is free for another. The peer sees the end of the stream, or a reset if it has sent what nobody received.
+    ///
+    /// # Panics
+    /// If it is not in the table, or an operation on it is in flight.
+    fn remove_socket(&mut self, socket: SocketId);
+    /// Make whatever is in flight on a socket, and whatever will be pushed on it, complete soon: a receive gives what is there, then 0 bytes, a
+    /// send fails with `EPIPE`, also one that a peer never drains; an accept fails with `ECANCELED`. Never blocks. The socket stays in the table. A connection ends for the peer,
+    /// too; a listener, which may be shared with others, is left as it is.
+    ///
+    /// # Panics
+    /// If it is not in the table.
+    fn shutdown_socket(&mut self, socket: SocketId);
     /// Forget all storages and documents. What nobody else holds is closed when this returns, its locks and claims given up (the
     /// kernel takes its time over a ring that just goes away).
     ///
     /// # Panics
     /// If operations are in flight.
     fn release_files(&mut self);
-    /// Most operations in flight.
+    /// Most operations in flight; accepts, receives and sends do not count.
     fn capacity(&self) -> usize;
-    /// Operations pushed whose completion was not returned yet.
+    /// Operations pushed whose completion was not returned yet; accepts, receives and sends do not count.
     fn in_flight(&self) -> usize;
     /// Queue an operation; it is submitted by the next `wait`.
     ///
     /// # Panics
-    /// If `capacity` operations are in flight, if the token is in flight, if the buffer is lent or out of bounds.
+    /// If `capacity` operations are in flight, if the token is in flight, if the buffer is lent or out of bounds, if the place of a
+    /// socket is taken or there is nothing to receive into or to send.
     fn push(&mut self, token: Token, op: Op);
     /// Submit what was pushed and append what has completed to `completions`. May return with none.
     ///
