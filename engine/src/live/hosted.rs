@@ -9,6 +9,7 @@ use super::admission::Permit;
 use super::ask::Answer;
 use super::carrier::{Carrier, CarrierLimits, CarrierPlan, IoId, IoOutcome, IoRequest};
 use super::disk::DiskShared;
+use super::exports::ServedIo;
 use crate::copier::plan::Side;
 use crate::error::{Error, ErrorKind, Operation};
 use crate::ring::BufferRange;
@@ -22,6 +23,8 @@ const MAX_QUEUED: usize = 16_384;
 pub(super) enum IoAsker {
     /// Whoever called a method of the disk.
     Caller(Answer<IoOutcome>),
+    /// A client of an export.
+    Client(ServedIo),
 }
 
 /// A request that waits for room in the carrier.

@@ -21,11 +21,12 @@ use std::sync::Arc;
 use slab::Slab;
 
 use super::DiskId;
-use super::ask::Answer;
+use super::ask::{Answer, Lost};
 use super::carrier::{CarrierLimits, CopyWait, IoOutcome, IoRequest};
 use super::command::{Command, GroupFailure, Inbox, NewGroup};
 use super::controller::Controller;
 use super::disk::DiskShared;
+use super::exports::{Backend, Hub};
 use super::host::{Host, ask_job};
 use super::hosted::{HostedDisk, IoAsker};
 use super::jobs::{JobId, Watch};
@@ -60,7 +61,7 @@ pub(super) struct Job {
     pub(super) group: u64,
     pub(super) on_failure: GroupFailure,
     pub(super) asks: BTreeMap<CbwId, Asker>,
-    reads: BTreeMap<SnapshotId, Answer<IoOutcome>>,
+    reads: BTreeMap<SnapshotId, IoAsker>,
     pub(super) next_ask: u64,
     /// Operations on the ring.
     in_flight: usize,
@@ -69,7 +70,7 @@ pub(super) struct Job {
 /// See the module's header.
 pub(super) struct Reactor<R: Ring> {
     pub(super) ring: R,
-    inbox: Arc<Inbox<R::File>>,
+    inbox: Arc<Inbox<R::File, R::Socket>>,
     pub(super) memory: Memory,
     pub(super) disks: BTreeMap<DiskId, HostedDisk>,
     /// Which of them is the first to act in the next turn.
@@ -79,6 +80,7 @@ pub(super) struct Reactor<R: Ring> {
     pub(super) raised: Option<Raised>,
     pub(super) next_group: u64,
     pub(super) next_job: u64,
+    exports: Hub,
     completions: Vec<Completion>,
     ops: Vec<(Token, Op)>,
     quit: bool,
@@ -112,6 +114,7 @@ impl<R: Ring> Reactor<R> {
             raised: None,
             next_group: 0,
             next_job: 0,
+            exports: Hub::default(),
             completions: Vec::new(),
             ops: Vec::new(),
             quit: false,
@@ -122,7 +125,7 @@ impl<R: Ring> Reactor<R> {
     }
 
     /// Where commands are left.
-    pub(super) fn inbox(&self) -> Arc<Inbox<R::File>> {
+    pub(super) fn inbox(&self) -> Arc<Inbox<R::File, R::Socket>> {
         Arc::clone(&self.inbox)
     }
 
@@ -157,11 +160,15 @@ impl<R: Ring> Reactor<R> {
         let now = self.ring.now();
         self.take_commands(now);
         self.advance_start(now);
+        self.serve(now);
         let mut more = self.poll_disks(now);
         more |= self.poll_jobs(now);
+        // What has just ended is told at once.
+        self.serve(now);
+        more |= self.exports.has_news();
         self.conclude_jobs(now);
         more |= self.remove_closed_disks();
-        if self.quit && self.jobs.is_empty() && self.disks.is_empty() {
+        if self.quit && self.jobs.is_empty() && self.disks.is_empty() && self.exports.is_empty() {
             return None;
         }
         Some(if more { Wait::Poll } else { self.next_deadline(now).map_or(Wait::Forever, Wait::Until) })
@@ -183,7 +190,7 @@ impl<R: Ring> Reactor<R> {
         let jobs = self.jobs.iter().filter_map(|(_, job)| job.runner.copier.next_deadline(now));
         let disks = self.disks.values().filter_map(|disk| disk.carrier.next_deadline(now));
         let start = self.raised.as_ref().map(Raised::deadline);
-        jobs.chain(disks).chain(start).min()
+        jobs.chain(disks).chain(start).chain(self.exports.next_deadline()).min()
     }
 
     fn take_commands(&mut self, now: Timestamp) {
@@ -204,8 +211,11 @@ impl<R: Ring> Reactor<R> {
                 Command::Copy { job, clusters, answer } => {
                     self.copy_before_write(job, clusters, Asker::Guest(answer), now);
                 }
-                Command::Snapshot { job, range, answer } => self.read_snapshot(job, range, answer),
+                Command::Snapshot { job, range, answer } => {
+                    self.read_snapshot(job, range, IoAsker::Caller(answer));
+                }
                 Command::Start(group) => self.waiting.push_back(group),
+                Command::Exports(command) => self.exports.command(command, &mut self.ring),
                 Command::Quit => self.quit = true,
             }
         }
@@ -238,9 +248,11 @@ impl<R: Ring> Reactor<R> {
     }
 
     pub(super) fn submit(&mut self, id: DiskId, request: IoRequest, asker: IoAsker, now: Timestamp) {
-        let Some(disk) = self.disks.get_mut(&id) else { return drop(asker) };
+        let Some(disk) = self.disks.get_mut(&id) else {
+            return tell(asker, IoOutcome::lost(), &mut self.exports);
+        };
         if let Err((asker, error)) = disk.submit(request, asker, now) {
-            return tell(asker, IoOutcome { result: Err(error) });
+            return tell(asker, IoOutcome { result: Err(error) }, &mut self.exports);
         }
         let together = disk.carrier.requests_under_way();
         for (_, job) in &mut self.jobs {
@@ -254,7 +266,28 @@ impl<R: Ring> Reactor<R> {
         ask_job(&mut self.jobs, job, clusters, asker, now);
     }
 
-    fn read_snapshot(&mut self, id: JobId, range: ByteRange, answer: Answer<IoOutcome>) {
+    /// Let clients of exports act, and hand their requests on.
+    fn serve(&mut self, now: Timestamp) {
+        let disks = &self.disks;
+        let file_of = |backend: Backend| match backend {
+            Backend::Disk(id) => disks.get(&id).map(|disk| disk.side.file),
+            Backend::Snapshot(_) => None,
+        };
+        self.exports.turn(now, &mut self.ring, file_of);
+        for wanted in self.exports.take_wanted() {
+            let asker = IoAsker::Client(wanted.io);
+            match (wanted.backend, wanted.request) {
+                (Backend::Disk(id), request) => self.submit(id, request, asker, now),
+                (Backend::Snapshot(job), IoRequest::Read { range, .. }) => {
+                    self.read_snapshot(job, range, asker);
+                }
+                // Nothing is ever changed that would have to be brought to stable storage.
+                (Backend::Snapshot(_), _) => tell(asker, IoOutcome::nothing(), &mut self.exports),
+            }
+        }
+    }
+
+    fn read_snapshot(&mut self, id: JobId, range: ByteRange, asker: IoAsker) {
         let Some(job) = self.jobs.iter_mut().map(|(_, job)| job).find(|job| job.watch.id() == id) else {
             let error = Error::new(
                 ErrorKind::Io(nix::errno::Errno::ESTALE),
@@ -262,11 +295,11 @@ impl<R: Ring> Reactor<R> {
                 "the disk",
                 "the job has ended, and with it the snapshot",
             );
-            return answer.give(IoOutcome { result: Err(error.at(range)) });
+            return tell(asker, IoOutcome { result: Err(error.at(range)) }, &mut self.exports);
         };
         let read = SnapshotId(job.next_ask);
         job.next_ask += 1;
-        job.reads.insert(read, answer);
+        job.reads.insert(read, asker);
         job.runner.copier.read_snapshot(read, range);
     }
 
@@ -301,7 +334,7 @@ impl<R: Ring> Reactor<R> {
                 self.ring.push(token_of(Owner::Disk(id), token), op);
             }
             for (asker, outcome) in disk.take_outcomes() {
-                tell(asker, outcome);
+                tell(asker, outcome, &mut self.exports);
             }
             more |= disk.feed();
         }
@@ -338,7 +371,8 @@ impl<R: Ring> Reactor<R> {
                 }
             }
             for (id, result) in job.runner.copier.take_snapshot_outcomes() {
-                job.reads.remove(&id).expect("every read has its answer").give(IoOutcome { result });
+                let asker = job.reads.remove(&id).expect("every read has its asker");
+                tell(asker, IoOutcome { result }, &mut self.exports);
             }
             for (id, outcome) in job.runner.copier.take_cbw_outcomes() {
                 match job.asks.remove(&id).expect("every request has its asker") {
@@ -413,6 +447,8 @@ impl<R: Ring> Reactor<R> {
                 self.jobs[index].in_flight -= 1;
                 self.jobs[index].runner.on_completion(completion, self.ring.arena(), now);
             }
+            Owner::Listener(index) => self.exports.on_accepted(index, completion, now, &mut self.ring),
+            Owner::Client(index) => self.exports.on_completion(index, completion, &mut self.ring),
         }
     }
 
@@ -483,9 +519,10 @@ impl<R: Ring> Reactor<R> {
 }
 
 /// Tell whoever waits for a request how it ended.
-fn tell(asker: IoAsker, outcome: IoOutcome) {
+fn tell(asker: IoAsker, outcome: IoOutcome, exports: &mut Hub) {
     match asker {
         IoAsker::Caller(answer) => answer.give(outcome),
+        IoAsker::Client(io) => exports.on_outcome(io, outcome),
     }
 }
 

@@ -115,7 +115,7 @@ impl SimEngine {
         self.reactor.as_ref().expect("it has not died")
     }
 
-    fn send(&self, command: Command<usize>) {
+    fn send(&self, command: Command<usize, <SimRing as Ring>::Socket>) {
         self.reactor().inbox().send(command);
     }
 
