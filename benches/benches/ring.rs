@@ -19,7 +19,7 @@ use nix::errno::Errno;
 const DEPTH: u32 = 32;
 const FILE_BYTES: u64 = 256 << 20;
 const CONFIG: RingConfig =
-    RingConfig { arena_bytes: 32 << 20, capacity: 64, threads: RingConfig::DEFAULT_THREADS };
+    RingConfig { arena_bytes: 32 << 20, capacity: 64, threads: RingConfig::DEFAULT_THREADS, sockets: 2 };
 
 /// A file to read, or nothing at all.
 struct Source(Option<File>);

@@ -46,7 +46,7 @@ fn look(args: &InfoArgs) -> Result<DiskInfo, Error> {
 
 /// Open a small ring and see what it got.
 fn probe() -> Offer {
-    let config = RingConfig { arena_bytes: 64 << 10, capacity: 8, threads: 1 };
+    let config = RingConfig { arena_bytes: 64 << 10, capacity: 8, threads: 1, sockets: 0 };
     match UringRing::new(&config) {
         Ok(ring) => Ok(ring.traits()),
         Err(error) => Err(error.to_string()),

@@ -18,7 +18,7 @@ use plain::PlainFile;
 
 const BYTES: usize = 8 << 20;
 
-const CONFIG: RingConfig = RingConfig { arena_bytes: BYTES, capacity: 8, threads: 2 };
+const CONFIG: RingConfig = RingConfig { arena_bytes: BYTES, capacity: 8, threads: 2, sockets: 0 };
 
 /// A loop device over a file full of ones; gone when dropped.
 struct Loop {

@@ -21,7 +21,7 @@ mod plain;
 /// Tells a child what it is; unset in the parent.
 const ROLE: &str = "RING_REFUSED_ROLE";
 
-const CONFIG: RingConfig = RingConfig { arena_bytes: 1 << 20, capacity: 8, threads: 2 };
+const CONFIG: RingConfig = RingConfig { arena_bytes: 1 << 20, capacity: 8, threads: 2, sockets: 0 };
 
 /// This test in a child process, in the given role, with `prepare` done before it starts.
 fn child(

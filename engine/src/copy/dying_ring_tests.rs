@@ -11,7 +11,7 @@ use super::*;
 use crate::copy::IoEngine;
 use crate::error::describe;
 use crate::job::{JobResult, Outcome, Refusal as VerbRefused, Status};
-use crate::ring::{Completion, Op, RingFailure, Token, Wait, Wake};
+use crate::ring::{Completion, Op, RingFailure, SocketId, Token, Wait, Wake};
 use crate::units::{ClusterSize, Timestamp};
 
 const LENGTH: usize = 40 * 65536 + 7;
@@ -39,6 +39,7 @@ struct Dying<R> {
 impl<R: Ring> Ring for Dying<R> {
     type File = R::File;
     type Document = R::Document;
+    type Socket = R::Socket;
 
     fn name(&self) -> &'static str {
         self.ring.name()
@@ -57,6 +58,15 @@ impl<R: Ring> Ring for Dying<R> {
     }
     fn remove_file(&mut self, file: FileId) {
         self.ring.remove_file(file);
+    }
+    fn add_socket(&mut self, socket: R::Socket) -> Result<SocketId, RingFailure> {
+        self.ring.add_socket(socket)
+    }
+    fn remove_socket(&mut self, socket: SocketId) {
+        self.ring.remove_socket(socket);
+    }
+    fn shutdown_socket(&mut self, socket: SocketId) {
+        self.ring.shutdown_socket(socket);
     }
 
     fn release_files(&mut self) {

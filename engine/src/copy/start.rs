@@ -168,6 +168,7 @@ fn ring_config(checked: &Checked) -> RingConfig {
             .expect("at most 1 GiB"),
         capacity: (checked.slots as usize * 2 + 64).min(RingConfig::MAX_CAPACITY),
         threads: RingConfig::DEFAULT_THREADS.min(checked.slots as usize + 1),
+        sockets: 0,
     }
 }
 

@@ -1,11 +1,14 @@
-//! What the two real rings share: the arena, the tables of storages and documents, the record of operations in flight, and
+//! What the two real rings share: the arena, the tables of storages, documents and sockets, the record of operations in flight, and
 //! the ways in which an operation ends without the kernel's ring: at once, or on the helper pool.
 //!
 //! # Model
 //! An operation is either *in flight* (an entry in [`Flight`], with the kernel or with the pool) or *ready* (its completion
 //! is known and leaves with the next `wait`). A storage without descriptors does no I/O worth a thread or a system call, so
 //! operations on it are carried out in `push` and are ready at once.
+//!
+//! Operations on sockets stand in the same record, but are not counted: they have places of their own (see `socket`).
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -13,9 +16,13 @@ use nix::errno::Errno;
 
 use super::arena::{Access, Arena};
 use super::blocking::{Job, Pool, Subject, execute_on_storage};
+use super::config::RingConfig;
+use super::held::{Receiving, Sending};
 use super::lent::Lent;
+use super::poller::Attempt;
 use super::signal::Signal;
-use super::{Completion, DocumentId, FileId, Op, RingFailure, Token, Wait};
+use super::socket::{Place, Sockets, Waiting, Way};
+use super::{Completion, DocumentId, FileId, Op, RingFailure, SocketId, Token, Wait};
 use crate::storage::{Document, Storage};
 use crate::units::{ByteRange, Timestamp};
 
@@ -26,7 +33,6 @@ pub(crate) const MAX_FILES: usize = 64;
 pub(crate) const MAX_CAPACITY: usize = 4096;
 
 /// Who has an operation in flight, and what its completion means.
-#[derive(Debug)]
 pub(crate) enum Task {
     /// The helper pool, buffer included.
     Pool,
@@ -43,6 +49,26 @@ pub(crate) enum Task {
         /// Which bytes.
         range: ByteRange,
     },
+    /// The kernel: accepts from a listener.
+    Accept(SocketId),
+    /// The kernel: receives.
+    Receive(SocketId, Receiving),
+    /// The kernel: sends.
+    Send(SocketId, Sending),
+    /// Nobody: it is attempted again when the socket is ready.
+    Unready(Place, Attempt),
+}
+
+impl Task {
+    /// The place of a socket that it takes, if it works on one.
+    pub(crate) fn place(&self) -> Option<Place> {
+        match self {
+            Self::Accept(socket) | Self::Receive(socket, _) => Some(Place { socket: *socket, way: Way::In }),
+            Self::Send(socket, _) => Some(Place { socket: *socket, way: Way::Out }),
+            Self::Unready(place, _) => Some(*place),
+            Self::Pool | Self::Transfer(_) | Self::Plain | Self::Cancel | Self::Discard { .. } => None,
+        }
+    }
 }
 
 struct Slot {
@@ -54,6 +80,7 @@ struct Slot {
 pub(crate) struct Flight {
     slots: Vec<Slot>,
     free: Vec<u32>,
+    /// Without those on sockets.
     count: usize,
 }
 
@@ -70,8 +97,8 @@ impl Flight {
         });
         let slot = &mut self.slots[index as usize];
         assert!(slot.entry.is_none(), "slot {index} is taken");
+        self.count += usize::from(task.place().is_none());
         slot.entry = Some((token, task));
-        self.count += 1;
         u64::from(slot.generation) << 32 | u64::from(index)
     }
 
@@ -86,7 +113,7 @@ impl Flight {
         let entry = slot.entry.take().expect("an operation completes once");
         slot.generation = slot.generation.wrapping_add(1) & GENERATION_MASK;
         self.free.push(u32::try_from(index).expect("came from a u32"));
-        self.count -= 1;
+        self.count -= usize::from(entry.1.place().is_none());
         entry
     }
 
@@ -94,6 +121,12 @@ impl Flight {
     pub(crate) fn get(&self, key: u64) -> Option<&(Token, Task)> {
         let (generation, index) = split(key);
         self.slots.get(index).filter(|slot| slot.generation == generation)?.entry.as_ref()
+    }
+
+    /// The operation `key`, if it is in flight, to change it.
+    pub(crate) fn get_mut(&mut self, key: u64) -> Option<&mut (Token, Task)> {
+        let (generation, index) = split(key);
+        self.slots.get_mut(index).filter(|slot| slot.generation == generation)?.entry.as_mut()
     }
 
     /// The operation under `token`. Scans: only for the rare.
@@ -126,6 +159,8 @@ const GENERATION_MASK: u32 = 0x7fff_ffff;
 struct Ready {
     completion: Completion,
     lent: Option<Lent>,
+    /// Given back with the completion.
+    place: Option<Place>,
 }
 
 /// A storage in a ring's table.
@@ -143,8 +178,11 @@ pub(crate) struct Base {
     /// `None`: the place is free.
     pub(crate) files: Vec<Option<FileEntry>>,
     documents: Vec<Arc<dyn Document>>,
+    pub(crate) sockets: Sockets,
     pub(crate) flight: Flight,
     ready: Vec<Ready>,
+    /// How many of them are on sockets.
+    ready_on_sockets: usize,
     pub(crate) pool: Pool,
     pub(crate) signal: Arc<Signal>,
     started: Instant,
@@ -154,22 +192,25 @@ pub(crate) struct Base {
 
 impl Base {
     /// # Panics
-    /// If `capacity` is 0 or beyond [`MAX_CAPACITY`].
+    /// If the configuration is out of its bounds.
     pub(crate) fn new(
         name: &'static str,
         arena: Arena,
-        capacity: usize,
-        threads: usize,
+        config: &RingConfig,
+        waiting: Waiting,
         signal: Arc<Signal>,
     ) -> Self {
+        let RingConfig { capacity, threads, sockets, .. } = *config;
         assert!((1..=MAX_CAPACITY).contains(&capacity), "a ring of capacity {capacity}");
         Self {
             name,
             arena,
             files: Vec::new(),
             documents: Vec::new(),
+            sockets: Sockets::new(sockets, waiting),
             flight: Flight::new(),
             ready: Vec::with_capacity(capacity),
+            ready_on_sockets: 0,
             pool: Pool::new(threads, capacity, Arc::clone(&signal)),
             signal,
             started: Instant::now(),
@@ -214,6 +255,10 @@ impl Base {
         Ok(DocumentId(id))
     }
 
+    pub(crate) fn add_socket(&mut self, socket: OwnedFd) -> Result<SocketId, RingFailure> {
+        self.sockets.add(socket).map_err(|errno| RingFailure { ring: self.name, errno })
+    }
+
     pub(crate) fn release_files(&mut self) {
         assert_eq!(self.in_flight(), 0, "storages are in use");
         self.files.clear();
@@ -225,7 +270,7 @@ impl Base {
     }
 
     pub(crate) fn in_flight(&self) -> usize {
-        self.flight.count + self.ready.len()
+        self.flight.count + self.ready.len() - self.ready_on_sockets
     }
 
     pub(crate) fn now(&self) -> Timestamp {
@@ -238,6 +283,14 @@ impl Base {
     /// If the ring is full or, in debug builds, if the token is in flight.
     pub(crate) fn admit(&self, token: Token) {
         assert!(self.in_flight() < self.capacity, "{} operations are in flight already", self.capacity);
+        self.admit_on_socket(token);
+    }
+
+    /// Check that an operation on a socket may be pushed under `token`.
+    ///
+    /// # Panics
+    /// In debug builds, if the token is in flight.
+    pub(crate) fn admit_on_socket(&self, token: Token) {
         debug_assert!(!self.is_in_flight(token), "{token:?} is in flight already");
     }
 
@@ -269,7 +322,7 @@ impl Base {
         let mut lent = self.lend(op);
         let storage = Arc::clone(&self.entry(file).storage);
         let result = execute_on_storage(op, storage.as_ref(), lent.as_mut());
-        self.ready.push(Ready { completion: Completion { token, result }, lent });
+        self.ready.push(Ready { completion: Completion { token, result }, lent, place: None });
     }
 
     /// Hand `op` to the helper pool at the next `wait`.
@@ -297,7 +350,13 @@ impl Base {
 
     /// Complete `token`, which has no buffer, with the next `wait`.
     pub(crate) fn push_ready(&mut self, completion: Completion) {
-        self.ready.push(Ready { completion, lent: None });
+        self.ready.push(Ready { completion, lent: None, place: None });
+    }
+
+    /// Complete what has `place` with the next `wait`, and give the place back with that.
+    pub(crate) fn push_ready_on(&mut self, place: Place, completion: Completion) {
+        self.ready.push(Ready { completion, lent: None, place: Some(place) });
+        self.ready_on_sockets += 1;
     }
 
     /// Take the job `key` back from the pool if it has not begun; it completes with `ECANCELED` then.
@@ -305,7 +364,7 @@ impl Base {
         let Some(job) = self.pool.withdraw(key) else { return };
         let (token, _) = self.flight.remove(key);
         let completion = Completion { token, result: Err(Errno::ECANCELED) };
-        self.ready.push(Ready { completion, lent: job.lent });
+        self.ready.push(Ready { completion, lent: job.lent, place: None });
     }
 
     /// Whether a completion under `token` was not returned yet.
@@ -323,12 +382,16 @@ impl Base {
     /// # Errors
     /// When an operation panicked.
     pub(crate) fn collect(&mut self, completions: &mut Vec<Completion>) -> Result<(), RingFailure> {
-        for Ready { completion, lent } in self.ready.drain(..) {
+        for Ready { completion, lent, place } in self.ready.drain(..) {
             if let Some(lent) = lent {
                 lent.give_back(&mut self.arena);
             }
+            if let Some(place) = place {
+                self.sockets.end(place);
+            }
             completions.push(completion);
         }
+        self.ready_on_sockets = 0;
         while let Some(done) = self.pool.collect() {
             if let Some(lent) = done.lent {
                 lent.give_back(&mut self.arena);
@@ -397,7 +460,12 @@ pub(crate) fn file_of(op: &Op) -> Option<FileId> {
         | Op::Flush { file }
         | Op::DropCache { file, .. }
         | Op::Extents { file, .. } => Some(*file),
-        Op::Digest { .. } | Op::Publish { .. } | Op::Cancel { .. } => None,
+        Op::Digest { .. }
+        | Op::Publish { .. }
+        | Op::Accept { .. }
+        | Op::Receive { .. }
+        | Op::Send { .. }
+        | Op::Cancel { .. } => None,
     }
 }
 
@@ -417,6 +485,18 @@ mod tests {
         assert_ne!(first, second);
         assert!(flight.get(first).is_none() && flight.get(second).is_some() && flight.get(other).is_some());
         assert_eq!((flight.count, flight.slots.len()), (2, 2));
+    }
+
+    #[test]
+    fn what_is_on_sockets_is_not_counted() {
+        let mut flight = Flight::new();
+        let accept = flight.insert(Token(1), Task::Accept(SocketId(3)));
+        let plain = flight.insert(Token(2), Task::Plain);
+        assert_eq!(flight.count, 1);
+        flight.remove(accept);
+        assert_eq!(flight.count, 1);
+        flight.remove(plain);
+        assert_eq!(flight.count, 0);
     }
 
     #[test]

@@ -88,7 +88,12 @@ pub(crate) fn execute_on_storage(
         Op::Extents { range, query, limit, .. } => {
             storage.extents(*range, *query, *limit).map(Output::Extents)
         }
-        Op::Digest { .. } | Op::Publish { .. } | Op::Cancel { .. } => panic!("{op:?} is not for a storage"),
+        Op::Digest { .. }
+        | Op::Publish { .. }
+        | Op::Accept { .. }
+        | Op::Receive { .. }
+        | Op::Send { .. }
+        | Op::Cancel { .. } => panic!("{op:?} is not for a storage"),
     }
 }
 

@@ -26,9 +26,10 @@ pub mod arena;
 mod base;
 mod blocking;
 mod config;
+mod held;
 mod lent;
-pub mod select;
 mod poller;
+pub mod select;
 mod signal;
 mod socket;
 #[cfg(feature = "sim")]

@@ -74,7 +74,7 @@ struct Query {
 enum Receiving {
     Nothing,
     Requests,
-    Payload,
+    Payload { filled: usize },
 }
 
 /// See the module's header.
@@ -189,7 +189,7 @@ impl Client {
             }
             Some(Receive::Payload { .. }) => {
                 let PayloadBuffer { buffer, filled } = self.connection.lend_payload();
-                self.receiving = Receiving::Payload;
+                self.receiving = Receiving::Payload { filled };
                 effects.ops.push((RECEIVE, Op::Receive { socket, buffer, filled, whole: true }));
             }
         }
@@ -308,7 +308,9 @@ impl Client {
                     self.connection.received(&buffer[..bytes as usize]);
                     self.buffer = buffer;
                 }
-                Receiving::Payload => self.connection.received_payload(buffer, bytes as usize),
+                Receiving::Payload { filled } => {
+                    self.connection.received_payload(PayloadBuffer { buffer, filled }, bytes as usize);
+                }
             },
             Ok(other) => unreachable!("a receive gave {other:?}"),
             Err(errno) => {

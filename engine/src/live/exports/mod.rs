@@ -39,7 +39,7 @@ use client::{Client, Effects};
 use table::Table;
 
 pub(super) use client::{ServedIo, Wanted};
-pub(super) use handles::{Backend, ExportCommand, ExportId, NewExport, ServerId};
+pub(super) use handles::{Backend, ExportCommand, ExportId, ServerId};
 pub use handles::{
     Export, ExportOptions, ExportSource, NbdListener, NbdOptions, NbdServer, Removal,
 };

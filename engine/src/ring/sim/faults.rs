@@ -12,7 +12,7 @@ use crate::ring::Op;
 pub enum Fault {
     /// It fails with this error.
     Errno(Errno),
-    /// It does less than was asked for (reads and writes; others are not affected).
+    /// It does less than was asked for (reads and writes, receives and sends; others are not affected).
     Short,
     /// It reports success but changes one bit of what it writes.
     Corrupt,
@@ -30,10 +30,14 @@ impl Fault {
 /// How often which fault happens, in parts of 1024 of all operations that it fits.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Rates {
-    /// Short reads and writes.
+    /// Short reads and writes, and receives of a whole that is not whole.
     pub short: u16,
-    /// `EAGAIN`, `EINTR`, `ECANCELED`.
+    /// `EAGAIN`, `EINTR`, and of disks `ECANCELED`.
     pub passing: u16,
+    /// Of receives and sends: the connection breaks.
+    pub reset: u16,
+    /// Of accepts: `ECONNABORTED`, `EMFILE`, `ENOMEM`.
+    pub accept: u16,
     /// `EIO`.
     pub eio: u16,
     /// `ENOSPC`, of writes and reservations.
@@ -89,6 +93,19 @@ impl FaultPlan {
                 }
                 hit(rates.eio).then_some(Fault::Errno(Errno::EIO))
             }
+            Op::Receive { .. } | Op::Send { .. } => {
+                if hit(rates.short) {
+                    return Some(Fault::Short);
+                }
+                let passing = hit(rates.passing).then_some([Errno::EAGAIN, Errno::EINTR].as_slice());
+                let broken = [Errno::ECONNRESET, Errno::ETIMEDOUT, Errno::EHOSTUNREACH];
+                let errors = passing.or_else(|| hit(rates.reset).then_some(broken.as_slice()))?;
+                Some(Fault::Errno(errors[rng.usize(..errors.len())]))
+            }
+            Op::Accept { .. } => hit(rates.accept).then(|| {
+                let errors = [Errno::ECONNABORTED, Errno::EMFILE, Errno::ENOMEM];
+                Fault::Errno(errors[rng.usize(..errors.len())])
+            }),
             Op::Flush { .. } => hit(rates.flush).then_some(Fault::Errno(Errno::EIO)),
             Op::DropCache { .. } => {
                 (hit(rates.flush) || hit(rates.drop_cache)).then_some(Fault::Errno(Errno::EIO))

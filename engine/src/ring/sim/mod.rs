@@ -11,10 +11,18 @@
 //! completes; it reaches the medium with the first flush that was pushed after it had completed. [`World::crash`] keeps or loses
 //! each sector that was not flushed, and each sector of a write in flight, at random. A flush that fails loses some of what it covered for good, and
 //! says so only once, as Linux does.
+//!
+//! # Sockets
+//! Connections run through the world as well (`network`). A test plays the other end by hand (`ends`), between the turns of whatever drives the ring: what
+//! it does takes effect at once, and the ring finds out with the next `wait`.
 
+mod ends;
 mod faults;
+mod network;
+mod sockets;
 mod world;
 
+pub use ends::{SimAddress, SimPeer, SimSocket};
 pub use faults::{Fault, FaultPlan, Rates};
 pub use world::{Disk, DiskTraits, SharedWorld, World};
 
@@ -30,10 +38,13 @@ use nix::errno::Errno;
 
 use super::arena::{Access, Arena, BufferRange};
 use super::base::{MAX_FILES, file_of};
+use super::socket::{check_bytes, place_of};
 use super::{
-    Completion, DocumentId, FileId, IoPath, Op, Output, Ring, RingFailure, Token, Wait, Wake, ZeroMethod,
+    Completion, DocumentId, FileId, IoPath, Op, Output, Ring, RingFailure, SocketId, Token, Wait, Wake,
+    ZeroMethod,
 };
 use crate::units::{ByteRange, Timestamp};
+use sockets::Sockets;
 
 /// Smallest unit that a torn write keeps or loses whole, in bytes.
 pub const SECTOR: usize = 512;
@@ -47,8 +58,10 @@ struct InFlight {
     op: Op,
     fault: Option<Fault>,
     cancelled: bool,
-    /// Never completes unless it is cancelled.
+    /// Does not complete unless it is cancelled, or what it waits for has come about.
     stuck: bool,
+    /// For a receive of a whole: bytes that have come.
+    moved: usize,
     /// For a flush: how many writes had completed when it was pushed.
     covers: u64,
 }
@@ -64,7 +77,10 @@ pub struct SimRing {
     /// Disk numbers; `None`: the place is free.
     files: Vec<Option<usize>>,
     documents: Vec<usize>,
+    sockets: Sockets,
     in_flight: Vec<Option<InFlight>>,
+    /// How many of them there are, and how many are not on sockets.
+    occupied: usize,
     count: usize,
     /// When which slot completes. What is stuck is not in it.
     due: BinaryHeap<Reverse<(Timestamp, u64, usize)>>,
@@ -109,7 +125,9 @@ impl SimRing {
             capacity,
             files: Vec::new(),
             documents: Vec::new(),
+            sockets: Sockets::new(0),
             in_flight: Vec::new(),
+            occupied: 0,
             count: 0,
             due: BinaryHeap::new(),
             sequence: 0,
@@ -154,16 +172,31 @@ impl SimRing {
             }
         }
         world.crash(&mut self.rng);
+        drop(world);
+        let shared = Rc::clone(&self.world);
+        self.reset_sockets(&mut shared.borrow_mut());
     }
 
-    fn complete(&mut self, index: usize) -> Completion {
-        let slot = self.in_flight[index].take().expect("in flight");
+    /// What is in flight in `index` takes effect. `None`: it waits for more.
+    fn complete(&mut self, index: usize) -> Option<Completion> {
+        let mut slot = self.in_flight[index].take().expect("in flight");
+        if let Some(place) = place_of(&slot.op) {
+            let Some(result) = self.carry_out_on_socket(place, &mut slot) else {
+                slot.stuck = true;
+                self.in_flight[index] = Some(slot);
+                return None;
+            };
+            self.occupied -= 1;
+            self.sockets.end(place);
+            return Some(Completion { token: slot.token, result });
+        }
+        self.occupied -= 1;
         self.count -= 1;
         if let Some((buffer, access)) = lent(&slot.op) {
             self.arena.give_back(buffer, access);
         }
         let result = if slot.cancelled { Err(Errno::ECANCELED) } else { self.carry_out(&slot) };
-        Completion { token: slot.token, result }
+        Some(Completion { token: slot.token, result })
     }
 
     /// What becomes of an operation with a fault that decides it; `None`: it is carried out, if perhaps in part.
@@ -260,6 +293,7 @@ impl SimRing {
                 Ok(Output::Done)
             }
             Op::Cancel { .. } => Ok(Output::Done),
+            Op::Accept { .. } | Op::Receive { .. } | Op::Send { .. } => unreachable!("it is on a socket"),
         }
     }
 
@@ -294,7 +328,7 @@ impl SimRing {
         self.world.borrow_mut().disk(self.disk_of(file)).slowness()
     }
 
-    /// What was stuck on disks that have come free goes on.
+    /// What was stuck on disks that have come free, and on sockets that have become ready, goes on.
     fn free_stuck(&mut self) {
         for index in 0..self.in_flight.len() {
             let Some(slot) = self.in_flight[index].as_ref().filter(|slot| slot.stuck) else { continue };
@@ -306,6 +340,9 @@ impl SimRing {
     }
 
     fn is_stuck(&self, op: &Op) -> bool {
+        if let Some(place) = place_of(op) {
+            return self.sockets.is_stuck(place, op, &mut self.world.borrow_mut());
+        }
         let (Op::Read { file, path, .. } | Op::Write { file, path, .. }) = op else { return false };
         let mut world = self.world.borrow_mut();
         let disk = world.disk(self.disk_of(*file));
@@ -356,6 +393,7 @@ impl Ring for SimRing {
     type File = usize;
     /// Number of a document in the world.
     type Document = usize;
+    type Socket = SimSocket;
 
     fn name(&self) -> &'static str {
         "sim"
@@ -391,6 +429,18 @@ impl Ring for SimRing {
         self.files[file.0 as usize].take().expect("a disk is removed once");
     }
 
+    fn add_socket(&mut self, socket: SimSocket) -> Result<SocketId, RingFailure> {
+        self.insert_socket(socket)
+    }
+
+    fn remove_socket(&mut self, socket: SocketId) {
+        self.sockets.remove(socket);
+    }
+
+    fn shutdown_socket(&mut self, socket: SocketId) {
+        self.shut_down(socket);
+    }
+
     fn release_files(&mut self) {
         assert_eq!(self.in_flight(), 0, "disks are in use");
         self.files.clear();
@@ -406,11 +456,16 @@ impl Ring for SimRing {
     }
 
     fn push(&mut self, token: Token, op: Op) {
-        assert!(self.in_flight() < self.capacity, "the ring is full");
+        let place = place_of(&op);
+        assert!(place.is_some() || self.in_flight() < self.capacity, "the ring is full");
         let duplicate = self.in_flight.iter().flatten().any(|slot| slot.token == token);
         assert!(!duplicate, "{token:?} is in flight");
         if let Some((buffer, access)) = lent(&op) {
             let _ = self.arena.lend(buffer, access);
+        }
+        if let Some(place) = place {
+            check_bytes(&op);
+            self.sockets.begin(place);
         }
         let mut covers = 0;
         if let Op::Flush { file } | Op::DropCache { file, .. } = &op {
@@ -423,20 +478,24 @@ impl Ring for SimRing {
             fault = Some(Fault::Errno(Errno::ENOENT));
         }
         self.pushed += 1;
-        let stuck = self.is_stuck(&op);
+        // A connection breaks, or a call is interrupted, at any time.
+        let fails = place.is_some() && matches!(fault, Some(Fault::Errno(_)));
+        let stuck = !fails && self.is_stuck(&op);
         let index = self.in_flight.iter().position(Option::is_none).unwrap_or_else(|| {
             self.in_flight.push(None);
             self.in_flight.len() - 1
         });
-        self.in_flight[index] = Some(InFlight { token, op, fault, cancelled: false, stuck, covers });
-        self.count += 1;
+        let slot = InFlight { token, op, fault, cancelled: false, stuck, moved: 0, covers };
+        self.in_flight[index] = Some(slot);
+        self.occupied += 1;
+        self.count += usize::from(place.is_none());
         if !stuck {
             self.schedule(index);
         }
     }
 
     fn wait(&mut self, until: Wait, completions: &mut Vec<Completion>) -> Result<(), RingFailure> {
-        if self.count > self.due.len() {
+        if self.occupied > self.due.len() {
             self.free_stuck();
         }
         let next = self.due.peek().map(|Reverse((at, ..))| *at);
@@ -463,8 +522,7 @@ impl Ring for SimRing {
             }
             self.due.pop();
             self.clock = self.clock.max(at);
-            let completion = self.complete(index);
-            completions.push(completion);
+            completions.extend(self.complete(index));
         }
         Ok(())
     }

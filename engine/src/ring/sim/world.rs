@@ -1,4 +1,4 @@
-//! Disks and documents of the simulation: what is read, and what a power loss leaves.
+//! Disks and documents of the simulation: what is read, and what a power loss leaves. (The network has a module of its own.)
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -8,6 +8,7 @@ use fastrand::Rng;
 use nix::errno::Errno;
 
 use super::SECTOR;
+use super::network::Network;
 use crate::ring::{Extent, ExtentQuery, ZeroMethod};
 use crate::units::ByteRange;
 
@@ -361,11 +362,12 @@ impl Disk {
     }
 }
 
-/// Disks and documents. See the module's header.
+/// Disks, documents, and the network. See the module's header.
 #[derive(Clone, Debug, Default)]
 pub struct World {
     disks: Vec<Disk>,
     documents: Vec<Option<Vec<u8>>>,
+    pub(super) network: Network,
 }
 
 impl World {
@@ -396,6 +398,11 @@ impl World {
     #[must_use]
     pub fn document(&self, number: usize) -> Option<&[u8]> {
         self.documents[number].as_deref()
+    }
+
+    /// Bytes that may be under way in each direction of connections to come, at least 1.
+    pub fn set_pipe_bytes(&mut self, bytes: usize) {
+        self.network.pipe_bytes = bytes.max(1);
     }
 
     pub(super) fn publish(&mut self, number: usize, contents: Option<Vec<u8>>) {

@@ -6,6 +6,8 @@
 //! submission queue, `wait` makes one system call that submits all of them and waits, then takes every completion. With
 //! nothing at the kernel and something ready, it makes none.
 //!
+//! Accepts, receives and sends are requests to the kernel as well (`sockets`), which attempts each at once and watches the socket only if it would have to wait.
+//!
 //! # Ordering
 //! The kernel's ring keeps no order among requests. A flush covers what had *completed* when it was pushed; more is the
 //! caller's business.
@@ -17,10 +19,11 @@
 //! The ring belongs to the thread that made it (the kernel insists: `SINGLE_ISSUER`), so it is not `Send`.
 
 mod setup;
+mod sockets;
 mod sys;
 
 use std::marker::PhantomData;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -31,9 +34,10 @@ use super::arena::Arena;
 use super::base::{Base, Task, file_of};
 use super::config::{RingConfig, SetupError};
 use super::signal::{Kick, Signal};
+use super::socket::{Waiting, place_of};
 use super::{
-    Completion, DocumentId, FileId, IoPath, Op, Output, Ring, RingFailure, Timestamp, Token, Wait, Wake,
-    ZeroMethod,
+    Completion, DocumentId, FileId, IoPath, Op, Output, Ring, RingFailure, SocketId, Timestamp, Token, Wait,
+    Wake, ZeroMethod,
 };
 use crate::storage::lock::Watch;
 use crate::storage::{Descriptors, Document, Storage};
@@ -94,13 +98,15 @@ impl UringRing {
     /// If the configuration is out of the bounds that [`RingConfig`] states.
     pub fn new(config: &RingConfig) -> Result<Self, SetupError> {
         assert!((1..=RingConfig::MAX_CAPACITY).contains(&config.capacity), "{config:?}");
+        assert!(config.sockets <= RingConfig::MAX_SOCKETS, "{config:?}");
         let arena = Arena::new(config.arena_bytes)
             .map_err(|source| SetupError::Memory { bytes: config.arena_bytes, source })?;
-        let (kernel, traits) = setup::open(config.capacity, &arena)?;
+        let (kernel, traits) = setup::open(config, &arena)?;
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno| SetupError::Refused { step: "eventfd", errno })?;
         let signal = Arc::new(Signal::new(Kick::Event(event)));
-        let base = Base::new("io_uring", arena, config.capacity, HELPER_THREADS, signal);
+        let config = RingConfig { threads: HELPER_THREADS, ..*config };
+        let base = Base::new("io_uring", arena, &config, Waiting::InKernel, signal);
         Ok(Self {
             kernel,
             base,
@@ -342,6 +348,9 @@ fn ended(
         Err(_) if -result >= FIRST_INTERNAL_ERRNO => Err(Errno::EINTR),
         Err(_) => Err(Errno::from_raw(-result)),
     };
+    if let Some(place) = task.place() {
+        base.sockets.end(place);
+    }
     let result = match task {
         Task::Transfer(lent) => {
             let length = lent.range().length;
@@ -369,7 +378,10 @@ fn ended(
             }
             Err(errno) => Err(errno),
         },
-        Task::Pool => panic!("the kernel completed what the pool has"),
+        Task::Accept(listener) => sockets::accepted(base, listener, result),
+        Task::Receive(_, receiving) => sockets::received(receiving, result),
+        Task::Send(_, sending) => sockets::sent(sending, result),
+        Task::Pool | Task::Unready(..) => panic!("the kernel completed what it did not have"),
     };
     Some(Completion { token, result })
 }
@@ -377,6 +389,7 @@ fn ended(
 impl Ring for UringRing {
     type File = Arc<dyn Storage>;
     type Document = Arc<dyn Document>;
+    type Socket = OwnedFd;
 
     fn name(&self) -> &'static str {
         self.base.name
@@ -411,6 +424,18 @@ impl Ring for UringRing {
         self.unregister(reach);
     }
 
+    fn add_socket(&mut self, socket: OwnedFd) -> Result<SocketId, RingFailure> {
+        self.base.add_socket(socket)
+    }
+
+    fn remove_socket(&mut self, socket: SocketId) {
+        drop(self.base.sockets.remove(socket));
+    }
+
+    fn shutdown_socket(&mut self, socket: SocketId) {
+        self.shut_down(socket);
+    }
+
     fn release_files(&mut self) {
         let storages = self.base.files.iter().flatten().filter_map(|entry| entry.storage.descriptors());
         let watches: Vec<_> = storages.filter_map(|files| Watch::on(files.buffered)).collect();
@@ -430,6 +455,9 @@ impl Ring for UringRing {
     }
 
     fn push(&mut self, token: Token, op: Op) {
+        if let Some(place) = place_of(&op) {
+            return self.push_on_socket(token, op, place);
+        }
         self.base.admit(token);
         match (file_of(&op), &op) {
             (Some(file), _) if self.base.is_inline(file) => self.base.push_inline(token, &op, file),

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 
 use super::super::arena::Arena;
 use super::super::base::MAX_FILES;
-use super::super::config::SetupError;
+use super::super::config::{RingConfig, SetupError};
 use super::sys::{Enter, Kernel};
 
 /// How long `ENOMEM` is taken for a charge that the kernel has not given back yet (it does so late, after a ring is closed).
@@ -80,11 +80,12 @@ fn patiently<T>(mut attempt: impl FnMut() -> Result<T, Errno>) -> Result<T, Errn
     }
 }
 
-/// Open a ring for `capacity` operations, and check that it can be used.
-pub(super) fn open(capacity: usize, arena: &Arena) -> Result<(Kernel, UringTraits), SetupError> {
+/// Open a ring of the size that `config` says, and check that it can be used.
+pub(super) fn open(config: &RingConfig, arena: &Arena) -> Result<(Kernel, UringTraits), SetupError> {
+    let RingConfig { capacity, sockets, .. } = *config;
     let refused = |step| move |errno| SetupError::Refused { step, errno };
     let (mut kernel, flags) =
-        patiently(|| ladder(|flags| Kernel::new(flags, capacity))).map_err(refused("io_uring_setup"))?;
+        patiently(|| ladder(|flags| Kernel::new(flags, capacity, sockets))).map_err(refused("io_uring_setup"))?;
     if !kernel.has_needed_features() {
         return Err(refused("features of Linux 5.13")(Errno::ENOSYS));
     }
@@ -96,7 +97,7 @@ pub(super) fn open(capacity: usize, arena: &Arena) -> Result<(Kernel, UringTrait
     let registered_buffers = optional(patiently(|| kernel.register_arena(arena)))
         .map_err(refused("io_uring_register (buffers)"))?;
     let traits = UringTraits { flags, registered_buffers, registered_files };
-    tracing::debug!(?traits, capacity, arena = arena.bytes(), "io_uring is set up");
+    tracing::debug!(?traits, capacity, sockets, arena = arena.bytes(), "io_uring is set up");
     Ok((kernel, traits))
 }
 

@@ -1,6 +1,6 @@
 //! The kernel's ring behind typed requests. All `unsafe` of the io_uring implementation is here.
 
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
@@ -10,6 +10,7 @@ use nix::sys::eventfd::EventFd;
 
 use super::super::arena::Arena;
 use super::super::blocking::errno_of;
+use super::super::held::Outgoing;
 use super::super::lent::Lent;
 use super::setup::SetupFlags;
 use crate::units::ByteRange;
@@ -19,6 +20,9 @@ const BLOCK_URING_CMD_DISCARD: u32 = 0x1200;
 
 /// Entries of the queues beyond one an operation: the wake-up's poll, the probe.
 const SPARE_ENTRIES: usize = 8;
+
+/// How everything is sent.
+const SEND_FLAGS: i32 = libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
 
 /// Key of the poll on the wake-up's descriptor.
 const WAKE_KEY: u64 = u64::MAX;
@@ -47,6 +51,12 @@ pub(super) enum Request<'a> {
     Fallocate { target: Target, range: ByteRange, mode: i32 },
     /// Discard on a block device, which must be in the ring's table.
     Discard { place: u32, range: ByteRange },
+    /// Accept a connection.
+    Accept { listener: RawFd },
+    /// Fill memory from a socket, `whole` or with what comes.
+    Receive { socket: RawFd, address: *mut u8, length: u32, whole: bool },
+    /// Send to a socket.
+    Send { socket: RawFd, outgoing: Outgoing },
     /// Cancel the request under a key.
     Cancel { key: u64 },
 }
@@ -69,6 +79,16 @@ pub(super) enum Event {
     Kicked { armed: Result<bool, Errno> },
     /// Nothing to act on.
     Ignored,
+}
+
+/// The connection that an accept has ended with.
+///
+/// # Safety
+/// `result` is that of an accept, and this is called once for it.
+pub(super) unsafe fn connection(result: u32) -> OwnedFd {
+    let raw = RawFd::try_from(result).expect("descriptors are small");
+    // SAFETY: the kernel has made this descriptor for us; nobody else knows of it, as the caller promises.
+    unsafe { OwnedFd::from_raw_fd(raw) }
 }
 
 /// See the module's header.
@@ -94,10 +114,11 @@ macro_rules! on {
 }
 
 impl Kernel {
-    /// A ring in which `capacity` requests, and a cancellation of each, find room in both queues.
-    pub(super) fn new(flags: SetupFlags, capacity: usize) -> Result<Self, Errno> {
-        let submissions = (capacity + SPARE_ENTRIES).next_power_of_two();
-        let completions = (2 * capacity + SPARE_ENTRIES).next_power_of_two();
+    /// A ring in which `capacity` requests, and a cancellation of each, find room in both queues; and so do two for each socket.
+    pub(super) fn new(flags: SetupFlags, capacity: usize, sockets: usize) -> Result<Self, Errno> {
+        // One each way, and what cancels the accept of a listener that is shut down; the completion queue takes a recall of each besides.
+        let submissions = (capacity + 3 * sockets + SPARE_ENTRIES).next_power_of_two();
+        let completions = (2 * capacity + 5 * sockets + SPARE_ENTRIES).next_power_of_two();
         let entries = |count: usize| u32::try_from(count).expect("capacity is bounded");
         let mut builder = IoUring::builder();
         builder.setup_cqsize(entries(completions)).dontfork();
@@ -162,10 +183,10 @@ impl Kernel {
     /// Queue a request under `key`.
     ///
     /// # Safety
-    /// The buffer that it names, if any, stays lent until [`Kernel::drain`] has returned the end of `key`.
+    /// The memory that it names, if any, stays lent until [`Kernel::drain`] has returned the end of `key`, and so do sockets stay open.
     pub(super) unsafe fn push(&mut self, key: u64, request: &Request<'_>) {
         let entry = self.entry(request).user_data(key);
-        // SAFETY: buffers stay valid as the caller promises; descriptors are owned by storages that the ring keeps.
+        // SAFETY: memory and sockets stay as the caller promises; other descriptors are owned by storages that the ring keeps.
         unsafe { self.push_entry(&entry) };
     }
 
@@ -260,6 +281,22 @@ impl Kernel {
                     .addr(Some(range.offset))
                     .cmd(command)
                     .build()
+            }
+            Request::Accept { listener } => {
+                opcode::Accept::new(Fd(listener), std::ptr::null_mut(), std::ptr::null_mut())
+                    .flags(libc::SOCK_CLOEXEC)
+                    .build()
+            }
+            Request::Receive { socket, address, length, whole } => {
+                let flags = if whole { libc::MSG_WAITALL } else { 0 };
+                opcode::Recv::new(Fd(socket), address, length).flags(flags).build()
+            }
+            // All of it, as far as the kernel can do that by itself (5.19): fewer ways there and back.
+            Request::Send { socket, outgoing: Outgoing::Bytes(address, length) } => {
+                opcode::Send::new(Fd(socket), address, length).flags(SEND_FLAGS).build()
+            }
+            Request::Send { socket, outgoing: Outgoing::Message(header) } => {
+                opcode::SendMsg::new(Fd(socket), header).flags(SEND_FLAGS.cast_unsigned()).build()
             }
             Request::Cancel { key } => opcode::AsyncCancel::new(key).build(),
         }
