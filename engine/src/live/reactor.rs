@@ -164,7 +164,7 @@ impl<R: Ring> Reactor<R> {
         let mut more = self.poll_disks(now);
         more |= self.poll_jobs(now);
         // What has just ended is told at once.
-        self.serve(now);
+        more |= self.serve(now);
         more |= self.exports.has_news();
         self.conclude_jobs(now);
         more |= self.remove_closed_disks();
@@ -266,15 +266,17 @@ impl<R: Ring> Reactor<R> {
         ask_job(&mut self.jobs, job, clusters, asker, now);
     }
 
-    /// Let clients of exports act, and hand their requests on.
-    fn serve(&mut self, now: Timestamp) {
+    /// Let clients of exports act, and hand their requests on; whether there were any.
+    fn serve(&mut self, now: Timestamp) -> bool {
         let disks = &self.disks;
         let file_of = |backend: Backend| match backend {
             Backend::Disk(id) => disks.get(&id).map(|disk| disk.side.file),
             Backend::Snapshot(_) => None,
         };
         self.exports.turn(now, &mut self.ring, file_of);
-        for wanted in self.exports.take_wanted() {
+        let wanted = self.exports.take_wanted();
+        let any = !wanted.is_empty();
+        for wanted in wanted {
             let asker = IoAsker::Client(wanted.io);
             match (wanted.backend, wanted.request) {
                 (Backend::Disk(id), request) => self.submit(id, request, asker, now),
@@ -285,6 +287,7 @@ impl<R: Ring> Reactor<R> {
                 (Backend::Snapshot(_), _) => tell(asker, IoOutcome::nothing(), &mut self.exports),
             }
         }
+        any
     }
 
     fn read_snapshot(&mut self, id: JobId, range: ByteRange, asker: IoAsker) {
