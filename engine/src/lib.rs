@@ -13,6 +13,7 @@ pub mod job;
 pub mod live;
 pub mod map;
 pub mod modes;
+pub mod nbd;
 mod piece;
 pub mod ring;
 pub mod storage;
