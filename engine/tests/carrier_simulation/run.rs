@@ -243,7 +243,9 @@ impl Run {
             }
             8..12 => (Kind::Read, IoRequest::Read { range, buffer: vec![0xEE; bytes] }),
             12..15 => (Kind::Discard, IoRequest::Discard { range }),
-            15..18 => (Kind::Write, IoRequest::WriteZeroes { range, may_unmap: self.rng.bool(), only_fast: false }),
+            15..18 => {
+                (Kind::Write, IoRequest::WriteZeroes { range, may_unmap: self.rng.bool(), only_fast: false })
+            }
             18 => (Kind::Flush, IoRequest::Flush),
             _ => {
                 let range = ByteRange::new(range.offset, self.scenario.length + 1 - range.offset);

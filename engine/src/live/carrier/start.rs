@@ -95,9 +95,11 @@ impl<P> Carrier<P> {
             Body::Write(_) => self.cutter.data(Act::Write, rest),
             Body::Flush => Window::FLUSH,
             Body::Discard | Body::Deferred => unreachable!("discards are cut where they are started"),
-            Body::Zeroes { may_unmap, .. } => self.cutter.zeroes(rest, self.zero_method(may_unmap), |range| {
-                !request.narrow && host.discards(range).now == Some(range)
-            }),
+            Body::Zeroes { may_unmap, .. } => {
+                self.cutter.zeroes(rest, self.zero_method(may_unmap), |range| {
+                    !request.narrow && host.discards(range).now == Some(range)
+                })
+            }
         }
     }
 

@@ -356,10 +356,9 @@ fn status_of(extents: &[Extent], range: ByteRange) -> Outcome {
         return all_data(range);
     }
     let flags = |present: bool| if present { 0 } else { StatusExtent::HOLE | StatusExtent::ZERO };
-    let list = extents.iter().map(|extent| StatusExtent {
-        length: extent.range.length,
-        flags: flags(extent.present),
-    });
+    let list = extents
+        .iter()
+        .map(|extent| StatusExtent { length: extent.range.length, flags: flags(extent.present) });
     Outcome::Extents(vec![list.collect()])
 }
 

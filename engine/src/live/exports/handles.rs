@@ -190,9 +190,7 @@ impl NbdServer {
             ExportSource::Disk(disk) => {
                 (disk.length(), Backend::Disk(disk.inner.shared.id()), Some(disk.inner))
             }
-            ExportSource::Snapshot(snapshot) => {
-                (snapshot.length(), Backend::Snapshot(snapshot.job()), None)
-            }
+            ExportSource::Snapshot(snapshot) => (snapshot.length(), Backend::Snapshot(snapshot.job()), None),
         };
         let export = NewExport { id, name, description, length, writable, backend, hold, on_gone };
         self.0.ask(|answer| ExportCommand::Add { server: self.0.server, export, answer })?;

@@ -40,9 +40,7 @@ use table::Table;
 
 pub(super) use client::{ServedIo, Wanted};
 pub(super) use handles::{Backend, ExportCommand, ExportId, ServerId};
-pub use handles::{
-    Export, ExportOptions, ExportSource, NbdListener, NbdOptions, NbdServer, Removal,
-};
+pub use handles::{Export, ExportOptions, ExportSource, NbdListener, NbdOptions, NbdServer, Removal};
 
 /// How long a client may take to choose an export.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(30);

@@ -68,7 +68,8 @@ impl Table {
     pub(super) fn close(&mut self, id: ExportId, removal: Removal) -> Result<bool, Error> {
         let Some(entry) = self.entries.values_mut().find(|entry| entry.id == id) else { return Ok(false) };
         if removal == Removal::IfUnused && entry.clients > 0 {
-            let (name, reason) = (entry.export.name().to_string(), format!("{} clients use it", entry.clients));
+            let (name, reason) =
+                (entry.export.name().to_string(), format!("{} clients use it", entry.clients));
             return Err(Error::refused(Refusal::InUse, Operation::Export, name, reason)
                 .advise("disconnect them first, or remove it together with its clients"));
         }

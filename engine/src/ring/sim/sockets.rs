@@ -207,8 +207,9 @@ impl SimRing {
                     Err(Errno::ECONNRESET) if slot.moved > 0 => Ok(slot.moved),
                     Err(errno) => Err(errno),
                 }
-                .map(|moved| {
-                    Output::Received { buffer: std::mem::take(buffer), bytes: u32::try_from(moved).expect("bounded") }
+                .map(|moved| Output::Received {
+                    buffer: std::mem::take(buffer),
+                    bytes: u32::try_from(moved).expect("bounded"),
                 })
             }
             Op::Send { parts, skip, .. } => {
