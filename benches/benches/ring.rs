@@ -1,11 +1,13 @@
-//! What a ring itself costs: operations on a storage that does nothing, direct reads of a file, wake-ups.
+//! What a ring itself costs: operations on a storage that does nothing, direct reads of a file, wake-ups, and questions and answers
+//! over a connection, beside servers that block in `read` or wait in `epoll_wait`.
 //!
 //! The file lies in the directory for temporary files (`TMPDIR`).
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
-use std::os::fd::AsFd;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,6 +17,7 @@ use engine::ring::{BufferRange, Extent, ExtentQuery, IoPath, Op, Output, Ring, T
 use engine::storage::{Descriptors, Limits, Storage};
 use engine::units::{ByteRange, Length};
 use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 const DEPTH: u32 = 32;
 const FILE_BYTES: u64 = 256 << 20;
@@ -151,5 +154,109 @@ fn wakes(criterion: &mut Criterion) {
     criterion.bench_function("ring/wake-awake", |bencher| bencher.iter(|| waker.wake()));
 }
 
-criterion_group!(benches, reads, wakes);
+/// Bytes of a question, and of its answer.
+const MESSAGE: usize = 4096;
+
+/// Answer each question through a ring, until the peer ends.
+fn answer_by_ring<R: Ring<Socket = OwnedFd>>(ring: &mut R, socket: OwnedFd) {
+    let socket = ring.add_socket(socket).expect("the table has room");
+    let (question, answer) = (Token(1), Token(2));
+    let take = |buffer| Op::Receive { socket, buffer, filled: 0, whole: true };
+    let (mut spare, mut completions) = (vec![0; MESSAGE], Vec::new());
+    ring.push(question, take(vec![0; MESSAGE]));
+    loop {
+        ring.wait(Wait::Forever, &mut completions).expect("the ring works");
+        for completion in completions.drain(..) {
+            match completion.result {
+                Ok(Output::Received { buffer, bytes }) if bytes as usize == MESSAGE => {
+                    ring.push(answer, Op::Send { socket, parts: vec![buffer], skip: 0 });
+                    ring.push(question, take(std::mem::replace(&mut spare, Vec::new())));
+                }
+                Ok(Output::Sent { mut parts, bytes }) if bytes as usize == MESSAGE => {
+                    spare = parts.pop().expect("it had one part");
+                }
+                _ => return,
+            }
+        }
+    }
+}
+
+/// Who answers.
+#[derive(Clone, Copy)]
+enum Server {
+    Ring(IoEngine),
+    Blocking,
+    Epoll,
+}
+
+fn serve(server: Server, socket: UnixStream) {
+    let mut socket = socket;
+    let mut buffer = vec![0; MESSAGE];
+    match server {
+        Server::Ring(engine) => match open(engine, &CONFIG).expect("it was there a moment ago").ring {
+            OpenedRing::Uring(mut ring) => answer_by_ring(&mut ring, socket.into()),
+            OpenedRing::Threads(mut ring) => answer_by_ring(&mut ring, socket.into()),
+        },
+        Server::Blocking => {
+            while socket.read_exact(&mut buffer).is_ok() && socket.write_all(&buffer).is_ok() {}
+        }
+        Server::Epoll => {
+            socket.set_nonblocking(true).expect("a socket");
+            let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).expect("an epoll");
+            epoll.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, 0)).expect("room for one");
+            let mut events = [EpollEvent::empty(); 8];
+            let mut filled = 0;
+            loop {
+                epoll.wait(&mut events, EpollTimeout::NONE).expect("a wait");
+                loop {
+                    match socket.read(&mut buffer[filled..]) {
+                        Ok(0) => return,
+                        Ok(bytes) => filled += bytes,
+                        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
+                        Err(_) => return,
+                    }
+                    if filled == MESSAGE {
+                        filled = 0;
+                        if socket.write_all(&buffer).is_err() {
+                            return;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One question at a time, over a unix socket.
+fn answers(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("ring/answer-4K");
+    group.throughput(Throughput::Elements(1));
+    for (name, server) in [
+        ("io_uring", Server::Ring(IoEngine::IoUring)),
+        ("threads", Server::Ring(IoEngine::Threads)),
+        ("blocking", Server::Blocking),
+        ("epoll", Server::Epoll),
+    ] {
+        if let Server::Ring(engine) = server
+            && let Err(error) = open(engine, &CONFIG)
+        {
+            eprintln!("skipped: {name}: {error}");
+            continue;
+        }
+        group.bench_function(BenchmarkId::from_parameter(name), |bencher| {
+            let (mut client, socket) = UnixStream::pair().expect("two sockets");
+            let thread = std::thread::spawn(move || serve(server, socket));
+            let mut message = vec![7; MESSAGE];
+            bencher.iter(|| {
+                client.write_all(&message).expect("it is there");
+                client.read_exact(&mut message).expect("it answers");
+            });
+            drop(client);
+            thread.join().expect("it ends");
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, reads, wakes, answers);
 criterion_main!(benches);

@@ -53,6 +53,22 @@ macro_rules! conformance {
             control::misuse_panics,
             control::a_panic_breaks_the_ring,
             control::tables_are_bounded,
+            sockets::receives_what_comes,
+            sockets::receives_the_whole,
+            sockets::sends_from_every_offset,
+            sockets::a_send_waits_for_room,
+            sockets::shutdown_ends_all,
+            sockets::cancels_on_connections,
+            sockets::a_reset_is_an_error,
+            sockets::removal_closes,
+            sockets::many_connections,
+            sockets::beside_files,
+            sockets::dropped_with_sockets,
+            listeners::accepts,
+            listeners::accepts_end,
+            listeners::sockets_are_bounded,
+            listeners::misuse_of_sockets_panics,
+            sockets::what_is_there_comes_at_once,
         }
     };
 }
@@ -60,7 +76,7 @@ macro_rules! conformance {
 conformance!(uring, Real<UringRing>);
 conformance!(threads, Real<ThreadsRing>);
 
-// In virtual time: without the checks that need other threads, signals, or an operation that panics.
+// In virtual time: without the checks that need other threads, signals, no time at all, or an operation that panics.
 suite! { sim, Simulated:
     transfer::reads_and_writes,
     transfer::unaligned_tails,
@@ -84,4 +100,19 @@ suite! { sim, Simulated:
     control::mixed_kinds,
     control::misuse_panics,
     control::tables_are_bounded,
+    sockets::receives_what_comes,
+    sockets::receives_the_whole,
+    sockets::sends_from_every_offset,
+    sockets::a_send_waits_for_room,
+    sockets::shutdown_ends_all,
+    sockets::cancels_on_connections,
+    sockets::a_reset_is_an_error,
+    sockets::removal_closes,
+    sockets::many_connections,
+    sockets::beside_files,
+    sockets::dropped_with_sockets,
+    listeners::accepts,
+    listeners::accepts_end,
+    listeners::sockets_are_bounded,
+    listeners::misuse_of_sockets_panics,
 }

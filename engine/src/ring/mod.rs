@@ -198,7 +198,7 @@ pub enum Op {
         listener: SocketId,
     },
     /// Receive into `buffer`, from byte `filled` to its end. Completes with the bytes received, which may be fewer, 0 only when the
-    /// peer has ended.
+    /// peer has ended. `EINTR` and `EAGAIN` mean that nothing was received; after any other error the connection is of no use.
     Receive {
         /// From where.
         socket: SocketId,
@@ -210,7 +210,7 @@ pub enum Op {
         whole: bool,
     },
     /// Send `parts`, one behind the other, from byte `skip` of the whole on. Completes with the bytes sent, which may be fewer, but not
-    /// 0. To a peer that has gone away it is `EPIPE`, without a signal. At most [`MAX_SEND_PARTS`] of the parts are sent at a time.
+    /// 0. Errors are as for a receive; to a peer that has gone away it is `EPIPE`, without a signal. At most [`MAX_SEND_PARTS`] of the parts are sent at a time.
     Send {
         /// To where.
         socket: SocketId,
@@ -334,9 +334,10 @@ pub trait Ring {
     /// # Panics
     /// If it is not in the table, or an operation on it is in flight.
     fn remove_socket(&mut self, socket: SocketId);
-    /// Make whatever is in flight on a socket, and whatever will be pushed on it, complete soon: a receive gives what is there, then 0 bytes, a
-    /// send fails with `EPIPE`, also one that a peer never drains; an accept fails with `ECANCELED`. Never blocks. The socket stays in the table. A connection ends for the peer,
-    /// too; a listener, which may be shared with others, is left as it is.
+    /// Make whatever is in flight on a socket, and whatever will be pushed on it, complete soon: a receive gives what is there, then 0
+    /// bytes; a send is short or fails with `EPIPE`, also one that a peer never drains; an accept fails with `ECANCELED`, unless it has
+    /// its connection already. Never blocks. The socket stays in the table. A connection ends for the peer, too; a listener, which may
+    /// be shared with others, is left as it is.
     ///
     /// # Panics
     /// If it is not in the table.

@@ -1,6 +1,7 @@
 //! What the conformance suite stands on: the [`Fixture`] that a ring under test provides, and how checks drive a ring.
 
 pub(crate) mod checks;
+pub(crate) mod network;
 pub(crate) mod plain;
 pub(crate) mod real;
 pub(crate) mod simulated;
@@ -10,6 +11,8 @@ use std::time::Duration;
 
 use engine::ring::{BufferRange, Completion, Op, Output, Ring, Token, Wait};
 use nix::errno::Errno;
+
+use network::{Dial, Family, Peer};
 
 /// A disk that a check can see from outside the ring.
 pub(crate) trait TestDisk {
@@ -55,7 +58,17 @@ pub(crate) trait Fixture: Default {
 
     /// Why the ring cannot be tested on this host.
     fn unavailable() -> Option<String>;
-    fn ring(&self, arena_bytes: usize, capacity: usize) -> Self::R;
+    /// A ring that takes no sockets.
+    fn ring(&self, arena_bytes: usize, capacity: usize) -> Self::R {
+        self.ring_with_sockets(arena_bytes, capacity, 0)
+    }
+    fn ring_with_sockets(&self, arena_bytes: usize, capacity: usize, sockets: usize) -> Self::R;
+    /// A listening socket, and how to connect to it.
+    fn listener(&self, family: Family) -> (<Self::R as Ring>::Socket, Dial);
+    /// More bytes than a connection takes that nobody reads from.
+    const MORE_THAN_FITS: usize;
+    /// A connected socket, and its peer.
+    fn pair(&self, family: Family) -> (<Self::R as Ring>::Socket, Box<dyn Peer>);
     /// A disk that is one hole of `length` bytes.
     fn disk(&self, length: u64) -> Self::Disk;
     fn file(&self, disk: &Self::Disk) -> <Self::R as Ring>::File;

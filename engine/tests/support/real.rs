@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::marker::PhantomData;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -15,6 +16,7 @@ use engine::storage::{Document, Storage};
 use parking_lot::{Condvar, Mutex};
 use tempfile::TempDir;
 
+use super::network::{Dial, Family, Peer, real_listener, real_pair};
 use super::plain::PlainFile;
 use super::storage::{Odd, PlainDocument, fifo};
 use super::{Blocked, Fault, Fixture, Inspect};
@@ -23,13 +25,13 @@ use super::{Blocked, Fault, Fixture, Inspect};
 const THREADS: usize = 3;
 
 /// The configuration that the suite uses.
-pub(crate) fn config(arena_bytes: usize, capacity: usize) -> RingConfig {
-    RingConfig { arena_bytes, capacity, threads: THREADS }
+pub(crate) fn config(arena_bytes: usize, capacity: usize, sockets: usize) -> RingConfig {
+    RingConfig { arena_bytes, capacity, threads: THREADS, sockets }
 }
 
 /// A ring over real storages.
 pub(crate) trait RealRing:
-    Ring<File = Arc<dyn Storage>, Document = Arc<dyn Document>> + Sized
+    Ring<File = Arc<dyn Storage>, Document = Arc<dyn Document>, Socket = OwnedFd> + Sized
 {
     fn open(config: &RingConfig) -> Result<Self, SetupError>;
     fn blocked(directory: &Path) -> Blocked<Arc<dyn Storage>>;
@@ -95,13 +97,22 @@ impl<R> Real<R> {
 impl<R: RealRing> Fixture for Real<R> {
     type R = R;
     type Disk = Arc<PlainFile>;
+    const MORE_THAN_FITS: usize = 32 << 20;
 
     fn unavailable() -> Option<String> {
-        R::open(&config(4096, 1)).err().filter(SetupError::is_refusal).map(|refusal| refusal.to_string())
+        R::open(&config(4096, 1, 0)).err().filter(SetupError::is_refusal).map(|refusal| refusal.to_string())
     }
 
-    fn ring(&self, arena_bytes: usize, capacity: usize) -> R {
-        R::open(&config(arena_bytes, capacity)).unwrap()
+    fn ring_with_sockets(&self, arena_bytes: usize, capacity: usize, sockets: usize) -> R {
+        R::open(&config(arena_bytes, capacity, sockets)).unwrap()
+    }
+
+    fn listener(&self, family: Family) -> (OwnedFd, Dial) {
+        real_listener(family, self.path())
+    }
+
+    fn pair(&self, family: Family) -> (OwnedFd, Box<dyn Peer>) {
+        real_pair(family)
     }
 
     fn disk(&self, length: u64) -> Self::Disk {

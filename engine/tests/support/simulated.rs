@@ -2,9 +2,10 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use engine::ring::sim::{Disk, DiskTraits, FaultPlan, SharedWorld, SimRing, World};
+use engine::ring::sim::{Disk, DiskTraits, FaultPlan, SharedWorld, SimRing, SimSocket, World};
 use engine::units::ByteRange;
 
+use super::network::{Dial, Family, Peer, sim_dial};
 use super::{Blocked, Fault, Fixture, Inspect, TestDisk};
 
 /// A world of its own. Each ring over it has another seed.
@@ -48,14 +49,26 @@ impl TestDisk for SimDisk {
 impl Fixture for Simulated {
     type R = SimRing;
     type Disk = SimDisk;
+    const MORE_THAN_FITS: usize = 1 << 20;
 
     fn unavailable() -> Option<String> {
         None
     }
 
-    fn ring(&self, arena_bytes: usize, capacity: usize) -> SimRing {
+    fn ring_with_sockets(&self, arena_bytes: usize, capacity: usize, sockets: usize) -> SimRing {
         let seed = self.seed.fetch_add(1, Ordering::Relaxed);
         SimRing::new(self.world.clone(), arena_bytes, capacity, seed, FaultPlan::default())
+            .with_sockets(sockets)
+    }
+
+    fn listener(&self, _: Family) -> (SimSocket, Dial) {
+        let (socket, address) = SimSocket::listen(&self.world);
+        (socket, sim_dial(address))
+    }
+
+    fn pair(&self, _: Family) -> (SimSocket, Box<dyn Peer>) {
+        let (socket, peer) = SimSocket::pair(&self.world);
+        (socket, Box::new(peer))
     }
 
     fn disk(&self, length: u64) -> SimDisk {

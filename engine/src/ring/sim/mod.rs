@@ -58,6 +58,8 @@ struct InFlight {
     op: Op,
     fault: Option<Fault>,
     cancelled: bool,
+    /// Somebody wants it cancelled: it does not start to wait any more.
+    recalled: bool,
     /// Does not complete unless it is cancelled, or what it waits for has come about.
     stuck: bool,
     /// For a receive of a whole: bytes that have come.
@@ -181,10 +183,14 @@ impl SimRing {
     fn complete(&mut self, index: usize) -> Option<Completion> {
         let mut slot = self.in_flight[index].take().expect("in flight");
         if let Some(place) = place_of(&slot.op) {
-            let Some(result) = self.carry_out_on_socket(place, &mut slot) else {
-                slot.stuck = true;
-                self.in_flight[index] = Some(slot);
-                return None;
+            let result = match self.carry_out_on_socket(place, &mut slot) {
+                Some(result) => result,
+                None if slot.recalled => Err(Errno::ECANCELED),
+                None => {
+                    slot.stuck = true;
+                    self.in_flight[index] = Some(slot);
+                    return None;
+                }
             };
             self.occupied -= 1;
             self.sockets.end(place);
@@ -318,6 +324,7 @@ impl SimRing {
         });
         let Some((index, slot)) = found else { return false };
         slot.cancelled |= slot.stuck || self.rng.bool();
+        slot.recalled = true;
         if std::mem::take(&mut slot.stuck) {
             self.schedule(index);
         }
@@ -485,7 +492,7 @@ impl Ring for SimRing {
             self.in_flight.push(None);
             self.in_flight.len() - 1
         });
-        let slot = InFlight { token, op, fault, cancelled: false, stuck, moved: 0, covers };
+        let slot = InFlight { token, op, fault, cancelled: false, recalled: false, stuck, moved: 0, covers };
         self.in_flight[index] = Some(slot);
         self.occupied += 1;
         self.count += usize::from(place.is_none());

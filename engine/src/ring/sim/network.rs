@@ -220,3 +220,80 @@ impl Network {
         self.connections[end.connection].resets = [true; 2];
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_go_both_ways_up_to_the_capacity() {
+        let mut network = Network { pipe_bytes: 4, ..Network::default() };
+        let [one, other] = network.pair();
+        assert_eq!(network.read(one, 1), Err(Errno::EAGAIN));
+        assert_eq!(network.write(one, b"abcdef"), Ok(4));
+        assert_eq!(network.write(one, b"ef"), Err(Errno::EAGAIN));
+        assert!(!network.is_writable(one) && network.is_readable(other) && !network.is_readable(one));
+        assert_eq!(network.write(other, b"x"), Ok(1), "the other direction has room of its own");
+        assert_eq!(network.read(other, 3), Ok(b"abc".to_vec()));
+        assert_eq!(network.write(one, b"ef"), Ok(2));
+        assert_eq!(network.read(other, 10), Ok(b"def".to_vec()));
+        assert_eq!(network.read(one, 10), Ok(b"x".to_vec()));
+    }
+
+    #[test]
+    fn an_end_lets_the_other_read_what_is_there() {
+        let mut network = Network::default();
+        let [one, other] = network.pair();
+        network.write(one, b"last").unwrap();
+        network.shut_down(one, Shutdown::Write);
+        assert_eq!(network.write(one, b"more"), Err(Errno::EPIPE));
+        assert_eq!(network.read(other, 2), Ok(b"la".to_vec()));
+        assert_eq!(network.read(other, 9), Ok(b"st".to_vec()));
+        for _ in 0..2 {
+            assert_eq!(network.read(other, 9), Ok(Vec::new()));
+        }
+        assert_eq!(network.write(other, b"still"), Ok(5), "half of it is open");
+        network.shut_down(one, Shutdown::Read);
+        assert_eq!(network.write(other, b"no"), Err(Errno::EPIPE));
+        assert_eq!(network.read(one, 9), Ok(b"still".to_vec()));
+        assert_eq!(network.read(one, 9), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn who_closes_with_something_unread_resets_the_other_once() {
+        let mut network = Network::default();
+        let [one, other] = network.pair();
+        network.write(one, b"unread").unwrap();
+        network.write(other, b"read").unwrap();
+        network.close(other);
+        assert_eq!(network.read(one, 9), Ok(b"read".to_vec()), "what was sent before comes first");
+        assert_eq!(network.read(one, 9), Err(Errno::ECONNRESET));
+        assert_eq!(network.read(one, 9), Ok(Vec::new()));
+        assert_eq!(network.write(one, b"x"), Err(Errno::EPIPE));
+
+        let [one, other] = network.pair();
+        network.close(other);
+        assert_eq!(network.read(one, 9), Ok(Vec::new()), "nothing was unread");
+        let [one, other] = network.pair();
+        network.write(other, b"lost").unwrap();
+        network.reset(other);
+        assert!(network.is_readable(one) && network.is_writable(one));
+        assert_eq!(network.write(one, b"x"), Err(Errno::ECONNRESET));
+        assert_eq!(network.read(one, 9), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn a_backlog_is_bounded_kept_in_order_and_reset_with_its_listener() {
+        let mut network = Network::default();
+        let listener = network.listen();
+        let peers: Vec<End> = (0..BACKLOG).map(|_| network.connect(listener).unwrap()).collect();
+        assert_eq!(network.connect(listener), Err(Errno::EAGAIN));
+        assert_eq!(network.accept(listener).map(End::other), Some(peers[0]));
+        assert_eq!(network.accept(listener).map(End::other), Some(peers[1]));
+        network.close_listener(listener);
+        assert!(!network.has_backlog(listener));
+        assert_eq!(network.connect(listener), Err(Errno::ECONNREFUSED));
+        assert_eq!(network.read(peers[1], 1), Err(Errno::EAGAIN), "it was accepted");
+        assert_eq!(network.read(peers[2], 1), Err(Errno::ECONNRESET));
+    }
+}

@@ -231,3 +231,191 @@ impl SimRing {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{FaultPlan, Rates, SimPeer};
+    use super::*;
+    use crate::ring::{Completion, Ring, Token, Wait};
+
+    const RECEIVE: Token = Token(1);
+    const SEND: Token = Token(2);
+    const BYTES: usize = 20_000;
+
+    /// What a run of [`echo`] came to.
+    #[derive(Debug, Default, PartialEq, Eq)]
+    struct Run {
+        /// Each completion, without its buffer.
+        results: Vec<Result<u32, Errno>>,
+        /// What the peer got back.
+        read: Vec<u8>,
+        broken: bool,
+    }
+
+    fn sent() -> Vec<u8> {
+        (0..BYTES).map(|index| u8::try_from(index * 7 % 251).unwrap()).collect()
+    }
+
+    fn moved(result: &Result<Output, Errno>) -> Result<u32, Errno> {
+        match result {
+            Ok(Output::Received { bytes, .. } | Output::Sent { bytes, .. }) => Ok(*bytes),
+            Ok(other) => panic!("{other:?}"),
+            Err(errno) => Err(*errno),
+        }
+    }
+
+    /// A ring that sends back what it receives, until the end or a broken connection; the peer writes and reads at random.
+    fn echo(seed: u64, rates: Rates) -> Run {
+        let world = World::shared();
+        world.borrow_mut().set_pipe_bytes(700);
+        let (socket, peer) = SimSocket::pair(&world);
+        let plan = FaultPlan { rates, ..FaultPlan::default() };
+        let mut ring = SimRing::new(world, 4096, 1, seed, plan).with_sockets(1);
+        let socket = ring.add_socket(socket).unwrap();
+        let receive = |whole| Op::Receive { socket, buffer: vec![0; 512], filled: 0, whole };
+        let (bytes, mut rng) = (sent(), Rng::with_seed(!seed));
+        let (mut run, mut written, mut echoed) = (Run::default(), 0, Vec::new());
+        ring.push(RECEIVE, receive(true));
+        let mut completions = Vec::new();
+        while run.read.len() < BYTES && !run.broken {
+            play(&peer, &bytes, &mut written, &mut run, &mut rng);
+            let step = ring.now().after(std::time::Duration::from_micros(200));
+            ring.wait(Wait::Until(step), &mut completions).unwrap();
+            for Completion { token, result } in completions.drain(..) {
+                run.results.push(moved(&result));
+                match (token, result) {
+                    (RECEIVE, Ok(Output::Received { buffer, bytes: count })) if count > 0 => {
+                        let parts = vec![buffer[..count as usize].to_vec()];
+                        echoed.extend_from_slice(&parts[0]);
+                        assert_eq!(echoed, bytes[..echoed.len()], "seed {seed}");
+                        ring.push(SEND, Op::Send { socket, parts, skip: 0 });
+                    }
+                    (SEND, Ok(Output::Sent { parts, bytes: count })) => {
+                        let rest = parts[0][count as usize..].to_vec();
+                        if rest.is_empty() {
+                            ring.push(RECEIVE, receive(rng.bool()));
+                        } else {
+                            ring.push(SEND, Op::Send { socket, parts: vec![rest], skip: 0 });
+                        }
+                    }
+                    (RECEIVE, Err(Errno::EINTR | Errno::EAGAIN)) => ring.push(RECEIVE, receive(rng.bool())),
+                    // Its buffer is gone with it.
+                    _ => run.broken = true,
+                }
+            }
+        }
+        assert_eq!(run.read, bytes[..run.read.len()], "seed {seed}");
+        run
+    }
+
+    fn play(peer: &SimPeer, bytes: &[u8], written: &mut usize, run: &mut Run, rng: &mut Rng) {
+        if *written < bytes.len() && rng.bool() {
+            let end = (*written + rng.usize(1..300)).min(bytes.len());
+            *written += peer.write(&bytes[*written..end]).unwrap_or(0);
+            if *written == bytes.len() {
+                peer.shut_down(std::net::Shutdown::Write);
+            }
+        }
+        if rng.bool() {
+            run.read.extend(peer.read(rng.usize(1..300)).unwrap_or_default());
+        }
+    }
+
+    #[test]
+    fn streams_keep_their_bytes_in_order_in_pieces_of_all_sizes() {
+        let mut sizes = std::collections::BTreeSet::new();
+        for seed in 0..20 {
+            let run = echo(seed, Rates { short: 200, ..Rates::default() });
+            assert_eq!(run.read.len(), BYTES, "seed {seed}");
+            sizes.extend(run.results.into_iter().map(Result::unwrap));
+        }
+        assert!(sizes.contains(&1) && sizes.contains(&512) && sizes.len() > 200, "{}", sizes.len());
+    }
+
+    #[test]
+    fn the_same_seed_gives_the_same_run() {
+        let rates = Rates { short: 100, passing: 20, reset: 5, ..Rates::default() };
+        for seed in 0..20 {
+            assert_eq!(echo(seed, rates), echo(seed, rates));
+        }
+        assert_ne!(echo(1, rates).results, echo(2, rates).results);
+    }
+
+    #[test]
+    fn faults_of_each_kind_happen_and_break_what_they_should() {
+        let mut seen = std::collections::BTreeSet::new();
+        for seed in 0..100 {
+            let run = echo(seed, Rates { passing: 5, reset: 5, ..Rates::default() });
+            seen.extend(run.results.iter().filter_map(|result| result.err()));
+        }
+        let wanted =
+            [Errno::EINTR, Errno::EAGAIN, Errno::ECONNRESET, Errno::ETIMEDOUT, Errno::EHOSTUNREACH];
+        assert!(wanted.iter().all(|errno| seen.contains(errno)), "{seen:?}");
+    }
+
+    #[test]
+    fn a_broken_connection_is_broken_for_the_peer_and_an_accept_that_fails_takes_nothing() {
+        let world = World::shared();
+        let (listener, address) = SimSocket::listen(&world);
+        let plan = FaultPlan {
+            exact: [(0, Fault::Errno(Errno::EMFILE)), (2, Fault::Errno(Errno::ETIMEDOUT))].into(),
+            ..FaultPlan::default()
+        };
+        let mut ring = SimRing::new(world, 4096, 1, 1, plan).with_sockets(2);
+        let listener = ring.add_socket(listener).unwrap();
+        let peer = address.connect().unwrap();
+        let mut run = |ring: &mut SimRing, op| {
+            let mut completions = Vec::new();
+            ring.push(Token(1), op);
+            while completions.is_empty() {
+                ring.wait(Wait::Forever, &mut completions).unwrap();
+            }
+            completions.remove(0).result
+        };
+        assert_eq!(run(&mut ring, Op::Accept { listener }), Err(Errno::EMFILE));
+        let Ok(Output::Accepted(socket)) = run(&mut ring, Op::Accept { listener }) else { panic!("an accept") };
+        assert_eq!(ring.sockets(), 2);
+        // It fails although nothing has come: a network that is down makes itself felt at any time.
+        let receive = Op::Receive { socket, buffer: vec![0; 10], filled: 0, whole: false };
+        assert_eq!(run(&mut ring, receive), Err(Errno::ETIMEDOUT));
+        assert_eq!(peer.read(1), Err(Errno::ECONNRESET));
+    }
+
+    #[test]
+    fn what_is_cancelled_under_way_may_be_lost() {
+        let lost = |seed| {
+            let world = World::shared();
+            let (socket, peer) = SimSocket::pair(&world);
+            let mut ring = SimRing::new(world, 4096, 1, seed, FaultPlan::default()).with_sockets(1);
+            let socket = ring.add_socket(socket).unwrap();
+            peer.write(b"0123456789").unwrap();
+            ring.push(RECEIVE, Op::Receive { socket, buffer: vec![0; 20], filled: 0, whole: true });
+            ring.push(Token(9), Op::Cancel { target: RECEIVE });
+            let mut completions = Vec::new();
+            for _ in 0..20 {
+                ring.wait(Wait::Forever, &mut completions).unwrap();
+            }
+            let cancelled = completions.iter().any(|one| one.result == Err(Errno::ECANCELED));
+            drop(ring);
+            // The ring's end is reset if its program left something unread.
+            cancelled && peer.read(1) == Ok(Vec::new())
+        };
+        let count = (0..100).filter(|&seed| lost(seed)).count();
+        assert!((5..95).contains(&count), "{count} of 100");
+    }
+
+    #[test]
+    fn a_host_that_dies_resets_its_connections() {
+        let world = World::shared();
+        let (socket, peer) = SimSocket::pair(&world);
+        let (listener, address) = SimSocket::listen(&world);
+        let mut ring = SimRing::new(world, 4096, 1, 1, FaultPlan::default()).with_sockets(2);
+        let socket = ring.add_socket(socket).unwrap();
+        let listener = ring.add_socket(listener).unwrap();
+        ring.push(RECEIVE, Op::Receive { socket, buffer: vec![0; 20], filled: 0, whole: true });
+        ring.push(SEND, Op::Accept { listener });
+        ring.crash();
+        assert_eq!(peer.read(1), Err(Errno::ECONNRESET));
+        assert!(address.connect().is_err());
+    }
+}
