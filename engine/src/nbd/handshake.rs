@@ -404,6 +404,3 @@ fn parse_queries(data: &[u8]) -> Option<(&[u8], Vec<&[u8]>)> {
     }
     fields.0.is_empty().then_some((name, queries))
 }
-
-#[cfg(test)]
-mod tests;

@@ -35,8 +35,6 @@ mod requests;
 mod status;
 mod streams;
 mod table;
-#[cfg(test)]
-mod tests;
 mod writes;
 
 use std::sync::Arc;
@@ -183,12 +181,12 @@ impl Connection {
     /// # Panics
     /// If none was lent, or it is another one.
     pub fn received_payload(&mut self, buffer: PayloadBuffer, bytes: usize) {
-        assert!(self.lent, "a buffer comes back that was not lent");
-        self.lent = false;
         self.stirred = true;
+        let lent = std::mem::take(&mut self.lent);
         if self.closed || self.ending.is_some() || self.broken.is_some() {
             return;
         }
+        assert!(lent, "a buffer comes back that was not lent");
         if let Phase::Transmission(transmission) = &mut self.phase {
             transmission.take_back(buffer, bytes, &mut self.output);
         }
@@ -300,6 +298,22 @@ impl Connection {
             buffered.requests = transmission.requests_under_way() + self.output.unsent_replies();
         }
         buffered
+    }
+
+    /// Bytes of memory that it has now besides itself, spare room included, and without what its driver was given.
+    #[must_use]
+    pub fn heap_bytes(&self) -> usize {
+        let transmission = match &self.phase {
+            Phase::Transmission(transmission) => transmission.heap_bytes(),
+            Phase::Handshake(_) => 0,
+        };
+        self.backlog.capacity() + self.output.heap_bytes() + transmission
+    }
+
+    /// What it shares with others.
+    #[must_use]
+    pub fn shared_bytes(&self) -> &SharedBytes {
+        &self.shared
     }
 
     /// Do whatever has become possible.

@@ -164,6 +164,12 @@ impl Output {
         self.line.is_empty() && self.behind.is_empty() && self.sending.is_none()
     }
 
+    /// Bytes that it has in memory, spare room included.
+    pub(super) fn heap_bytes(&self) -> usize {
+        let parts = self.line.iter().chain(&self.behind).map(|part| part.bytes.capacity()).sum::<usize>();
+        parts + (self.line.capacity() + self.behind.capacity()) * size_of::<Part>()
+    }
+
     /// Forget all of it; nothing leaves any more.
     pub(super) fn clear(&mut self) {
         self.line = VecDeque::new();

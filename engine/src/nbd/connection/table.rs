@@ -195,6 +195,15 @@ impl Transmission {
         self.receiving.used()
     }
 
+    /// Bytes that it has in memory, itself and spare room included, without the pieces of payloads.
+    pub(super) fn heap_bytes(&self) -> usize {
+        size_of::<Self>()
+            + self.requests.capacity() * size_of::<Request>()
+            + self.ios.capacity() * size_of::<Io>()
+            + self.issue.capacity() * size_of::<(IoId, IoKind)>()
+            + (self.line.capacity() + self.streams.capacity()) * size_of::<Key>()
+    }
+
     /// Put a request in the table.
     pub(super) fn begin(&mut self, cookie: u64, body: Body) -> Key {
         self.requests.insert(Request { cookie, body, in_flight: 0, failure: None })
@@ -228,7 +237,7 @@ impl Transmission {
     }
 
     fn take_io(&mut self, id: IoId) -> Io {
-        let index = (id.0 & u64::from(u32::MAX)) as usize;
+        let index = usize::try_from(id.0 & u64::from(u32::MAX)).expect("32 bits");
         let known = self.ios.get(index).is_some_and(|io| u64::from(io.serial) == id.0 >> 32);
         assert!(known, "{id:?} is not under way");
         let io = self.ios.remove(index);
