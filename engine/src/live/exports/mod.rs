@@ -39,6 +39,8 @@ use client::{Client, Effects};
 use table::Table;
 
 pub(super) use client::{ServedIo, Wanted};
+#[cfg(feature = "sim")]
+pub(super) use handles::NewExport;
 pub(super) use handles::{Backend, ExportCommand, ExportId, ServerId};
 pub use handles::{Export, ExportOptions, ExportSource, NbdListener, NbdOptions, NbdServer, Removal};
 
