@@ -264,7 +264,8 @@ impl<'a> Run<'a> {
             let stripe = &mut self.stripes[number];
             match place {
                 Some(client) => {
-                    if client.act(stripe, &mut self.rng, &mut self.seen)? == Still::Gone {
+                    let still = client.act(stripe, &mut self.rng, &mut self.seen)?;
+                    if still == Still::Gone {
                         *place = None;
                     }
                 }
@@ -324,7 +325,7 @@ impl<'a> Run<'a> {
         let unknown = |stripe: &Stripe| vec![Byte::Never; stripe.bytes.len()];
         let mut bytes: Vec<Byte> = self.stripes.iter().flat_map(unknown).collect();
         for (number, known) in &backup.quiet {
-            let start = self.stripes[*number].start as usize;
+            let start = usize::try_from(self.stripes[*number].start).unwrap();
             bytes[start..start + known.len()].copy_from_slice(known);
         }
         self.frozen = Some(Stripe { start: 0, bytes });
