@@ -137,6 +137,8 @@ pub enum Operation {
     ReadFleece,
     /// Taking a guest's request.
     Queue,
+    /// Serving a disk to clients.
+    Export,
 }
 
 impl Operation {
@@ -168,6 +170,7 @@ impl Operation {
             Self::WriteFleece => "keep old contents in the fleece file",
             Self::ReadFleece => "read old contents from the fleece file",
             Self::Queue => "take a request for",
+            Self::Export => "export",
             Self::ReadSnapshot => "read the snapshot of",
             Self::CopyBeforeWrite => "copy the old contents before a guest's write to",
         }

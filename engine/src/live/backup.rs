@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use super::ask::{Answer, ask, ask_with};
 use super::carrier::IoOutcome;
-use super::command::{Command, Inbox, NewFleece, NewJob};
+use super::command::{Command, NewFleece, NewJob};
 use super::controller::SweepDepth;
-use super::disk::{File, Io, LiveDisk};
+use super::disk::{File, Io, LiveDisk, LiveInbox};
 use super::jobs::JobId;
 use crate::copier::fleece::{MAX_SLOTS, MIN_SLOTS as MIN_FLEECE_SLOTS};
 use crate::copier::plan::{Limits, LivePlan, Plan, Side};
@@ -127,7 +127,7 @@ pub struct Backup {
 #[derive(Clone)]
 pub struct Snapshot {
     job: JobId,
-    inbox: Arc<Inbox<File>>,
+    inbox: Arc<LiveInbox>,
     length: Length,
 }
 
@@ -142,6 +142,11 @@ impl Snapshot {
     #[must_use]
     pub fn length(&self) -> Length {
         self.length
+    }
+
+    /// Whose t0 it shows.
+    pub(super) fn job(&self) -> JobId {
+        self.job
     }
 
     /// Read `length` bytes from `offset` on, as they were at t0.
@@ -198,7 +203,7 @@ pub(super) struct Starting {
 }
 
 impl Starting {
-    pub(super) fn started(self, number: JobId, inbox: Arc<Inbox<File>>) -> Backup {
+    pub(super) fn started(self, number: JobId, inbox: Arc<LiveInbox>) -> Backup {
         let snapshot = Snapshot { job: number, inbox, length: self.length };
         Backup { job: self.job, notices: self.notices, snapshot }
     }

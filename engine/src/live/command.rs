@@ -14,6 +14,7 @@ use super::ask::{Answer, Lost};
 use super::carrier::{IoOutcome, IoRequest};
 use super::controller::SweepDepth;
 use super::disk::DiskShared;
+use super::exports::ExportCommand;
 use super::jobs::JobId;
 use crate::copier::plan::{Plan, Side};
 use crate::error::Error;
@@ -73,7 +74,7 @@ pub(super) struct NewGroup<F> {
 }
 
 /// What the ring thread is asked for.
-pub(super) enum Command<F> {
+pub(super) enum Command<F, S> {
     /// A disk to carry.
     AddDisk {
         file: F,
@@ -93,6 +94,8 @@ pub(super) enum Command<F> {
     Snapshot { job: JobId, range: ByteRange, answer: Answer<IoOutcome> },
     /// Jobs to start.
     Start(NewGroup<F>),
+    /// Something about exports.
+    Exports(ExportCommand<S>),
     /// Nothing comes any more: the last handle of the engine is gone.
     Quit,
 }
@@ -128,18 +131,18 @@ pub(super) fn gone() -> Error {
 }
 
 /// See the module's header.
-pub(super) struct Inbox<F> {
-    commands: SegQueue<Command<F>>,
+pub(super) struct Inbox<F, S> {
+    commands: SegQueue<Command<F, S>>,
     closed: AtomicBool,
     waker: Arc<dyn Wake>,
 }
 
-impl<F> Inbox<F> {
+impl<F, S> Inbox<F, S> {
     pub(super) fn new(waker: Arc<dyn Wake>) -> Arc<Self> {
         Arc::new(Self { commands: SegQueue::new(), closed: AtomicBool::new(false), waker })
     }
 
-    pub(super) fn send(&self, command: Command<F>) {
+    pub(super) fn send(&self, command: Command<F, S>) {
         self.commands.push(command);
         // Either the ring thread, which closes first and empties then, sees the command, or this thread sees it closed.
         if self.closed.load(Ordering::SeqCst) {
@@ -149,7 +152,7 @@ impl<F> Inbox<F> {
         }
     }
 
-    pub(super) fn take(&self) -> Option<Command<F>> {
+    pub(super) fn take(&self) -> Option<Command<F, S>> {
         self.commands.pop()
     }
 

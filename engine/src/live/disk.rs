@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::future::Future;
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -63,9 +64,12 @@ impl DiskShared {
 /// The storages of an engine that is no simulation.
 pub(super) type File = Arc<dyn Storage>;
 
+/// Where commands for the ring thread of such an engine are left.
+pub(super) type LiveInbox = Inbox<File, OwnedFd>;
+
 pub(super) struct Inner {
     pub(super) shared: Arc<DiskShared>,
-    pub(super) inbox: Arc<Inbox<File>>,
+    pub(super) inbox: Arc<LiveInbox>,
     pub(super) source: OpenedSource,
     pub(super) writable: bool,
 }
@@ -100,6 +104,12 @@ impl LiveDisk {
     #[must_use]
     pub fn length(&self) -> Length {
         self.inner.shared.length
+    }
+
+    /// Whether it was opened so that the engine carries writes to it.
+    #[must_use]
+    pub fn is_writable(&self) -> bool {
+        self.inner.writable
     }
 
     /// Before a write of one's own to `range`: waits until its old contents are copied by every job that needs them, and returns the permit to
@@ -190,7 +200,7 @@ impl LiveDisk {
     /// # Errors
     /// As [`Self::write`].
     pub fn write_zeroes(&self, range: ByteRange, may_unmap: bool) -> Result<(), Error> {
-        self.submit(IoRequest::WriteZeroes { range, may_unmap }).wait().result.map(drop)
+        self.submit(IoRequest::WriteZeroes { range, may_unmap, only_fast: false }).wait().result.map(drop)
     }
 
     /// Any of the requests above as a future.

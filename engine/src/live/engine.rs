@@ -1,5 +1,6 @@
 //! An engine: a ring thread with its memory, and the handles to it.
 
+use std::os::fd::OwnedFd;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,8 +11,9 @@ use crossbeam::channel::{Sender, bounded};
 use super::DiskId;
 use super::ask::ask;
 use super::backup::{self, Backup, BackupOptions};
-use super::command::{Command, GroupFailure, Inbox, NewGroup};
-use super::disk::{DiskShared, File, Inner, LiveDisk};
+use super::command::{Command, GroupFailure, NewGroup};
+use super::disk::{DiskShared, File, Inner, LiveDisk, LiveInbox};
+use super::exports::{MAX_CLIENTS, MAX_SERVERS, NbdListener, NbdOptions, NbdServer, ServerId};
 use super::reactor::{CARRIER_BYTES, Reactor};
 use crate::copy::IoEngine;
 use crate::error::{Error, Operation, Refusal};
@@ -27,11 +29,13 @@ pub struct EngineOptions {
     /// Bytes of all buffers together, 16 MiB to 1 GiB: each disk that the engine carries takes 4 MiB of it, each job 5 MiB (with clusters of
     /// 64 KiB). What finds no room is refused when it is started.
     pub memory: u64,
+    /// Most clients of exports at a time, 0 to 1,000. Each takes a descriptor of the process: see [`RingConfig::descriptors`].
+    pub clients: usize,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { io_engine: IoEngine::Auto, memory: 32 << 20 }
+        Self { io_engine: IoEngine::Auto, memory: 32 << 20, clients: 0 }
     }
 }
 
@@ -45,9 +49,11 @@ pub struct DiskOptions {
 }
 
 struct Handle {
-    inbox: Arc<Inbox<File>>,
+    inbox: Arc<LiveInbox>,
     waker: Arc<dyn Wake>,
     next_disk: AtomicU64,
+    next_server: AtomicU64,
+    next_export: Arc<AtomicU64>,
     memory: u64,
 }
 
@@ -82,6 +88,11 @@ impl Engine {
             return Err(
                 refused(format!("{} bytes are out of range", options.memory)).advise("choose 16M to 1G")
             );
+        }
+        if options.clients > MAX_CLIENTS {
+            let reason = format!("{} are too many", options.clients);
+            return Err(Error::refused(Refusal::BadArgument, Operation::Parse, "clients", reason)
+                .advise(format!("choose up to {MAX_CLIENTS}")));
         }
         let options = options.clone();
         let (started, outcome) = bounded(1);
@@ -122,6 +133,16 @@ impl Engine {
         asked.wait()?;
         let inbox = Arc::clone(&self.handle.inbox);
         Ok(LiveDisk { inner: Arc::new(Inner { shared, inbox, source, writable: options.writable }) })
+    }
+
+    /// Serve disks and snapshots over NBD to those who come in by `listener`. There are none yet: see [`NbdServer::add_export`].
+    ///
+    /// # Errors
+    /// Refusals: options out of range, an engine that was started without places for clients.
+    pub fn start_nbd(&self, listener: NbdListener, options: NbdOptions) -> Result<NbdServer, Error> {
+        let server = ServerId(self.handle.next_server.fetch_add(1, Ordering::Relaxed));
+        let inbox = Arc::clone(&self.handle.inbox);
+        NbdServer::start(server, inbox, Arc::clone(&self.handle.next_export), listener, options)
     }
 
     /// Start a copy of `disk` as it is at one instant from now on.
@@ -185,7 +206,7 @@ fn carry(options: &EngineOptions, started: &Sender<Result<Engine, Error>>) {
         arena_bytes: bytes,
         capacity: RingConfig::MAX_CAPACITY.min(1024),
         threads: RingConfig::DEFAULT_THREADS,
-        sockets: 0,
+        sockets: if options.clients > 0 { options.clients + MAX_SERVERS } else { 0 },
     };
     let told = match select::open(options.io_engine, &config) {
         Ok(opened) => {
@@ -205,7 +226,7 @@ fn carry(options: &EngineOptions, started: &Sender<Result<Engine, Error>>) {
     }
 }
 
-fn carry_on<R: Ring<File = File>>(
+fn carry_on<R: Ring<File = File, Socket = OwnedFd>>(
     ring: R,
     options: &EngineOptions,
     notice: Option<Arc<str>>,
@@ -213,8 +234,14 @@ fn carry_on<R: Ring<File = File>>(
 ) {
     let waker = ring.waker();
     let mut reactor = Reactor::new(ring);
-    let handle =
-        Handle { inbox: reactor.inbox(), waker, next_disk: AtomicU64::new(0), memory: options.memory };
+    let handle = Handle {
+        inbox: reactor.inbox(),
+        waker,
+        next_disk: AtomicU64::new(0),
+        next_server: AtomicU64::new(0),
+        next_export: Arc::default(),
+        memory: options.memory,
+    };
     let engine = Engine { handle: Arc::new(handle), notice };
     if started.send(Ok(engine)).is_err() {
         tracing::debug!("nobody waits for the engine to start");

@@ -33,6 +33,7 @@
 //! | `reactor`, `starts` | The loop of the ring thread over many disks and jobs; the start of jobs. |
 //! | `controller` | How much of the sweep is in flight. |
 //! | `command`, `ask`, `memory` | What other threads ask for, how they get answers, who has which part of the arena. |
+//! | `exports` | Disks and snapshots served over NBD. |
 //! | `engine`, `disk`, `backup` | The handles. |
 //! | `latency` | What guests felt. |
 
@@ -44,8 +45,10 @@ mod command;
 mod controller;
 mod disk;
 mod engine;
+mod exports;
 mod gate;
 mod host;
+mod hosted;
 mod jobs;
 mod latency;
 mod memory;
@@ -69,6 +72,7 @@ pub use self::command::GroupFailure;
 pub use self::controller::SweepDepth;
 pub use self::disk::{BeginWrite, Io, LiveDisk, read};
 pub use self::engine::{DiskOptions, Engine, EngineOptions};
+pub use self::exports::{Export, ExportOptions, ExportSource, NbdListener, NbdOptions, NbdServer, Removal};
 pub use self::latency::Latencies;
 // Not for embedders: for the engine's own benches and model checks, which are crates of their own.
 #[doc(hidden)]

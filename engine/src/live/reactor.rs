@@ -21,13 +21,14 @@ use std::sync::Arc;
 use slab::Slab;
 
 use super::DiskId;
-use super::admission::Permit;
-use super::ask::Answer;
-use super::carrier::{Carrier, CarrierLimits, CarrierPlan, CopyWait, IoId, IoOutcome, IoRequest};
+use super::ask::{Answer, Lost};
+use super::carrier::{CarrierLimits, CopyWait, IoOutcome, IoRequest};
 use super::command::{Command, GroupFailure, Inbox, NewGroup};
 use super::controller::Controller;
 use super::disk::DiskShared;
+use super::exports::{Backend, Hub};
 use super::host::{Host, ask_job};
+use super::hosted::{HostedDisk, IoAsker};
 use super::jobs::{JobId, Watch};
 use super::memory::Memory;
 #[cfg(feature = "sim")]
@@ -48,40 +49,6 @@ pub(super) enum Asker {
     Carrier(CopyWait),
 }
 
-pub(super) struct Disk {
-    pub(super) shared: Arc<DiskShared>,
-    pub(super) side: Side,
-    carrier: Carrier<Permit>,
-    memory: BufferRange,
-    answers: BTreeMap<IoId, Answer<IoOutcome>>,
-    /// Requests for which the carrier has no room yet.
-    queue: VecDeque<(IoRequest, Answer<IoOutcome>, Timestamp)>,
-    next_io: u64,
-    /// Its last handle is gone: it goes when nothing is left to do.
-    closing: bool,
-}
-
-impl Disk {
-    /// Hand the carrier as many requests as it has room for; whether there were any.
-    fn feed(&mut self) -> bool {
-        let mut fed = false;
-        while self.carrier.has_room() {
-            let Some((request, answer, since)) = self.queue.pop_front() else { break };
-            let id = IoId(self.next_io);
-            self.next_io += 1;
-            self.answers.insert(id, answer);
-            self.carrier.submit(id, request, since);
-            fed = true;
-        }
-        fed
-    }
-
-    /// Whether nothing is left to do, discards that were put off included.
-    fn is_idle(&self) -> bool {
-        self.queue.is_empty() && self.carrier.is_idle() && self.carrier.deferred_bytes() == 0
-    }
-}
-
 pub(super) struct Job {
     pub(super) disk: DiskId,
     pub(super) runner: Runner,
@@ -94,7 +61,7 @@ pub(super) struct Job {
     pub(super) group: u64,
     pub(super) on_failure: GroupFailure,
     pub(super) asks: BTreeMap<CbwId, Asker>,
-    reads: BTreeMap<SnapshotId, Answer<IoOutcome>>,
+    reads: BTreeMap<SnapshotId, IoAsker>,
     pub(super) next_ask: u64,
     /// Operations on the ring.
     in_flight: usize,
@@ -103,9 +70,9 @@ pub(super) struct Job {
 /// See the module's header.
 pub(super) struct Reactor<R: Ring> {
     pub(super) ring: R,
-    inbox: Arc<Inbox<R::File>>,
+    inbox: Arc<Inbox<R::File, R::Socket>>,
     pub(super) memory: Memory,
-    pub(super) disks: BTreeMap<DiskId, Disk>,
+    pub(super) disks: BTreeMap<DiskId, HostedDisk>,
     /// Which of them is the first to act in the next turn.
     first_disk: DiskId,
     pub(super) jobs: Slab<Job>,
@@ -113,6 +80,7 @@ pub(super) struct Reactor<R: Ring> {
     pub(super) raised: Option<Raised>,
     pub(super) next_group: u64,
     pub(super) next_job: u64,
+    exports: Hub,
     completions: Vec<Completion>,
     ops: Vec<(Token, Op)>,
     quit: bool,
@@ -122,10 +90,6 @@ pub(super) struct Reactor<R: Ring> {
     #[cfg(feature = "sim")]
     pub(super) planted: Planted,
 }
-
-/// Most requests of a disk that wait for room in its carrier. Each has its own buffer, so this is a bound on memory for those who send
-/// without waiting.
-const MAX_QUEUED: usize = 16_384;
 
 /// Bytes of the arena that a carried disk gets.
 pub(super) const CARRIER_BYTES: u32 = 4 << 20;
@@ -150,6 +114,7 @@ impl<R: Ring> Reactor<R> {
             raised: None,
             next_group: 0,
             next_job: 0,
+            exports: Hub::default(),
             completions: Vec::new(),
             ops: Vec::new(),
             quit: false,
@@ -160,7 +125,7 @@ impl<R: Ring> Reactor<R> {
     }
 
     /// Where commands are left.
-    pub(super) fn inbox(&self) -> Arc<Inbox<R::File>> {
+    pub(super) fn inbox(&self) -> Arc<Inbox<R::File, R::Socket>> {
         Arc::clone(&self.inbox)
     }
 
@@ -195,11 +160,15 @@ impl<R: Ring> Reactor<R> {
         let now = self.ring.now();
         self.take_commands(now);
         self.advance_start(now);
+        self.serve(now);
         let mut more = self.poll_disks(now);
         more |= self.poll_jobs(now);
+        // What has just ended is told at once.
+        more |= self.serve(now);
+        more |= self.exports.has_news();
         self.conclude_jobs(now);
         more |= self.remove_closed_disks();
-        if self.quit && self.jobs.is_empty() && self.disks.is_empty() {
+        if self.quit && self.jobs.is_empty() && self.disks.is_empty() && self.exports.is_empty() {
             return None;
         }
         Some(if more { Wait::Poll } else { self.next_deadline(now).map_or(Wait::Forever, Wait::Until) })
@@ -221,7 +190,7 @@ impl<R: Ring> Reactor<R> {
         let jobs = self.jobs.iter().filter_map(|(_, job)| job.runner.copier.next_deadline(now));
         let disks = self.disks.values().filter_map(|disk| disk.carrier.next_deadline(now));
         let start = self.raised.as_ref().map(Raised::deadline);
-        jobs.chain(disks).chain(start).min()
+        jobs.chain(disks).chain(start).chain(self.exports.next_deadline()).min()
     }
 
     fn take_commands(&mut self, now: Timestamp) {
@@ -236,12 +205,17 @@ impl<R: Ring> Reactor<R> {
                         disk.closing = true;
                     }
                 }
-                Command::Io { disk, request, answer } => self.submit(disk, request, answer, now),
+                Command::Io { disk, request, answer } => {
+                    self.submit(disk, request, IoAsker::Caller(answer), now);
+                }
                 Command::Copy { job, clusters, answer } => {
                     self.copy_before_write(job, clusters, Asker::Guest(answer), now);
                 }
-                Command::Snapshot { job, range, answer } => self.read_snapshot(job, range, answer),
+                Command::Snapshot { job, range, answer } => {
+                    self.read_snapshot(job, range, IoAsker::Caller(answer));
+                }
                 Command::Start(group) => self.waiting.push_back(group),
+                Command::Exports(command) => self.exports.command(command, &mut self.ring),
                 Command::Quit => self.quit = true,
             }
         }
@@ -268,40 +242,19 @@ impl<R: Ring> Reactor<R> {
             }
         };
         let side = Side { file, name: shared.name(), direct_alignment };
-        let plan = CarrierPlan {
-            file: side.clone(),
-            length: shared.length(),
-            buffers: memory,
-            limits: self.carrier_limits,
-            #[cfg(feature = "sim")]
-            planted: None,
-        };
-        let disk = Disk {
-            side,
-            carrier: Carrier::new(plan),
-            memory,
-            answers: BTreeMap::new(),
-            queue: VecDeque::new(),
-            next_io: 0,
-            closing: false,
-            shared,
-        };
+        let disk = HostedDisk::new(side, shared, memory, self.carrier_limits);
         self.disks.insert(disk.shared.id(), disk);
         Ok(())
     }
 
-    fn submit(&mut self, disk: DiskId, request: IoRequest, answer: Answer<IoOutcome>, now: Timestamp) {
-        let Some(disk) = self.disks.get_mut(&disk) else { return drop(answer) };
-        if disk.queue.len() >= MAX_QUEUED {
-            let name = disk.shared.name().to_string();
-            let reason = format!("{MAX_QUEUED} requests are waiting already");
-            let error = Error::new(ErrorKind::Io(nix::errno::Errno::EAGAIN), Operation::Queue, name, reason)
-                .advise("send fewer requests at a time");
-            return answer.give(IoOutcome { result: Err(error) });
+    pub(super) fn submit(&mut self, id: DiskId, request: IoRequest, asker: IoAsker, now: Timestamp) {
+        let Some(disk) = self.disks.get_mut(&id) else {
+            return tell(asker, IoOutcome::lost(), &mut self.exports);
+        };
+        if let Err((asker, error)) = disk.submit(request, asker, now) {
+            return tell(asker, IoOutcome { result: Err(error) }, &mut self.exports);
         }
-        disk.queue.push_back((request, answer, now));
-        disk.feed();
-        let (id, together) = (disk.shared.id(), disk.carrier.requests_under_way());
+        let together = disk.carrier.requests_under_way();
         for (_, job) in &mut self.jobs {
             if job.disk == id {
                 job.controller.on_guest(now, together);
@@ -313,7 +266,31 @@ impl<R: Ring> Reactor<R> {
         ask_job(&mut self.jobs, job, clusters, asker, now);
     }
 
-    fn read_snapshot(&mut self, id: JobId, range: ByteRange, answer: Answer<IoOutcome>) {
+    /// Let clients of exports act, and hand their requests on; whether there were any.
+    fn serve(&mut self, now: Timestamp) -> bool {
+        let disks = &self.disks;
+        let file_of = |backend: Backend| match backend {
+            Backend::Disk(id) => disks.get(&id).map(|disk| disk.side.file),
+            Backend::Snapshot(_) => None,
+        };
+        self.exports.turn(now, &mut self.ring, file_of);
+        let wanted = self.exports.take_wanted();
+        let any = !wanted.is_empty();
+        for wanted in wanted {
+            let asker = IoAsker::Client(wanted.io);
+            match (wanted.backend, wanted.request) {
+                (Backend::Disk(id), request) => self.submit(id, request, asker, now),
+                (Backend::Snapshot(job), IoRequest::Read { range, .. }) => {
+                    self.read_snapshot(job, range, asker);
+                }
+                // Nothing is ever changed that would have to be brought to stable storage.
+                (Backend::Snapshot(_), _) => tell(asker, IoOutcome::nothing(), &mut self.exports),
+            }
+        }
+        any
+    }
+
+    fn read_snapshot(&mut self, id: JobId, range: ByteRange, asker: IoAsker) {
         let Some(job) = self.jobs.iter_mut().map(|(_, job)| job).find(|job| job.watch.id() == id) else {
             let error = Error::new(
                 ErrorKind::Io(nix::errno::Errno::ESTALE),
@@ -321,11 +298,11 @@ impl<R: Ring> Reactor<R> {
                 "the disk",
                 "the job has ended, and with it the snapshot",
             );
-            return answer.give(IoOutcome { result: Err(error.at(range)) });
+            return tell(asker, IoOutcome { result: Err(error.at(range)) }, &mut self.exports);
         };
         let read = SnapshotId(job.next_ask);
         job.next_ask += 1;
-        job.reads.insert(read, answer);
+        job.reads.insert(read, asker);
         job.runner.copier.read_snapshot(read, range);
     }
 
@@ -359,9 +336,8 @@ impl<R: Ring> Reactor<R> {
             for (token, op) in self.ops.drain(..) {
                 self.ring.push(token_of(Owner::Disk(id), token), op);
             }
-            for (id, outcome) in disk.carrier.take_outcomes() {
-                let answer = disk.answers.remove(&id).expect("every request has its answer");
-                answer.give(outcome);
+            for (asker, outcome) in disk.take_outcomes() {
+                tell(asker, outcome, &mut self.exports);
             }
             more |= disk.feed();
         }
@@ -398,7 +374,8 @@ impl<R: Ring> Reactor<R> {
                 }
             }
             for (id, result) in job.runner.copier.take_snapshot_outcomes() {
-                job.reads.remove(&id).expect("every read has its answer").give(IoOutcome { result });
+                let asker = job.reads.remove(&id).expect("every read has its asker");
+                tell(asker, IoOutcome { result }, &mut self.exports);
             }
             for (id, outcome) in job.runner.copier.take_cbw_outcomes() {
                 match job.asks.remove(&id).expect("every request has its asker") {
@@ -473,6 +450,8 @@ impl<R: Ring> Reactor<R> {
                 self.jobs[index].in_flight -= 1;
                 self.jobs[index].runner.on_completion(completion, self.ring.arena(), now);
             }
+            Owner::Listener(index) => self.exports.on_accepted(index, completion, now, &mut self.ring),
+            Owner::Client(index) => self.exports.on_completion(index, completion, &mut self.ring),
         }
     }
 
@@ -522,8 +501,7 @@ impl<R: Ring> Reactor<R> {
                 disk.shared.jobs().detach(job.watch.id());
             }
             disk.shared.gate().poison();
-            disk.answers.clear();
-            disk.queue.clear();
+            disk.drop_requests();
         }
         // Only now: one whose request is dropped looks again, and must find no job any more.
         self.inbox.close();
@@ -540,6 +518,14 @@ impl<R: Ring> Reactor<R> {
                 }
             });
         }
+    }
+}
+
+/// Tell whoever waits for a request how it ended.
+fn tell(asker: IoAsker, outcome: IoOutcome, exports: &mut Hub) {
+    match asker {
+        IoAsker::Caller(answer) => answer.give(outcome),
+        IoAsker::Client(io) => exports.on_outcome(io, outcome),
     }
 }
 

@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use super::DiskId;
 use super::admission::{Attempt, attempt_unnested};
-use super::ask::{Asked, ask};
+use super::ask::{Answer, Asked, ask};
 use super::carrier::{CarrierLimits, IoOutcome, IoRequest};
 use super::command::{Command, GroupFailure, NewFleece, NewGroup, NewJob};
 use super::controller::SweepDepth;
 use super::disk::DiskShared;
+use super::exports::{Backend, ExportCommand, ExportId, NbdOptions, NewExport, Removal, ServerId};
 use super::jobs::JobId;
 use super::reactor::{CARRIER_BYTES, Reactor};
 use crate::copier::plan::{Plan, PlantedBug, Side};
@@ -21,7 +22,7 @@ use crate::interval_set::IntervalSet;
 use crate::job::handle::Shared;
 use crate::job::runner::empty_progress;
 use crate::job::{JobHandle, Lifecycle};
-use crate::ring::sim::SimRing;
+use crate::ring::sim::{SimRing, SimSocket};
 use crate::ring::{BufferRange, FileId, Ring, Wait};
 use crate::units::{ByteRange, ClusterRange, Geometry, Length, Timestamp};
 
@@ -71,6 +72,14 @@ pub struct SimFleece {
     pub slots: u32,
 }
 
+/// A server of a [`SimEngine`].
+#[derive(Clone, Copy, Debug)]
+pub struct SimServer(ServerId);
+
+/// An export of a [`SimEngine`].
+#[derive(Clone, Copy, Debug)]
+pub struct SimExport(ExportId);
+
 /// Something asked for, whose answer comes in a later turn.
 pub struct Pending<T>(Asked<T>);
 
@@ -115,7 +124,7 @@ impl SimEngine {
         self.reactor.as_ref().expect("it has not died")
     }
 
-    fn send(&self, command: Command<usize>) {
+    fn send(&self, command: Command<usize, SimSocket>) {
         self.reactor().inbox().send(command);
     }
 
@@ -223,6 +232,71 @@ impl SimEngine {
     /// The last handle of the engine is gone.
     pub fn quit(&self) {
         self.send(Command::Quit);
+    }
+
+    /// Serve those who come in by `listener`.
+    pub fn listen(
+        &mut self,
+        listener: SimSocket,
+        options: NbdOptions,
+    ) -> (SimServer, Pending<Result<(), Error>>) {
+        let server = ServerId(self.next_name());
+        let ask = |answer| ExportCommand::Listen { server, socket: listener, options, answer };
+        (SimServer(server), self.ask_exports(ask))
+    }
+
+    /// Serve a disk, or, given a job, that disk as it was at its t0.
+    pub fn export(
+        &mut self,
+        server: SimServer,
+        name: &str,
+        disk: &SimDisk,
+        snapshot: Option<JobId>,
+        on_gone: Box<dyn FnOnce() + Send>,
+    ) -> (SimExport, Pending<Result<(), Error>>) {
+        let id = ExportId(self.next_name());
+        let export = NewExport {
+            id,
+            name: name.to_owned(),
+            description: String::new(),
+            length: disk.0.length(),
+            writable: snapshot.is_none(),
+            backend: snapshot.map_or(Backend::Disk(disk.0.id()), Backend::Snapshot),
+            hold: None,
+            on_gone: Some(on_gone),
+        };
+        let ask = |answer| ExportCommand::Add { server: server.0, export, answer };
+        (SimExport(id), self.ask_exports(ask))
+    }
+
+    /// Serve it no more.
+    pub fn remove_export(&mut self, export: SimExport, removal: Removal) -> Pending<Result<(), Error>> {
+        self.ask_exports(|answer| ExportCommand::Remove { export: export.0, removal, answer })
+    }
+
+    /// Stop a server with all its exports.
+    pub fn stop_server(&mut self, server: SimServer) -> Pending<Result<(), Error>> {
+        self.ask_exports(|answer| ExportCommand::Stop { server: server.0, answer })
+    }
+
+    fn next_name(&mut self) -> u64 {
+        self.next_disk += 1;
+        self.next_disk
+    }
+
+    fn ask_exports(
+        &self,
+        command: impl FnOnce(Answer<Result<(), Error>>) -> ExportCommand<SimSocket>,
+    ) -> Pending<Result<(), Error>> {
+        let (answer, asked) = ask();
+        self.send(Command::Exports(command(answer)));
+        Pending(asked)
+    }
+
+    /// Sockets that the ring has.
+    #[must_use]
+    pub fn sockets(&self) -> usize {
+        self.reactor().ring().sockets()
     }
 
     /// The jobs under way.

@@ -65,6 +65,7 @@ impl Scenario {
             drop_cache: 0,
             publish: 0,
             unsupported: if rng.bool() { rng.u16(0..200) } else { 0 },
+            ..Rates::default()
         };
         let at_a_time = rng.usize(1..12);
         Self {
@@ -243,7 +244,9 @@ impl Run {
             }
             8..12 => (Kind::Read, IoRequest::Read { range, buffer: vec![0xEE; bytes] }),
             12..15 => (Kind::Discard, IoRequest::Discard { range }),
-            15..18 => (Kind::Write, IoRequest::WriteZeroes { range, may_unmap: self.rng.bool() }),
+            15..18 => {
+                (Kind::Write, IoRequest::WriteZeroes { range, may_unmap: self.rng.bool(), only_fast: false })
+            }
             18 => (Kind::Flush, IoRequest::Flush),
             _ => {
                 let range = ByteRange::new(range.offset, self.scenario.length + 1 - range.offset);

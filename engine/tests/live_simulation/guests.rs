@@ -209,7 +209,9 @@ impl Guests {
             0..9 => (Kind::Write, IoRequest::Write { offset: range.offset, data: data(id, range) }),
             9..13 => (Kind::Read, IoRequest::Read { range, buffer: vec![0xEE; bytes] }),
             13..16 => (Kind::Discard, IoRequest::Discard { range }),
-            16..19 => (Kind::Write, IoRequest::WriteZeroes { range, may_unmap: self.rng.bool() }),
+            16..19 => {
+                (Kind::Write, IoRequest::WriteZeroes { range, may_unmap: self.rng.bool(), only_fast: false })
+            }
             _ => (Kind::Flush, IoRequest::Flush),
         };
         match (kind, &request) {

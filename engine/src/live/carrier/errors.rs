@@ -42,6 +42,14 @@ impl<P> Carrier<P> {
         if operation == Operation::Flush { error } else { error.at(request.range) }
     }
 
+    /// Zeros would have to be written, and the guest does not want that.
+    pub(super) fn not_fast(&self, key: Key) -> Error {
+        let reason = "the disk makes no zeros faster than by writing them";
+        let kind = ErrorKind::Io(Errno::EOPNOTSUPP);
+        let range = self.requests[key].range;
+        Error::new(kind, Operation::WriteZeroes, &*self.plan.file.name, reason).at(range)
+    }
+
     /// A window failed.
     pub(super) fn error_of(&self, failure: Failure) -> Error {
         let Failure { operation, range, fault } = failure;

@@ -75,6 +75,7 @@ enum Body {
     Discard,
     Zeroes {
         may_unmap: bool,
+        only_fast: bool,
     },
     /// A piece of the discards that were put off. No guest waits for it.
     Deferred,
@@ -261,7 +262,9 @@ impl<P> Carrier<P> {
             }
             IoRequest::Flush => (Body::Flush, ByteRange::new(0, 0)),
             IoRequest::Discard { range } => (Body::Discard, range),
-            IoRequest::WriteZeroes { range, may_unmap } => (Body::Zeroes { may_unmap }, range),
+            IoRequest::WriteZeroes { range, may_unmap, only_fast } => {
+                (Body::Zeroes { may_unmap, only_fast }, range)
+            }
         };
         let refusal =
             self.dead.clone().or_else(|| (!self.cutter.holds(range)).then(|| self.beyond(&body, range)));

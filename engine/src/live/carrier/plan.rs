@@ -42,6 +42,8 @@ pub enum IoRequest {
         range: ByteRange,
         /// Whether its space may be given back.
         may_unmap: bool,
+        /// Fail with `EOPNOTSUPP`, changing nothing more, where it would take to write zeros.
+        only_fast: bool,
     },
 }
 
@@ -50,6 +52,13 @@ pub enum IoRequest {
 pub struct IoOutcome {
     /// The request's buffer: filled for a read, as given for a write, empty for the others.
     pub result: Result<Vec<u8>, Error>,
+}
+
+impl IoOutcome {
+    /// Nothing had to be done.
+    pub(in crate::live) fn nothing() -> Self {
+        Self { result: Ok(Vec::new()) }
+    }
 }
 
 /// Names one copy-before-write that was asked for, until it is answered by [`super::Carrier::copied`].

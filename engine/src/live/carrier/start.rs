@@ -60,6 +60,13 @@ impl<P> Carrier<P> {
             self.start_discard(key, host);
             return Turn::Next;
         }
+        if let Body::Zeroes { may_unmap, only_fast: true } = self.requests[key].body
+            && self.zero_method(may_unmap).is_none()
+        {
+            let error = self.not_fast(key);
+            self.finish(key, Err(error));
+            return Turn::Next;
+        }
         let (lock, window) = match self.requests[key].claimed.take() {
             Some((lock, window)) => (Some(lock), window),
             None => (None, self.cut(&self.requests[key], host)),
@@ -88,9 +95,11 @@ impl<P> Carrier<P> {
             Body::Write(_) => self.cutter.data(Act::Write, rest),
             Body::Flush => Window::FLUSH,
             Body::Discard | Body::Deferred => unreachable!("discards are cut where they are started"),
-            Body::Zeroes { may_unmap } => self.cutter.zeroes(rest, self.zero_method(may_unmap), |range| {
-                !request.narrow && host.discards(range).now == Some(range)
-            }),
+            Body::Zeroes { may_unmap, .. } => {
+                self.cutter.zeroes(rest, self.zero_method(may_unmap), |range| {
+                    !request.narrow && host.discards(range).now == Some(range)
+                })
+            }
         }
     }
 

@@ -304,7 +304,7 @@ fn who_finds_no_buffer_holds_no_permit_and_is_not_overtaken() {
 fn zeros_step_down_to_data() {
     let mut rig = Rig::new(Some(512));
     let range = ByteRange::new(512, 16384);
-    rig.submit(1, IoRequest::WriteZeroes { range, may_unmap: true });
+    rig.submit(1, IoRequest::WriteZeroes { range, may_unmap: true, only_fast: false });
     assert_eq!(shape(&rig.ops[0].1), ("unmap", 512, 16384), "wide, since all is copied");
     rig.fail(Errno::EINTR);
     assert_eq!(shape(&rig.ops[0].1), ("unmap", 512, 16384));
@@ -316,7 +316,10 @@ fn zeros_step_down_to_data() {
     assert!(rig.arena.slice(buffer).iter().all(|&byte| byte == 0));
     assert_eq!(shape(&rig.succeed()), ("write", 8704, 8192));
     assert!(rig.outcome(1).unwrap().is_empty());
-    rig.submit(2, IoRequest::WriteZeroes { range: ByteRange::new(0, 512), may_unmap: true });
+    rig.submit(
+        2,
+        IoRequest::WriteZeroes { range: ByteRange::new(0, 512), may_unmap: true, only_fast: false },
+    );
     assert_eq!(shape(&rig.succeed()), ("write", 0, 512), "it is remembered");
 }
 
@@ -324,7 +327,10 @@ fn zeros_step_down_to_data() {
 fn a_job_that_starts_meanwhile_makes_windows_small_again() {
     let mut rig = Rig::new(Some(512));
     rig.write(1, 100, &[1; 100]);
-    rig.submit(2, IoRequest::WriteZeroes { range: ByteRange::new(0, 32768), may_unmap: true });
+    rig.submit(
+        2,
+        IoRequest::WriteZeroes { range: ByteRange::new(0, 32768), may_unmap: true, only_fast: false },
+    );
     rig.host.to_copy = Some(ClusterRange::new(0, 1));
     rig.succeed();
     rig.succeed();
@@ -444,7 +450,10 @@ fn no_bytes_are_no_work_and_bytes_beyond_the_end_are_refused() {
     let error = rig.write(3, LENGTH, &[0]).outcome(3).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoSpace);
     let range = ByteRange::new(u64::MAX - 1, u64::MAX);
-    let error = rig.submit(4, IoRequest::WriteZeroes { range, may_unmap: true }).outcome(4).unwrap_err();
+    let error = rig
+        .submit(4, IoRequest::WriteZeroes { range, may_unmap: true, only_fast: false })
+        .outcome(4)
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoSpace);
     assert_eq!(
         error.to_string(),
@@ -479,8 +488,11 @@ fn errors_name_what_was_done_where_and_why() {
         rig.outcome(4).unwrap_err().to_string(),
         "cannot read disk.img, bytes 0..10: the disk has become shorter since it was opened"
     );
-    rig.submit(5, IoRequest::WriteZeroes { range: ByteRange::new(0, 512), may_unmap: false })
-        .fail(Errno::EIO);
+    rig.submit(
+        5,
+        IoRequest::WriteZeroes { range: ByteRange::new(0, 512), may_unmap: false, only_fast: false },
+    )
+    .fail(Errno::EIO);
     let text = rig.outcome(5).unwrap_err().to_string();
     assert!(text.starts_with("cannot write zeroes to disk.img, bytes 0..512: I/O error"), "{text}");
     assert!(rig.permits().is_empty() && rig.carrier.is_idle());

@@ -207,8 +207,9 @@ impl SimRing {
                     Err(Errno::ECONNRESET) if slot.moved > 0 => Ok(slot.moved),
                     Err(errno) => Err(errno),
                 }
-                .map(|moved| {
-                    Output::Received { buffer: std::mem::take(buffer), bytes: u32::try_from(moved).expect("bounded") }
+                .map(|moved| Output::Received {
+                    buffer: std::mem::take(buffer),
+                    bytes: u32::try_from(moved).expect("bounded"),
                 })
             }
             Op::Send { parts, skip, .. } => {
@@ -347,8 +348,7 @@ mod tests {
             let run = echo(seed, Rates { passing: 5, reset: 5, ..Rates::default() });
             seen.extend(run.results.iter().filter_map(|result| result.err()));
         }
-        let wanted =
-            [Errno::EINTR, Errno::EAGAIN, Errno::ECONNRESET, Errno::ETIMEDOUT, Errno::EHOSTUNREACH];
+        let wanted = [Errno::EINTR, Errno::EAGAIN, Errno::ECONNRESET, Errno::ETIMEDOUT, Errno::EHOSTUNREACH];
         assert!(wanted.iter().all(|errno| seen.contains(errno)), "{seen:?}");
     }
 
@@ -372,7 +372,9 @@ mod tests {
             completions.remove(0).result
         };
         assert_eq!(run(&mut ring, Op::Accept { listener }), Err(Errno::EMFILE));
-        let Ok(Output::Accepted(socket)) = run(&mut ring, Op::Accept { listener }) else { panic!("an accept") };
+        let Ok(Output::Accepted(socket)) = run(&mut ring, Op::Accept { listener }) else {
+            panic!("an accept")
+        };
         assert_eq!(ring.sockets(), 2);
         // It fails although nothing has come: a network that is down makes itself felt at any time.
         let receive = Op::Receive { socket, buffer: vec![0; 10], filled: 0, whole: false };

@@ -1,0 +1,372 @@
+//! A client of a server: its connection, its socket, and what is in flight for the two.
+//!
+//! # Model
+//! The protocol is in [`Connection`], which knows of no socket and no disk. This is its driver: it turns what the connection wants into
+//! operations on the socket and requests to a disk, and their ends into calls of the connection. One receive and one send are in flight at
+//! most, and any number of requests, which the connection bounds.
+//!
+//! A client whose connection is over stays until all of its requests and operations have ended, so what it asked of a disk finds it.
+
+use slab::Slab;
+
+use super::handles::{Backend, ExportId};
+use super::table::Table;
+use crate::live::carrier::{IoOutcome, IoRequest};
+use crate::nbd::connection::{
+    Action, CloseReason, Connection, IoId, IoKind, Outcome, PayloadBuffer, Receive, StatusExtent,
+};
+use crate::nbd::wire::WireError;
+use crate::ring::{Completion, Extent, ExtentQuery, FileId, Op, Output, SocketId, Token};
+use crate::units::{ByteRange, Timestamp};
+
+/// Tokens of its operations: these two, and the queries from there on.
+const RECEIVE: Token = Token(0);
+const SEND: Token = Token(1);
+const FIRST_QUERY: u64 = 2;
+
+/// A request that a client has under way on a disk or a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::live) struct ServedIo {
+    /// Its place in the table of clients.
+    pub(super) client: usize,
+    io: IoId,
+    then: Then,
+}
+
+/// What follows when a request has succeeded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Then {
+    /// Its data is the answer.
+    Data,
+    /// It is done.
+    Done,
+    /// It has to reach stable storage first.
+    Flush,
+}
+
+/// Something to ask a disk or a snapshot for.
+#[derive(Debug)]
+pub(in crate::live) struct Wanted {
+    pub(in crate::live) backend: Backend,
+    pub(in crate::live) request: IoRequest,
+    pub(in crate::live) io: ServedIo,
+}
+
+/// Where the data of an export is, as its clients see it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Attached {
+    pub(super) export: ExportId,
+    backend: Backend,
+}
+
+/// A question for the ranges of a disk.
+#[derive(Debug)]
+struct Query {
+    io: IoId,
+    range: ByteRange,
+    limit: usize,
+    /// It was pushed.
+    asked: bool,
+}
+
+/// What is received at the moment, if anything.
+#[derive(Debug)]
+enum Receiving {
+    Nothing,
+    Requests,
+    Payload { filled: usize },
+}
+
+/// See the module's header.
+pub(super) struct Client {
+    pub(super) server: usize,
+    pub(super) socket: SocketId,
+    pub(super) attached: Option<Attached>,
+    /// When it is given up, if it has not got on by then.
+    pub(super) deadline: Option<Timestamp>,
+    index: usize,
+    connection: Connection,
+    receiving: Receiving,
+    /// Sent so far of what is being sent.
+    sent: Option<usize>,
+    /// The buffer of the last receive of requests.
+    buffer: Vec<u8>,
+    queries: Slab<Query>,
+    draining: bool,
+    closed: bool,
+}
+
+/// What a client leads to, besides requests.
+pub(super) struct Effects<'a> {
+    pub(super) ops: &'a mut Vec<(Token, Op)>,
+    pub(super) wanted: &'a mut Vec<Wanted>,
+    /// Sockets to shut down.
+    pub(super) shut: &'a mut Vec<SocketId>,
+}
+
+impl Client {
+    pub(super) fn new(index: usize, server: usize, socket: SocketId, connection: Connection) -> Self {
+        Self {
+            server,
+            socket,
+            attached: None,
+            deadline: None,
+            index,
+            connection,
+            receiving: Receiving::Nothing,
+            sent: None,
+            buffer: Vec::new(),
+            queries: Slab::new(),
+            draining: false,
+            closed: false,
+        }
+    }
+
+    /// Whether nothing of it is left to do or in flight.
+    pub(super) fn is_over(&self) -> bool {
+        self.closed
+            && self.connection.is_finished()
+            && matches!(self.receiving, Receiving::Nothing)
+            && self.sent.is_none()
+            && self.queries.is_empty()
+    }
+
+    /// Whether it has not chosen an export yet.
+    pub(super) fn is_new(&self) -> bool {
+        !self.closed && self.attached.is_none()
+    }
+
+    /// Take no more requests of it; it is closed when those under way are answered.
+    /// `false`: it was told before.
+    pub(super) fn drain(&mut self) -> bool {
+        let first = !std::mem::replace(&mut self.draining, true) && !self.closed;
+        if first {
+            self.connection.drain();
+        }
+        first
+    }
+
+    /// It had its time.
+    pub(super) fn give_up(&mut self) {
+        self.connection.lost();
+    }
+
+    /// Do what can be done.
+    pub(super) fn poll(&mut self, exports: &mut Table, effects: &mut Effects<'_>) {
+        while let Some(action) = self.connection.poll(exports) {
+            match action {
+                Action::Attach(export) => {
+                    let (export, backend) = exports.attach(export.name());
+                    self.attached = Some(Attached { export, backend });
+                }
+                Action::Io { id, kind } => self.start(id, kind, effects),
+                Action::Send(parts) => {
+                    self.sent = Some(0);
+                    effects.ops.push((SEND, Op::Send { socket: self.socket, parts, skip: 0 }));
+                }
+                Action::Close(reason) => {
+                    self.closed = true;
+                    effects.shut.push(self.socket);
+                    log_end(reason);
+                }
+            }
+        }
+        self.receive(effects);
+    }
+
+    fn receive(&mut self, effects: &mut Effects<'_>) {
+        if self.closed || !matches!(self.receiving, Receiving::Nothing) {
+            return;
+        }
+        let socket = self.socket;
+        match self.connection.wants() {
+            None => {}
+            Some(Receive::Any { most }) => {
+                let mut buffer = std::mem::take(&mut self.buffer);
+                buffer.resize(most, 0);
+                self.receiving = Receiving::Requests;
+                effects.ops.push((RECEIVE, Op::Receive { socket, buffer, filled: 0, whole: false }));
+            }
+            Some(Receive::Payload { .. }) => {
+                let PayloadBuffer { buffer, filled } = self.connection.lend_payload();
+                self.receiving = Receiving::Payload { filled };
+                effects.ops.push((RECEIVE, Op::Receive { socket, buffer, filled, whole: true }));
+            }
+        }
+    }
+
+    /// Ask for what an I/O needs.
+    fn start(&mut self, io: IoId, kind: IoKind, effects: &mut Effects<'_>) {
+        let backend = self.attached.expect("an export is chosen before anything is asked of it").backend;
+        let after = |fua: bool| if fua { Then::Flush } else { Then::Done };
+        let (request, then) = match kind {
+            IoKind::Read { range } => (crate::live::read(range.offset, length_of(range)), Then::Data),
+            IoKind::Write { offset, data, fua } => (IoRequest::Write { offset, data }, after(fua)),
+            IoKind::Flush => (IoRequest::Flush, Then::Done),
+            IoKind::Discard { range, fua } => (IoRequest::Discard { range }, after(fua)),
+            IoKind::WriteZeroes { range, no_hole, fast, fua } => {
+                (IoRequest::WriteZeroes { range, may_unmap: !no_hole, only_fast: fast }, after(fua))
+            }
+            IoKind::Cache { .. } => return self.connection.answered(io, Outcome::Done),
+            IoKind::BlockStatus { range, contexts, extents } => {
+                assert_eq!(contexts.len(), 1, "base:allocation is all that is offered");
+                return self.query(io, backend, range, extents);
+            }
+        };
+        effects.wanted.push(Wanted { backend, request, io: ServedIo { client: self.index, io, then } });
+    }
+
+    fn query(&mut self, io: IoId, backend: Backend, range: ByteRange, limit: usize) {
+        match backend {
+            Backend::Disk(_) => {
+                self.queries.insert(Query { io, range, limit, asked: false });
+            }
+            // What is a hole of the disk by now need not have been one at t0.
+            Backend::Snapshot(_) => self.connection.answered(io, all_data(range)),
+        }
+    }
+
+    /// Whether `token` is that of a question.
+    pub(super) fn is_query(token: Token) -> bool {
+        token.0 >= FIRST_QUERY
+    }
+
+    /// Whether it has questions that were not pushed yet.
+    pub(super) fn has_queries(&self) -> bool {
+        self.queries.iter().any(|(_, query)| !query.asked)
+    }
+
+    /// Push up to `room` questions, given where disks are on the ring.
+    pub(super) fn ask(
+        &mut self,
+        room: usize,
+        file_of: impl Fn(Backend) -> Option<FileId>,
+        ops: &mut Vec<(Token, Op)>,
+    ) -> usize {
+        let backend = self.attached.map(|attached| attached.backend);
+        let Some(file) = backend.and_then(file_of) else { return 0 };
+        let waiting = self.queries.iter_mut().filter(|(_, query)| !query.asked);
+        let mut asked = 0;
+        for (index, query) in waiting.take(room) {
+            query.asked = true;
+            asked += 1;
+            let (range, limit) = (query.range, query.limit);
+            let op = Op::Extents { file, range, query: ExtentQuery::Data, limit };
+            ops.push((Token(FIRST_QUERY + index as u64), op));
+        }
+        asked
+    }
+
+    /// A request on a disk or a snapshot has ended. Gives what has to follow before its client is told.
+    pub(super) fn on_outcome(&mut self, io: ServedIo, outcome: IoOutcome) -> Option<Wanted> {
+        let outcome = match (outcome.result, io.then) {
+            (Err(error), _) => {
+                tracing::warn!(%error, "a client's request failed");
+                Outcome::Failed(WireError::from(&error))
+            }
+            (Ok(data), Then::Data) => Outcome::Data(data),
+            (Ok(_), Then::Done) => Outcome::Done,
+            (Ok(_), Then::Flush) => {
+                let backend = self.attached.expect("it has asked for something").backend;
+                let io = ServedIo { then: Then::Done, ..io };
+                return Some(Wanted { backend, request: IoRequest::Flush, io });
+            }
+        };
+        self.connection.answered(io.io, outcome);
+        None
+    }
+
+    /// An operation of it has completed. Gives one that has to follow.
+    pub(super) fn on_completion(&mut self, completion: Completion) -> Option<(Token, Op)> {
+        match completion.token {
+            RECEIVE => self.on_received(completion),
+            SEND => return self.on_sent(completion),
+            Token(number) => {
+                let index = usize::try_from(number - FIRST_QUERY).expect("our own token");
+                let query = self.queries.remove(index);
+                let outcome = match completion.result {
+                    Ok(Output::Extents(extents)) => status_of(&extents, query.range),
+                    Ok(other) => unreachable!("a question for extents gave {other:?}"),
+                    Err(errno) => {
+                        tracing::warn!(%errno, "cannot ask a disk for its holes");
+                        all_data(query.range)
+                    }
+                };
+                self.connection.answered(query.io, outcome);
+            }
+        }
+        None
+    }
+
+    fn on_received(&mut self, completion: Completion) {
+        let receiving = std::mem::replace(&mut self.receiving, Receiving::Nothing);
+        match completion.result {
+            Ok(Output::Received { bytes: 0, .. }) => self.connection.end_of_stream(),
+            Ok(Output::Received { buffer, bytes }) => match receiving {
+                Receiving::Nothing => unreachable!("nothing was being received"),
+                Receiving::Requests => {
+                    self.connection.received(&buffer[..bytes as usize]);
+                    self.buffer = buffer;
+                }
+                Receiving::Payload { filled } => {
+                    self.connection.received_payload(PayloadBuffer { buffer, filled }, bytes as usize);
+                }
+            },
+            Ok(other) => unreachable!("a receive gave {other:?}"),
+            Err(errno) => {
+                tracing::debug!(%errno, "a client was lost while receiving");
+                self.connection.lost();
+            }
+        }
+    }
+
+    fn on_sent(&mut self, completion: Completion) -> Option<(Token, Op)> {
+        let before = self.sent.take().expect("it was sending");
+        match completion.result {
+            Ok(Output::Sent { parts, bytes }) => {
+                let skip = before + bytes as usize;
+                if skip < parts.iter().map(Vec::len).sum() {
+                    self.sent = Some(skip);
+                    return Some((SEND, Op::Send { socket: self.socket, parts, skip }));
+                }
+                drop(parts);
+                self.connection.sent();
+            }
+            Ok(other) => unreachable!("a send gave {other:?}"),
+            Err(errno) => {
+                tracing::debug!(%errno, "a client was lost while sending");
+                self.connection.lost();
+            }
+        }
+        None
+    }
+}
+
+fn length_of(range: ByteRange) -> usize {
+    usize::try_from(range.length).expect("a piece")
+}
+
+fn all_data(range: ByteRange) -> Outcome {
+    Outcome::Extents(vec![vec![StatusExtent { length: range.length, flags: 0 }]])
+}
+
+/// What a disk says of its ranges as `base:allocation` has it.
+fn status_of(extents: &[Extent], range: ByteRange) -> Outcome {
+    if extents.is_empty() {
+        return all_data(range);
+    }
+    let flags = |present: bool| if present { 0 } else { StatusExtent::HOLE | StatusExtent::ZERO };
+    let list = extents
+        .iter()
+        .map(|extent| StatusExtent { length: extent.range.length, flags: flags(extent.present) });
+    Outcome::Extents(vec![list.collect()])
+}
+
+fn log_end(reason: CloseReason) {
+    match reason {
+        CloseReason::Disconnected | CloseReason::EndOfStream | CloseReason::Drained => {
+            tracing::debug!(%reason, "a client has left");
+        }
+        _ => tracing::info!(%reason, "a client was closed"),
+    }
+}

@@ -1,0 +1,130 @@
+//! A disk as the ring thread has it: its carrier, and who waits for what of it.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::admission::Permit;
+use super::ask::Answer;
+use super::carrier::{Carrier, CarrierLimits, CarrierPlan, IoId, IoOutcome, IoRequest};
+use super::disk::DiskShared;
+use super::exports::ServedIo;
+use crate::copier::plan::Side;
+use crate::error::{Error, ErrorKind, Operation};
+use crate::ring::BufferRange;
+use crate::units::Timestamp;
+
+/// Most requests of a disk that wait for room in its carrier. Each has its own buffer, so this is a bound on memory for those who send
+/// without waiting.
+const MAX_QUEUED: usize = 16_384;
+
+/// Who waits for the outcome of a request.
+pub(super) enum IoAsker {
+    /// Whoever called a method of the disk.
+    Caller(Answer<IoOutcome>),
+    /// A client of an export.
+    Client(ServedIo),
+}
+
+/// A request that waits for room in the carrier.
+struct Queued {
+    request: IoRequest,
+    asker: IoAsker,
+    since: Timestamp,
+}
+
+/// See the module's header.
+pub(super) struct HostedDisk {
+    pub(super) shared: Arc<DiskShared>,
+    pub(super) side: Side,
+    pub(super) carrier: Carrier<Permit>,
+    pub(super) memory: BufferRange,
+    askers: BTreeMap<IoId, IoAsker>,
+    queue: VecDeque<Queued>,
+    next_io: u64,
+    /// Its last handle is gone: it goes when nothing is left to do.
+    pub(super) closing: bool,
+}
+
+impl HostedDisk {
+    pub(super) fn new(
+        side: Side,
+        shared: Arc<DiskShared>,
+        memory: BufferRange,
+        limits: CarrierLimits,
+    ) -> Self {
+        let plan = CarrierPlan {
+            file: side.clone(),
+            length: shared.length(),
+            buffers: memory,
+            limits,
+            #[cfg(feature = "sim")]
+            planted: None,
+        };
+        Self {
+            side,
+            carrier: Carrier::new(plan),
+            memory,
+            askers: BTreeMap::new(),
+            queue: VecDeque::new(),
+            next_io: 0,
+            closing: false,
+            shared,
+        }
+    }
+
+    /// Take a request.
+    ///
+    /// # Errors
+    /// When too many wait already.
+    pub(super) fn submit(
+        &mut self,
+        request: IoRequest,
+        asker: IoAsker,
+        now: Timestamp,
+    ) -> Result<(), (IoAsker, Error)> {
+        if self.queue.len() >= MAX_QUEUED {
+            let name = self.shared.name().to_string();
+            let reason = format!("{MAX_QUEUED} requests are waiting already");
+            let error = Error::new(ErrorKind::Io(Errno::EAGAIN), Operation::Queue, name, reason)
+                .advise("send fewer requests at a time");
+            return Err((asker, error));
+        }
+        self.queue.push_back(Queued { request, asker, since: now });
+        self.feed();
+        Ok(())
+    }
+
+    /// Hand the carrier as many requests as it has room for; whether there were any.
+    pub(super) fn feed(&mut self) -> bool {
+        let mut fed = false;
+        while self.carrier.has_room() {
+            let Some(Queued { request, asker, since }) = self.queue.pop_front() else { break };
+            let id = IoId(self.next_io);
+            self.next_io += 1;
+            self.askers.insert(id, asker);
+            self.carrier.submit(id, request, since);
+            fed = true;
+        }
+        fed
+    }
+
+    /// What has ended since the last call, and who waits for it.
+    pub(super) fn take_outcomes(&mut self) -> impl Iterator<Item = (IoAsker, IoOutcome)> {
+        let askers = &mut self.askers;
+        let outcomes = self.carrier.take_outcomes().into_iter();
+        outcomes.map(|(id, outcome)| (askers.remove(&id).expect("every request has its asker"), outcome))
+    }
+
+    /// Drop every request: the ring thread is going. Whoever waits is answered by that.
+    pub(super) fn drop_requests(&mut self) {
+        self.askers.clear();
+        self.queue.clear();
+    }
+
+    /// Whether nothing is left to do, discards that were put off included.
+    pub(super) fn is_idle(&self) -> bool {
+        self.queue.is_empty() && self.carrier.is_idle() && self.carrier.deferred_bytes() == 0
+    }
+}
