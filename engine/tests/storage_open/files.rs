@@ -42,7 +42,7 @@ fn a_source_that_is_missing_or_no_disk_is_refused() {
 fn what_this_version_does_not_support_is_refused_by_name() {
     let place = Place::new();
     let path = Locator::path(place.file("disk", MIB));
-    let qcow2 = SourceOptions { format: Format::Qcow2 };
+    let qcow2 = SourceOptions { format: Format::Qcow2, ..SourceOptions::default() };
     refused(open_source(&path, &qcow2), Refusal::Unsupported, "qemu-img convert -O raw");
     let from = source(place.path("disk")).expect("source");
     let qcow2 = TargetOptions { format: Format::Qcow2, ..TargetOptions::default() };
