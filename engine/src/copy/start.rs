@@ -88,8 +88,7 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
         return Err(Error::refused(Refusal::BadArgument, Operation::Copy, options.source.clone(), reason)
             .advise("use full, or a live disk"));
     }
-    let source_options =
-        SourceOptions { format: options.source_format, force_share: options.force_share };
+    let source_options = SourceOptions { format: options.source_format, force_share: options.force_share };
     let source = open_source(&Locator::parse(&options.source)?, &source_options)?;
     let target_locator = Locator::parse(&options.target)?;
     let geometry = Geometry::new(source.length(), options.cluster_size);

@@ -138,7 +138,9 @@ impl Engine {
         });
         asked.wait()?;
         let inbox = Arc::clone(&self.handle.inbox);
-        Ok(LiveDisk { inner: Arc::new(Inner { shared, inbox, source, writable: access == LiveAccess::Carried }) })
+        Ok(LiveDisk {
+            inner: Arc::new(Inner { shared, inbox, source, writable: access == LiveAccess::Carried }),
+        })
     }
 
     /// Start a copy of `disk` as it is at one instant from now on.

@@ -44,7 +44,13 @@ impl Handles {
     pub(super) fn new(kind: HandleKind, buffered: File, direct: Option<File>, length: Length) -> Self {
         let alignment = direct.as_ref().and_then(|direct| direct_alignment(kind, direct, length));
         let direct = if alignment.is_some() { direct } else { None };
-        Self { buffered, direct, kind, limits: Limits { length, direct_alignment: alignment }, announced: None }
+        Self {
+            buffered,
+            direct,
+            kind,
+            limits: Limits { length, direct_alignment: alignment },
+            announced: None,
+        }
     }
 
     /// Others know that it is in use until this is gone.

@@ -222,7 +222,12 @@ fn open_path(locator: &Locator, path: &Path, access: Access, role: Role) -> Resu
 }
 
 /// Let others know what a disk is opened for, unless they exclude it. `None` where the file system has no locks.
-fn take(operation: Operation, locator: &Locator, opened: &OpenedPair, role: Role) -> Result<Option<Announced>> {
+fn take(
+    operation: Operation,
+    locator: &Locator,
+    opened: &OpenedPair,
+    role: Role,
+) -> Result<Option<Announced>> {
     let name = locator.as_str();
     sharing::refuse_used_beneath(operation, name, Node::of(&opened.metadata), role)?;
     match sharing::take(&opened.buffered, role) {

@@ -22,7 +22,8 @@ impl Place {
     /// Bytes of the protocol that somebody holds.
     fn held(&self) -> Vec<i64> {
         let file = self.open();
-        let is_held = |&at: &i64| lock::obstacle(&file, Kind::Exclusive, Bytes::one(at)).expect("asked").is_some();
+        let is_held =
+            |&at: &i64| lock::obstacle(&file, Kind::Exclusive, Bytes::one(at)).expect("asked").is_some();
         (USED..BEHIND).filter(is_held).collect()
     }
 }
@@ -55,9 +56,9 @@ fn foreign(place: &Place, bytes: &[i64]) -> File {
 fn foreign_is_refused(place: &Place, bytes: &[i64]) -> bool {
     let file = foreign(place, bytes);
     let opposite = |at: i64| if at < NOT_SHARED { at - USED + NOT_SHARED } else { at - NOT_SHARED + USED };
-    bytes.iter().any(|&at| {
-        lock::obstacle(&file, Kind::Exclusive, Bytes::one(opposite(at))).expect("asked").is_some()
-    })
+    bytes
+        .iter()
+        .any(|&at| lock::obstacle(&file, Kind::Exclusive, Bytes::one(opposite(at))).expect("asked").is_some())
 }
 
 #[test]

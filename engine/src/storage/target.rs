@@ -256,16 +256,15 @@ impl TargetPlan {
                 .advise("overwrite it with --force, or choose another name"));
         }
         let access = if is_device { Access::Claim } else { Access::Write };
-        let mut pair =
-            open_both(Operation::OpenTarget, &self.locator, path, seen, access).map_err(
-                |error| match error.kind() {
-                    ErrorKind::Refused(Refusal::InUse) if is_device => self
-                        .refused(Refusal::InUse, "it is mounted, or in use by another device or copy (EBUSY)")
-                        .advise("unmount it and stop what uses it (see lsblk), then try again")
-                        .because(Errno::EBUSY),
-                    _ => error,
-                },
-            )?;
+        let mut pair = open_both(Operation::OpenTarget, &self.locator, path, seen, access).map_err(
+            |error| match error.kind() {
+                ErrorKind::Refused(Refusal::InUse) if is_device => self
+                    .refused(Refusal::InUse, "it is mounted, or in use by another device or copy (EBUSY)")
+                    .advise("unmount it and stop what uses it (see lsblk), then try again")
+                    .because(Errno::EBUSY),
+                _ => error,
+            },
+        )?;
         if is_device {
             self.check_device(&pair)?;
         } else {

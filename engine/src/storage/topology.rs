@@ -91,9 +91,8 @@ pub(super) fn beneath(node: Node) -> Vec<(PathBuf, File)> {
     let layers = layers(node);
     let open = |path: PathBuf| {
         // Looked at first: opening what stands in the place of a file that has gone may do something.
-        let is_beneath = |metadata: &Metadata| {
-            layers.iter().skip(1).any(|layer| layer.node == Node::of(metadata))
-        };
+        let is_beneath =
+            |metadata: &Metadata| layers.iter().skip(1).any(|layer| layer.node == Node::of(metadata));
         fs::metadata(&path).ok().filter(is_beneath)?;
         let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path).ok()?;
         file.metadata().is_ok_and(|metadata| is_beneath(&metadata)).then_some((path, file))
