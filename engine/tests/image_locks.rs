@@ -86,8 +86,8 @@ fn lock(path: &Path, bytes: &[i64]) -> Result<File, Errno> {
     let file = File::options().read(true).write(true).open(path).unwrap();
     for &byte in bytes {
         let lock = libc::flock {
-            l_type: libc::F_RDLCK as i16,
-            l_whence: libc::SEEK_SET as i16,
+            l_type: i16::try_from(libc::F_RDLCK).unwrap(),
+            l_whence: i16::try_from(libc::SEEK_SET).unwrap(),
             l_start: byte,
             l_len: 1,
             l_pid: 0,

@@ -77,8 +77,8 @@ impl Holder {
         let file = File::open(path).expect("open");
         for byte in [100, 101, 201] {
             let lock = libc::flock {
-                l_type: libc::F_RDLCK as i16,
-                l_whence: libc::SEEK_SET as i16,
+                l_type: i16::try_from(libc::F_RDLCK).expect("small"),
+                l_whence: i16::try_from(libc::SEEK_SET).expect("small"),
                 l_start: byte,
                 l_len: 1,
                 l_pid: 0,
@@ -102,24 +102,30 @@ impl Drop for Holder {
     }
 }
 
-/// Who writes to a disk.
-fn writers(path: &Path) -> [(&'static str, Box<dyn Fn() -> Holder>); 3] {
-    let path = path.to_owned();
-    let (first, second, third) = (path.clone(), path.clone(), path);
-    [
-        ("qemu-io", Box::new(move || Holder::qemu_io(&first, &[]))),
-        ("a writable export", Box::new(move || Holder::export(&second, true))),
-        ("a virtual machine", Box::new(move || Holder::machine(&third))),
-    ]
+/// A way of having a disk open.
+#[derive(Clone, Copy, Debug)]
+enum Use {
+    QemuIo,
+    QemuIoReadOnly,
+    Export,
+    ExportReadOnly,
+    Machine,
 }
 
-/// Who only reads a disk.
-fn readers(path: &Path) -> [(&'static str, Box<dyn Fn() -> Holder>); 2] {
-    let (first, second) = (path.to_owned(), path.to_owned());
-    [
-        ("qemu-io -r", Box::new(move || Holder::qemu_io(&first, &["-r"]))),
-        ("a read-only export", Box::new(move || Holder::export(&second, false))),
-    ]
+impl Use {
+    const WRITING: [Self; 3] = [Self::QemuIo, Self::Export, Self::Machine];
+    const READING: [Self; 2] = [Self::QemuIoReadOnly, Self::ExportReadOnly];
+
+    fn begin(self, path: &Path) -> Holder {
+        println!("--- {self:?} of {}", path.display());
+        match self {
+            Self::QemuIo => Holder::qemu_io(path, &[]),
+            Self::QemuIoReadOnly => Holder::qemu_io(path, &["-r"]),
+            Self::Export => Holder::export(path, true),
+            Self::ExportReadOnly => Holder::export(path, false),
+            Self::Machine => Holder::machine(path),
+        }
+    }
 }
 
 /// Refused in one line with `words`, with nothing in the directory changed.
@@ -191,9 +197,8 @@ fn a_source_that_others_write_to_is_refused_unless_forced() {
     fs::copy(place.join("a"), place.join("same")).expect("copied");
     symlink("a", place.join("link")).expect("linked");
     fs::hard_link(place.join("a"), place.join("hard")).expect("linked");
-    for (name, hold) in writers(&place.join("a")) {
-        println!("--- {name}");
-        let holder = hold();
+    for its in Use::WRITING {
+        let holder = its.begin(&place.join("a"));
         for source in ["a", "link", "hard"] {
             let words = [
                 &format!("cannot open source {source}"),
@@ -228,9 +233,8 @@ fn a_source_that_others_read_is_copied() {
     let there = directory();
     let place = there.path();
     dense(&place.join("a"), MIB, 0);
-    for (name, hold) in readers(&place.join("a")) {
-        println!("--- {name}");
-        let _holder = hold();
+    for its in Use::READING {
+        let _holder = its.begin(&place.join("a"));
         let messages = stderr(&succeeds(place, &["copy", "--force", "a", "b"]));
         assert!(!messages.contains("in use"), "{messages}");
         succeeds(place, &["compare", "a", "b"]);
@@ -246,10 +250,8 @@ fn a_target_that_others_have_open_is_refused() {
     let place = there.path();
     dense(&place.join("a"), MIB, 0);
     dense(&place.join("b"), MIB, 3);
-    let everybody = writers(&place.join("b")).into_iter().chain(readers(&place.join("b")));
-    for (name, hold) in everybody {
-        println!("--- {name}");
-        let _holder = hold();
+    for its in Use::WRITING.into_iter().chain(Use::READING) {
+        let _holder = its.begin(&place.join("b"));
         for arguments in [&["copy", "--force", "a", "b"][..], &["copy", "--force", "--force-share", "a", "b"]]
         {
             refused(place, arguments, &["cannot open target b", "another program", "choose another target"]);
@@ -325,9 +327,8 @@ fn a_device_and_what_it_lies_on_are_looked_at() {
     let text = device.text();
     for at in [device.path().to_owned(), place.join("disk")] {
         let beneath: &[&str] = if at == device.path() { &[] } else { &["on which it lies", "disk"] };
-        for (name, hold) in writers(&at) {
-            println!("--- {name}");
-            let _holder = hold();
+        for its in Use::WRITING {
+            let _holder = its.begin(&at);
             let expected =
                 [&["cannot open source", text, "open for writing", "--force-share"], beneath].concat();
             refused(place, &["copy", text, "b"], &expected);

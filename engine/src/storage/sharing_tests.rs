@@ -227,6 +227,25 @@ fn a_disk_that_is_given_up_within_a_moment_is_waited_for() {
     ending.join().expect("ended");
 }
 
+/// A program that looks while we wait would be refused by what we say: we say nothing.
+#[test]
+fn who_waits_says_nothing() {
+    let place = Place::new();
+    let _machine = foreign(&place, &[100, 101, 201]);
+    let watcher = place.open();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            for _ in 0..2000 {
+                assert_eq!(conflict(&place.open(), Role::Source), Some(Conflict::Uses(Permission::Write)));
+            }
+        });
+        while !waiting.is_finished() {
+            let said = lock::obstacle(&watcher, Kind::Exclusive, Permission::Resize.not_shared());
+            assert_eq!(said, Ok(None));
+        }
+    });
+}
+
 /// Two at the same time, in roles that exclude each other: never both.
 #[test]
 fn of_two_at_the_same_time_at_most_one_has_it() {
