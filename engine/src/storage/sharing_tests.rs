@@ -1,6 +1,7 @@
 //! Who excludes whom: our roles each other, and programs that lock as QEMU does, from either side.
 
 use std::sync::Barrier;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use super::*;
@@ -259,24 +260,33 @@ fn of_two_at_the_same_time_at_most_one_has_it() {
     for (first, second) in pairs {
         let place = Place::new();
         let barrier = Barrier::new(2);
+        let holders = AtomicUsize::new(0);
         let run = |role: Role| {
-            let mut held = Vec::new();
+            let mut outcomes = Vec::new();
             for _ in 0..ROUNDS {
                 let file = place.open();
                 barrier.wait();
                 let outcome = attempt(&file, role).expect("asked");
+                let is_held = matches!(outcome, Taken::Held(_));
+                holders.fetch_add(usize::from(is_held), Ordering::SeqCst);
                 // Kept until the other has tried, too.
                 barrier.wait();
-                held.push(matches!(outcome, Taken::Held(_)));
+                let all_refused = holders.load(Ordering::SeqCst) == 0;
+                let left = lock::obstacle(&place.open(), Kind::Exclusive, Bytes::ALL) != Ok(None);
+                barrier.wait();
+                holders.fetch_sub(usize::from(is_held), Ordering::SeqCst);
+                outcomes.push((is_held, all_refused && left));
             }
-            held
+            outcomes
         };
         let (ours, theirs) = thread::scope(|scope| {
             let other = scope.spawn(|| run(second));
             (run(first), other.join().expect("ended"))
         });
-        let both = ours.iter().zip(&theirs).filter(|(ours, theirs)| **ours && **theirs).count();
+        let both = ours.iter().zip(&theirs).filter(|(ours, theirs)| ours.0 && theirs.0).count();
         assert_eq!(both, 0, "{first:?} and {second:?}");
-        assert!(ours.iter().chain(&theirs).any(|held| *held), "somebody had it some time");
+        let mut all = ours.iter().chain(&theirs);
+        assert!(all.clone().any(|outcome| outcome.0), "somebody had it some time");
+        assert!(all.all(|outcome| !outcome.1), "both were refused and one has left something");
     }
 }
