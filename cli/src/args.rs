@@ -195,6 +195,10 @@ pub(crate) struct CopyArgs {
     /// Overwrite a target file that exists
     #[arg(long)]
     force: bool,
+    /// Read a source that another program has open for writing, like a running virtual machine; a file that changes meanwhile makes the copy
+    /// fail
+    #[arg(long)]
+    force_share: bool,
     /// What carries the I/O; auto: io_uring where the system allows it, else threads
     #[arg(long, value_name = "ENGINE", value_enum, default_value_t = Carrier::Auto)]
     io_engine: Carrier,
@@ -218,6 +222,9 @@ pub(crate) struct CompareArgs {
     /// The other
     #[arg(value_name = "B")]
     pub(crate) b: String,
+    /// Read disks that another program has open for writing, like a running virtual machine
+    #[arg(long)]
+    pub(crate) force_share: bool,
     /// What is shown.
     #[command(flatten)]
     pub(crate) output: OutputArgs,
@@ -396,6 +403,7 @@ impl CopyArgs {
             zero_detect: !self.no_zero_detect,
             target_is_zero: self.target_is_zero,
             force: self.force,
+            force_share: self.force_share,
             io_engine: match self.io_engine {
                 Carrier::Auto => IoEngine::Auto,
                 Carrier::IoUring => IoEngine::IoUring,
@@ -471,7 +479,7 @@ mod tests {
     #[test]
     fn every_option_reaches_the_engine() {
         let line = "engine-cli copy a b --sync top --cluster-size 1m --queue-depth 8 --speed 1.5g \
-                    --on-source-error ignore --on-target-error stop --map m --verify --no-zero-detect --target-is-zero \
+                    --on-source-error ignore --on-target-error stop --map m --verify --no-zero-detect --target-is-zero --force-share \
                     --force --io-engine io_uring --source-format qcow2 --target-format qcow2";
         let cli = Cli::try_parse_from(line.split_whitespace()).expect("parses");
         let Command::Copy(copy) = cli.command else { panic!("not copy") };
@@ -483,7 +491,8 @@ mod tests {
         assert_eq!(options.on_source_error, ErrorPolicy::Ignore);
         assert_eq!(options.on_target_error, ErrorPolicy::Stop);
         assert_eq!(options.map, Some(PathBuf::from("m")));
-        assert!(options.verify && !options.zero_detect && options.target_is_zero && options.force);
+        assert!(options.verify && !options.zero_detect && options.target_is_zero);
+        assert!(options.force && options.force_share);
         assert_eq!(options.io_engine, IoEngine::IoUring);
         assert_eq!((options.source_format, options.target_format), (Format::Qcow2, Format::Qcow2));
     }

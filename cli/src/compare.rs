@@ -51,7 +51,7 @@ fn open_and_follow(
     signalled: &Signalled,
     logging: bool,
 ) -> Result<Comparison, Error> {
-    let (a, b) = (open(&args.a)?, open(&args.b)?);
+    let (a, b) = (open(&args.a, args.force_share)?, open(&args.b, args.force_share)?);
     let (storage_a, storage_b) = (a.storage(), b.storage());
     let mut meter = Meter::new(args.output.progress, logging);
     let start = Instant::now();
@@ -81,9 +81,10 @@ fn open_and_follow(
     found
 }
 
-fn open(text: &str) -> Result<OpenedSource, Error> {
+fn open(text: &str, force_share: bool) -> Result<OpenedSource, Error> {
+    let options = SourceOptions { force_share, ..SourceOptions::default() };
     // Neither of the two is a source.
-    open_source(&Locator::parse(text)?, &SourceOptions::default()).map_err(|error| {
+    open_source(&Locator::parse(text)?, &options).map_err(|error| {
         if error.operation() == Operation::OpenSource { error.during(Operation::Open) } else { error }
     })
 }

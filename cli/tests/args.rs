@@ -59,6 +59,7 @@ fn all_options_of_copy_are_in_its_help() {
         "--no-zero-detect",
         "--target-is-zero",
         "--force",
+        "--force-share",
         "--io-engine",
         "--source-format",
         "--target-format",
@@ -202,7 +203,7 @@ fn bash_completes_commands_options_and_values() {
     }
     assert_eq!(completed_by_bash(&["engine-cli", "com"]), ["compare", "completions"]);
     assert_eq!(completed_by_bash(&["engine-cli", "copy", "--ver"]), ["--verify"]);
-    assert_eq!(completed_by_bash(&["engine-cli", "copy", "a", "b", "--forc"]), ["--force"]);
+    assert_eq!(completed_by_bash(&["engine-cli", "copy", "a", "b", "--forc"]), ["--force", "--force-share"]);
     assert_eq!(completed_by_bash(&["engine-cli", "copy", "--progress", "j"]), ["json"]);
     assert_eq!(completed_by_bash(&["engine-cli", "compare", "--js"]), ["--json"]);
     assert_eq!(completed_by_bash(&["engine-cli", "info", "--form"]), ["--format"]);

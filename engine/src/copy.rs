@@ -25,6 +25,8 @@ pub struct CopyOptions {
     pub source_format: Format,
     /// Image format of the target.
     pub target_format: Format,
+    /// Copy a source that another program has open for writing. If it changes a file meanwhile, the copy fails as ever.
+    pub force_share: bool,
     /// What is covered.
     pub sync: SyncMode,
     /// Unit of copying.
@@ -60,6 +62,7 @@ impl CopyOptions {
             target: target.into(),
             source_format: Format::Raw,
             target_format: Format::Raw,
+            force_share: false,
             sync: SyncMode::Full,
             cluster_size: ClusterSize::DEFAULT,
             queue_depth: None,

@@ -2,7 +2,7 @@
 
 use engine::error::Error;
 use engine::ring::uring::UringTraits;
-use engine::storage::{DiskInfo, DiskKind};
+use engine::storage::{DiskInfo, DiskKind, Permission};
 use serde_json::{Value, json};
 
 use super::units::bytes;
@@ -45,6 +45,9 @@ pub(crate) fn lines(args: &InfoArgs, disk: &DiskInfo, offer: &Offer) -> String {
     if let Some(serial) = &disk.serial {
         rows.push(("serial", out::one_line(serial)));
     }
+    if let Some(use_) = in_use(disk) {
+        rows.push(("in use", use_));
+    }
     rows.push((
         "io_uring",
         match offer {
@@ -73,6 +76,8 @@ pub(crate) fn json(args: &InfoArgs, disk: &DiskInfo, offer: &Offer) -> Value {
         "read_only": disk.read_only,
         "mounted": disk.mounted,
         "serial": disk.serial,
+        "used_by_others": disk.used_by_others,
+        "not_shared_by_others": disk.not_shared_by_others,
         "io_uring": {
             "available": offer.is_ok(),
             "reason": offer.as_ref().err(),
@@ -100,6 +105,30 @@ fn kind(kind: DiskKind) -> &'static str {
     match kind {
         DiskKind::File => "file",
         DiskKind::BlockDevice => "block_device",
+    }
+}
+
+/// `by others, who read and write; they let nobody else write`: as far as they say so.
+fn in_use(disk: &DiskInfo) -> Option<String> {
+    let verbs = |permissions: &[Permission], between: &str| {
+        let verbs: Vec<_> = permissions.iter().map(|&permission| verb(permission)).collect();
+        verbs.join(between)
+    };
+    let uses = verbs(&disk.used_by_others, " and ");
+    let keeps = verbs(&disk.not_shared_by_others, " or ");
+    match (uses.is_empty(), keeps.is_empty()) {
+        (true, true) => None,
+        (false, true) => Some(format!("by others, who {uses} it")),
+        (true, false) => Some(format!("by others, who let nobody else {keeps} it")),
+        (false, false) => Some(format!("by others, who {uses} it, and let nobody else {keeps} it")),
+    }
+}
+
+fn verb(permission: Permission) -> &'static str {
+    match permission {
+        Permission::Write => "write",
+        Permission::Resize => "resize",
+        Permission::ConsistentRead => "read",
     }
 }
 

@@ -13,6 +13,7 @@ mod engines;
 mod interruptions;
 mod kills;
 mod lengths;
+mod locks;
 mod refusals;
 mod source_faults;
 mod target_faults;

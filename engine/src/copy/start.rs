@@ -88,8 +88,8 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
         return Err(Error::refused(Refusal::BadArgument, Operation::Copy, options.source.clone(), reason)
             .advise("use full, or a live disk"));
     }
-    let source =
-        open_source(&Locator::parse(&options.source)?, &SourceOptions { format: options.source_format })?;
+    let source_options = SourceOptions { format: options.source_format, force_share: options.force_share };
+    let source = open_source(&Locator::parse(&options.source)?, &source_options)?;
     let target_locator = Locator::parse(&options.target)?;
     let geometry = Geometry::new(source.length(), options.cluster_size);
     let slots = slots_of(options)?;

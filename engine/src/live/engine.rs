@@ -19,7 +19,7 @@ use crate::copy::IoEngine;
 use crate::error::{Error, Operation, Refusal};
 use crate::ring::select::{self, OpenedRing, RingConfig};
 use crate::ring::{Ring, Wake};
-use crate::storage::{Locator, alignment_of, open_live};
+use crate::storage::{LiveAccess, Locator, alignment_of, open_live};
 
 /// How to set an engine up.
 #[derive(Clone, Debug)]
@@ -45,6 +45,10 @@ pub struct DiskOptions {
     /// A file or a block device, raw.
     pub path: String,
     /// Whether the engine carries writes to it. An embedder with an I/O path of its own opens it for reading and takes permits.
+    ///
+    /// Either way other programs are kept off it, as far as they look at QEMU's locks: none may write to it, or read from it what must make
+    /// sense as a whole. What this program does with descriptors of its own is its own affair, unless it locks them: see
+    /// [`Engine::open_disk_that_is_locked`].
     pub writable: bool,
 }
 
@@ -117,7 +121,20 @@ impl Engine {
     /// # Errors
     /// Refusals: no such disk, no permission, in use, no memory left.
     pub fn open_disk(&self, options: &DiskOptions) -> Result<LiveDisk, Error> {
-        let source = open_live(&Locator::parse(&options.path)?, options.writable)?;
+        self.open(&options.path, if options.writable { LiveAccess::Carried } else { LiveAccess::Permits })
+    }
+
+    /// Open a disk for permits alone, as with [`DiskOptions::writable`] unset, for an embedder that keeps other programs off it by
+    /// locks of its own, as hypervisors do. Those of [`Self::open_disk`] would exclude them.
+    ///
+    /// # Errors
+    /// As [`Self::open_disk`]; in use only if somebody says that nobody may read it.
+    pub fn open_disk_that_is_locked(&self, path: &str) -> Result<LiveDisk, Error> {
+        self.open(path, LiveAccess::PermitsAndLocks)
+    }
+
+    fn open(&self, path: &str, access: LiveAccess) -> Result<LiveDisk, Error> {
+        let source = open_live(&Locator::parse(path)?, access)?;
         let id = DiskId(self.handle.next_disk.fetch_add(1, Ordering::Relaxed));
         let storage = source.storage();
         let shared =
@@ -132,7 +149,9 @@ impl Engine {
         });
         asked.wait()?;
         let inbox = Arc::clone(&self.handle.inbox);
-        Ok(LiveDisk { inner: Arc::new(Inner { shared, inbox, source, writable: options.writable }) })
+        Ok(LiveDisk {
+            inner: Arc::new(Inner { shared, inbox, source, writable: access == LiveAccess::Carried }),
+        })
     }
 
     /// Serve disks and snapshots over NBD to those who come in by `listener`. There are none yet: see [`NbdServer::add_export`].

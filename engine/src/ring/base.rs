@@ -265,6 +265,11 @@ impl Base {
         self.documents.clear();
     }
 
+    /// Never close the storages: the kernel may still write to them, and until it does not, nobody else shall.
+    pub(crate) fn leak_files(&mut self) {
+        std::mem::forget(std::mem::take(&mut self.files));
+    }
+
     pub(crate) fn capacity(&self) -> usize {
         self.capacity
     }

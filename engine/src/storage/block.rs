@@ -10,6 +10,7 @@ use std::os::fd::AsFd;
 use nix::errno::Errno;
 
 use super::handles::{HandleKind, Handles};
+use super::sharing::Announced;
 use super::{Descriptors, Limits, Storage, sys};
 use crate::ring::{Extent, ExtentQuery, IoPath, ZeroMethod};
 use crate::units::{ByteRange, Length};
@@ -31,6 +32,12 @@ impl BlockStorage {
         let length = Length(sys::device_length(buffered.as_fd())?);
         let handles = Handles::new(HandleKind::BlockDevice, buffered, direct, length);
         Ok(Self { name: name.into(), handles })
+    }
+
+    /// Others know that the device is in use for as long as this storage is there.
+    pub(super) fn announced(mut self, announced: Option<Announced>) -> Self {
+        self.handles.keep(announced);
+        self
     }
 }
 

@@ -15,6 +15,7 @@ use nix::sys::stat::fstat;
 use nix::unistd::{Whence, lseek};
 
 use super::handles::{HandleKind, Handles, signed};
+use super::sharing::Announced;
 use super::{Descriptors, Limits, Storage};
 use crate::ring::{Extent, ExtentQuery, IoPath, ZeroMethod};
 use crate::units::{ByteRange, Length};
@@ -36,6 +37,12 @@ impl FileStorage {
         let length = Length(size_of_file(&buffered)?);
         let handles = Handles::new(HandleKind::RegularFile, buffered, direct, length);
         Ok(Self { name: name.into(), handles })
+    }
+
+    /// Others know that the file is in use for as long as this storage is there.
+    pub(super) fn announced(mut self, announced: Option<Announced>) -> Self {
+        self.handles.keep(announced);
+        self
     }
 }
 

@@ -186,7 +186,8 @@ fn create(locator: &Locator, path: &Path, size: u64) -> Result<OpenedFleece> {
         }
     }
     reserve(locator, &buffered, size)?;
-    let storage = OpenedPair { buffered, direct, metadata }.into_storage(OPERATION, locator)?;
+    let storage =
+        OpenedPair { buffered, direct, metadata, announced: None }.into_storage(OPERATION, locator)?;
     Ok(OpenedFleece { storage, taken: None, length: Length(size) })
 }
 

@@ -13,6 +13,7 @@ use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::sys::uio::{pread, pwrite};
 use nix::unistd::fdatasync;
 
+use super::sharing::Announced;
 use super::sys::{self, DirectSupport};
 use super::{Descriptors, Limits};
 use crate::ring::{IoPath, ZeroMethod};
@@ -35,6 +36,7 @@ pub(super) struct Handles {
     direct: Option<File>,
     kind: HandleKind,
     limits: Limits,
+    announced: Option<Announced>,
 }
 
 impl Handles {
@@ -42,7 +44,18 @@ impl Handles {
     pub(super) fn new(kind: HandleKind, buffered: File, direct: Option<File>, length: Length) -> Self {
         let alignment = direct.as_ref().and_then(|direct| direct_alignment(kind, direct, length));
         let direct = if alignment.is_some() { direct } else { None };
-        Self { buffered, direct, kind, limits: Limits { length, direct_alignment: alignment } }
+        Self {
+            buffered,
+            direct,
+            kind,
+            limits: Limits { length, direct_alignment: alignment },
+            announced: None,
+        }
+    }
+
+    /// Others know that it is in use until this is gone.
+    pub(super) fn keep(&mut self, announced: Option<Announced>) {
+        self.announced = announced;
     }
 
     pub(super) fn limits(&self) -> Limits {

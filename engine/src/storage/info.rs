@@ -1,4 +1,4 @@
-//! What `engine-cli info` tells about a disk. Opens it for reading, claims and changes nothing.
+//! What `engine-cli info` tells about a disk. Opens it for reading, claims, locks and changes nothing: it is told of a disk in use, too.
 
 use std::fs::Metadata;
 use std::os::fd::AsFd;
@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::locator::{Locator, Place};
 use super::open::{Access, OpenedPair, errno_of, length_of, open_both, refuse_non_disk};
+use super::sharing::{self, Permission};
 use super::{sys, topology};
 use crate::error::{Error, Operation, Refusal, Result};
 
@@ -51,6 +52,10 @@ pub struct DiskInfo {
     pub mounted: Option<bool>,
     /// A device's serial number.
     pub serial: Option<String>,
+    /// What other programs use of it, as far as they say so by QEMU's locks.
+    pub used_by_others: Vec<Permission>,
+    /// What other programs that use it let nobody else use.
+    pub not_shared_by_others: Vec<Permission>,
 }
 
 /// Look at a disk.
@@ -88,6 +93,7 @@ fn describe(
     // An empty file has no data to seek: it knows holes unless it says that it does not.
     let finds_holes = !is_device
         && !matches!(lseek(fd, 0, Whence::SeekHole), Err(Errno::EINVAL | Errno::EOPNOTSUPP | Errno::ENOSYS));
+    let (used_by_others, not_shared_by_others) = sharing::of_others(&pair.buffered);
     let resolved = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let mut info = DiskInfo {
         path: resolved.to_string_lossy().into_owned(),
@@ -102,6 +108,8 @@ fn describe(
         read_only: number.and_then(|_| sys::is_read_only(fd).ok()),
         mounted: number.map(topology::is_mounted),
         serial: number.and_then(topology::serial),
+        used_by_others,
+        not_shared_by_others,
     };
     info.direct_io_alignment = pair.into_storage(Operation::Inspect, locator)?.limits().direct_alignment;
     Ok(info)

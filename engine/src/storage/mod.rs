@@ -17,6 +17,7 @@ mod null;
 pub(crate) mod open;
 mod place;
 pub(crate) mod prepare;
+mod sharing;
 mod sys;
 mod target;
 pub(crate) mod topology;
@@ -34,8 +35,9 @@ pub use identity::{Difference, DiskId, FileTime, Identity};
 pub use info::{DiskInfo, DiskKind, info};
 pub use locator::Locator;
 pub use null::NullStorage;
-pub(crate) use open::open_live;
+pub(crate) use open::{LiveAccess, open_live};
 pub use open::{OpenedSource, SourceOptions, open_source, source_unchanged};
+pub use sharing::Permission;
 pub use target::{OpenedTarget, Resume, TargetOptions, TargetPlan, plan_target};
 
 /// The descriptors of a storage that the kernel can do I/O on.

@@ -1,8 +1,8 @@
 //! Opening the source of a copy, with all that can be refused about it.
 //!
 //! A path is looked at before it is opened (opening a FIFO would hang, opening a tape would rewind it) and again
-//! afterwards, through the descriptor: what was opened must be what was looked at. A source is never written to. It
-//! holds a shared lock for as long as it is open, so that no copy chooses it as a target.
+//! afterwards, through the descriptor: what was opened must be what was looked at. A source is never written to. For as
+//! long as it is open others know it by its locks ([`super::sharing`]), so that no copy chooses it as a target.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::os::fd::AsFd;
@@ -14,7 +14,8 @@ use nix::errno::Errno;
 
 use super::identity::Identity;
 use super::locator::{Locator, Place};
-use super::lock::{self, Lock};
+use super::lock;
+use super::sharing::{self, Announced, Permission, Role, Taken};
 use super::topology::{self, Node};
 use super::{BlockStorage, FileStorage, NullStorage, Storage, sys};
 use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
@@ -26,11 +27,13 @@ use crate::units::{Length, MAX_LENGTH};
 pub struct SourceOptions {
     /// How the disk lies in its file or device.
     pub format: Format,
+    /// Read it even if another program has it open for writing, like a running virtual machine. What that writes meanwhile may be read or not.
+    pub force_share: bool,
 }
 
 impl Default for SourceOptions {
     fn default() -> Self {
-        Self { format: Format::Raw }
+        Self { format: Format::Raw, force_share: false }
     }
 }
 
@@ -103,7 +106,10 @@ impl OpenedSource {
 pub fn open_source(locator: &Locator, options: &SourceOptions) -> Result<OpenedSource> {
     refuse_format(Operation::OpenSource, locator, options.format)?;
     match locator.place() {
-        Place::Path(path) => open_source_path(locator, path),
+        Place::Path(path) => {
+            let role = if options.force_share { Role::ForcedSource } else { Role::Source };
+            open_path(locator, path, Access::Read, role)
+        }
         Place::Null { length: Some(length) } => Ok(OpenedSource {
             storage: Arc::new(NullStorage::new(locator.as_str(), *length)),
             identity: Identity::null(*length),
@@ -120,16 +126,30 @@ pub fn open_source(locator: &Locator, options: &SourceOptions) -> Result<OpenedS
     }
 }
 
-/// Open a disk that is to be copied while it is written to. With `writable` the engine carries the writes: then it is this program's alone,
-/// locked as a target is.
+/// Who writes to a live disk, and who keeps others off it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LiveAccess {
+    /// The engine carries the writes.
+    Carried,
+    /// The embedder writes under permits; that others do not is seen to here.
+    Permits,
+    /// The embedder does both.
+    PermitsAndLocks,
+}
+
+/// Open a disk that is to be copied while it is written to: by this program alone, whoever in it writes.
 ///
 /// # Errors
 /// Refusals only.
-pub(crate) fn open_live(locator: &Locator, writable: bool) -> Result<OpenedSource> {
+pub(crate) fn open_live(locator: &Locator, access: LiveAccess) -> Result<OpenedSource> {
     let Place::Path(path) = locator.place() else {
         return open_source(locator, &SourceOptions::default());
     };
-    if writable { open_path(locator, path, Access::Write) } else { open_source_path(locator, path) }
+    match access {
+        LiveAccess::Carried => open_path(locator, path, Access::Write, Role::LiveDisk),
+        LiveAccess::Permits => open_path(locator, path, Access::Read, Role::LiveDisk),
+        LiveAccess::PermitsAndLocks => open_path(locator, path, Access::Read, Role::ForcedSource),
+    }
 }
 
 /// Whether the source is still what it was when it was opened, as far as its file system tells. A device's contents may
@@ -164,18 +184,14 @@ pub fn source_unchanged(source: &OpenedSource) -> Result<()> {
     Ok(())
 }
 
-fn open_source_path(locator: &Locator, path: &Path) -> Result<OpenedSource> {
-    open_path(locator, path, Access::Read)
-}
-
-fn open_path(locator: &Locator, path: &Path, access: Access) -> Result<OpenedSource> {
+fn open_path(locator: &Locator, path: &Path, access: Access, role: Role) -> Result<OpenedSource> {
     let operation = Operation::OpenSource;
     let refused = |errno| Error::refused_by_system(operation, locator.as_str(), errno);
     let seen = std::fs::metadata(path).map_err(|error| refused(errno_of(&error)))?;
     refuse_non_disk(operation, locator, &seen)?;
     let is_device_seen = seen.file_type().is_block_device();
     let access = if access == Access::Write && is_device_seen { Access::Claim } else { access };
-    let opened = open_both(operation, locator, path, &seen, access)?;
+    let mut opened = open_both(operation, locator, path, &seen, access)?;
     let is_device = seen.file_type().is_block_device();
     let length = length_of(&opened.buffered, &opened.metadata).map_err(refused)?;
     if length > MAX_LENGTH {
@@ -189,25 +205,9 @@ fn open_path(locator: &Locator, path: &Path, access: Access) -> Result<OpenedSou
         ));
     }
     let mut warnings = Vec::new();
-    let locked = match access {
-        Access::Read => lock::shared(&opened.buffered),
-        Access::Write | Access::Claim => lock::exclusive_patiently(&opened.buffered),
-    };
-    match locked.map_err(refused)? {
-        Lock::Held | Lock::Unsupported => {}
-        Lock::Busy => {
-            return Err(Error::refused(
-                Refusal::InUse,
-                operation,
-                locator.as_str(),
-                "another copy is writing to it",
-            )
-            .advise("wait until that has ended"));
-        }
-    }
-    if access != Access::Read {
-        // Nobody else writes to it.
-    } else if lock::has_writer(&opened.buffered) || (is_device && topology::is_mounted(seen.rdev())) {
+    opened.announced = take(operation, locator, &opened, role)?;
+    let others_write = || sharing::of_others(&opened.buffered).0.contains(&Permission::Write);
+    if role != Role::LiveDisk && (others_write() || is_device && topology::is_mounted(seen.rdev())) {
         warnings.push(format!(
             "{locator} is in use (mounted, or the disk of a running machine): if it is written to meanwhile, the copy \
              mixes old and new contents"
@@ -219,6 +219,23 @@ fn open_path(locator: &Locator, path: &Path, access: Access) -> Result<OpenedSou
     let storage = opened.into_storage(operation, locator)?;
     warnings.extend(warn_of_buffered(locator, storage.as_ref()));
     Ok(OpenedSource { storage, identity, metadata, warnings })
+}
+
+/// Let others know what a disk is opened for, unless they exclude it. `None` where the file system has no locks.
+fn take(
+    operation: Operation,
+    locator: &Locator,
+    opened: &OpenedPair,
+    role: Role,
+) -> Result<Option<Announced>> {
+    let name = locator.as_str();
+    sharing::refuse_used_beneath(operation, name, Node::of(&opened.metadata), role)?;
+    match sharing::take(&opened.buffered, role) {
+        Ok(Taken::Held(announced)) => Ok(Some(announced)),
+        Ok(Taken::Unsupported) => Ok(None),
+        Ok(Taken::Refused(conflict)) => Err(sharing::refusal(operation, name, role, conflict)),
+        Err(errno) => Err(Error::refused_by_system(operation, name, errno)),
+    }
 }
 
 /// What a disk is opened for.
@@ -238,16 +255,20 @@ pub(super) struct OpenedPair {
     pub(super) buffered: File,
     pub(super) direct: Option<File>,
     pub(super) metadata: Metadata,
+    /// How others know that it is in use.
+    pub(super) announced: Option<Announced>,
 }
 
 impl OpenedPair {
-    /// The same descriptions a second time: locks and claims last until both are closed.
+    /// The same descriptions a second time, for as long as the first is there: claims last until both are closed, locks until the
+    /// first one is.
     pub(super) fn try_clone(&self) -> std::result::Result<Self, Errno> {
         let again = |file: &File| file.try_clone().map_err(|error| errno_of(&error));
         Ok(Self {
             buffered: again(&self.buffered)?,
             direct: self.direct.as_ref().map(again).transpose()?,
             metadata: self.metadata.clone(),
+            announced: None,
         })
     }
 
@@ -255,9 +276,11 @@ impl OpenedPair {
         let name = locator.as_str();
         let refused = |errno| Error::refused_by_system(operation, name, errno);
         Ok(if self.metadata.file_type().is_block_device() {
-            Arc::new(BlockStorage::from_files(name, self.buffered, self.direct).map_err(refused)?)
+            let storage = BlockStorage::from_files(name, self.buffered, self.direct).map_err(refused)?;
+            Arc::new(storage.announced(self.announced))
         } else {
-            Arc::new(FileStorage::from_files(name, self.buffered, self.direct).map_err(refused)?)
+            let storage = FileStorage::from_files(name, self.buffered, self.direct).map_err(refused)?;
+            Arc::new(storage.announced(self.announced))
         })
     }
 }
@@ -301,7 +324,7 @@ pub(super) fn open_both(
             .advise("try again"));
         }
     }
-    Ok(OpenedPair { buffered, direct, metadata })
+    Ok(OpenedPair { buffered, direct, metadata, announced: None })
 }
 
 /// Refuse what holds no disk.

@@ -12,8 +12,8 @@ use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use super::identity::{DiskId, Identity};
 use super::locator::Locator;
-use super::lock::{self, Lock};
 use super::open::{OpenedPair, errno_of};
+use super::sharing::{self, Announced, Role, Taken};
 use crate::error::{Error, Operation, Refusal, Result};
 use crate::units::Length;
 
@@ -120,8 +120,8 @@ pub(super) fn create(
     let metadata = file.metadata().map_err(|error| refused(errno_of(&error)))?;
     let (device, inode) = (metadata.dev(), metadata.ino());
     let new_file = NewFile { directory: place.directory, name: place.name, device, inode };
-    let filled = fill_new(&new_file, &file, length).map_err(refused).and_then(|direct| {
-        let mut pair = OpenedPair { buffered: file, direct, metadata };
+    let filled = fill_new(&new_file, &file, length).map_err(refused).and_then(|(direct, announced)| {
+        let mut pair = OpenedPair { buffered: file, direct, metadata, announced };
         let identity = identify(locator, &place.path, &mut pair, length)?;
         Ok((pair, identity))
     });
@@ -132,10 +132,16 @@ pub(super) fn create(
 }
 
 /// Lock a new file, give it its length, make it and its name durable, and open it for direct I/O.
-fn fill_new(new: &NewFile, file: &File, length: Length) -> std::result::Result<Option<File>, Errno> {
-    if lock::exclusive(file)? == Lock::Busy {
-        return Err(Errno::EBUSY);
-    }
+fn fill_new(
+    new: &NewFile,
+    file: &File,
+    length: Length,
+) -> std::result::Result<(Option<File>, Option<Announced>), Errno> {
+    let announced = match sharing::take(file, Role::Target)? {
+        Taken::Held(announced) => Some(announced),
+        Taken::Unsupported => None,
+        Taken::Refused(_) => return Err(Errno::EBUSY),
+    };
     let errno = |error: std::io::Error| errno_of(&error);
     file.set_len(length.0).map_err(errno)?;
     file.sync_all().map_err(errno)?;
@@ -143,12 +149,12 @@ fn fill_new(new: &NewFile, file: &File, length: Length) -> std::result::Result<O
     let flags = OFlag::O_RDWR | OFlag::O_DIRECT | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
     let direct = match openat(&new.directory, new.name.as_os_str(), flags, Mode::empty()) {
         Ok(direct) => File::from(direct),
-        Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok(None),
+        Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok((None, announced)),
         Err(errno) => return Err(errno),
     };
     let metadata = direct.metadata().map_err(errno)?;
     if (metadata.dev(), metadata.ino()) == (new.device, new.inode) {
-        Ok(Some(direct))
+        Ok((Some(direct), announced))
     } else {
         Err(Errno::EBUSY)
     }

@@ -32,6 +32,7 @@ use super::open::{
     warn_of_buffered,
 };
 use super::prepare::{NewFile, NewPlace, create, empty, identify, open_directory};
+use super::sharing::{self, Role, Taken};
 use super::topology::{self, Node};
 use super::{NullStorage, Storage, place, sys};
 use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
@@ -255,22 +256,21 @@ impl TargetPlan {
                 .advise("overwrite it with --force, or choose another name"));
         }
         let access = if is_device { Access::Claim } else { Access::Write };
-        let pair =
-            open_both(Operation::OpenTarget, &self.locator, path, seen, access).map_err(
-                |error| match error.kind() {
-                    ErrorKind::Refused(Refusal::InUse) if is_device => self
-                        .refused(Refusal::InUse, "it is mounted, or in use by another device or copy (EBUSY)")
-                        .advise("unmount it and stop what uses it (see lsblk), then try again")
-                        .because(Errno::EBUSY),
-                    _ => error,
-                },
-            )?;
+        let mut pair = open_both(Operation::OpenTarget, &self.locator, path, seen, access).map_err(
+            |error| match error.kind() {
+                ErrorKind::Refused(Refusal::InUse) if is_device => self
+                    .refused(Refusal::InUse, "it is mounted, or in use by another device or copy (EBUSY)")
+                    .advise("unmount it and stop what uses it (see lsblk), then try again")
+                    .because(Errno::EBUSY),
+                _ => error,
+            },
+        )?;
         if is_device {
             self.check_device(&pair)?;
         } else {
             self.check_file_size_limit()?;
         }
-        self.check_unused(&pair, is_device)?;
+        self.check_unused(&mut pair, is_device)?;
         let size =
             length_of(&pair.buffered, &pair.metadata).map_err(|errno| self.refused_by_system(errno))?;
         let identity = Identity::of(path, &pair.buffered, &pair.metadata, Length(size), is_device);
@@ -315,32 +315,40 @@ impl TargetPlan {
         .advise("choose a larger target")
     }
 
-    fn check_unused(&mut self, pair: &OpenedPair, is_device: bool) -> Result<()> {
-        if let Some(device) = topology::loop_device_on(Node::of(&pair.metadata)) {
+    fn check_unused(&mut self, pair: &mut OpenedPair, is_device: bool) -> Result<()> {
+        let (operation, node) = (Operation::OpenTarget, Node::of(&pair.metadata));
+        if let Some(device) = topology::loop_device_on(node) {
             let device = device.to_string_lossy();
             return Err(self
                 .refused(Refusal::InUse, format!("the loop device {device} is attached to it"))
                 .advise(format!("detach it with `losetup -d {device}`, or name {device} as the target")));
         }
-        let mut locks = vec![lock::exclusive_patiently(&pair.buffered)];
-        if is_device {
-            locks.push(lock::keep_udev_off(&pair.buffered));
-        }
-        for lock in locks {
-            match lock.map_err(|errno| self.refused_by_system(errno))? {
-                Lock::Held => {}
-                Lock::Busy => {
-                    return Err(self
-                        .refused(Refusal::InUse, "another copy or a running machine has it locked")
-                        .advise("wait until that has ended, or choose another target"));
-                }
-                Lock::Unsupported => self.warnings.push(format!(
-                    "{}: its file system has no locks; make sure that nothing else writes to it",
-                    self.locator
-                )),
+        sharing::refuse_used_beneath(operation, self.locator.as_str(), node, Role::Target)?;
+        match sharing::take(&pair.buffered, Role::Target).map_err(|errno| self.refused_by_system(errno))? {
+            Taken::Held(announced) => pair.announced = Some(announced),
+            Taken::Refused(conflict) => {
+                return Err(sharing::refusal(operation, self.locator.as_str(), Role::Target, conflict));
             }
+            Taken::Unsupported => self.warn_of_no_locks(),
+        }
+        let for_udev = is_device.then(|| lock::keep_udev_off(&pair.buffered)).transpose();
+        match for_udev.map_err(|errno| self.refused_by_system(errno))? {
+            None | Some(Lock::Held) => {}
+            Some(Lock::Busy) => {
+                return Err(self
+                    .refused(Refusal::InUse, "another copy or a running machine has it locked")
+                    .advise("wait until that has ended, or choose another target"));
+            }
+            Some(Lock::Unsupported) => self.warn_of_no_locks(),
         }
         Ok(())
+    }
+
+    fn warn_of_no_locks(&mut self) {
+        self.warnings.push(format!(
+            "{}: its file system has no locks; make sure that nothing else writes to it",
+            self.locator
+        ));
     }
 
     fn plan_new(&mut self, path: &Path, source: &OpenedSource, options: &TargetOptions<'_>) -> Result<()> {

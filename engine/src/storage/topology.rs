@@ -11,7 +11,7 @@
 
 use std::fs::{self, File, Metadata};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::sys::stat::{major, makedev, minor};
@@ -84,6 +84,30 @@ impl Layer {
 pub(crate) fn overlap(one: Node, other: Node) -> bool {
     let others = layers(other);
     layers(one).iter().any(|&layer| others.iter().any(|&other| layer.meets(other)))
+}
+
+/// What the device `node` lies on, open for reading: files and devices, as far as there are paths to them. Nothing for a file.
+pub(super) fn beneath(node: Node) -> Vec<(PathBuf, File)> {
+    let layers = layers(node);
+    let open = |path: PathBuf| {
+        // Looked at first: opening what stands in the place of a file that has gone may do something.
+        let is_beneath =
+            |metadata: &Metadata| layers.iter().skip(1).any(|layer| layer.node == Node::of(metadata));
+        fs::metadata(&path).ok().filter(is_beneath)?;
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path).ok()?;
+        file.metadata().is_ok_and(|metadata| is_beneath(&metadata)).then_some((path, file))
+    };
+    let devices = layers.iter().filter_map(|layer| match layer.node {
+        Node::Device(number) => sysfs(number),
+        Node::File { .. } => None,
+    });
+    let paths = devices.flat_map(|directory| {
+        let backing = attribute(&directory, "loop/backing_file").map(PathBuf::from);
+        // In sysfs a slash in a name is an exclamation mark.
+        let name = directory.file_name().map(|name| name.to_string_lossy().replace('!', "/"));
+        [name.map(|name| Path::new("/dev").join(name)), backing].into_iter().flatten()
+    });
+    paths.filter_map(open).collect()
 }
 
 /// A loop device, as `/dev/loopN`, that is attached to `node`.

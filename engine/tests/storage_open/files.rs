@@ -5,12 +5,14 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use engine::copy::Format;
 use engine::error::{ErrorKind, Refusal};
 use engine::ring::IoPath;
 use engine::storage::{
-    DiskKind, Locator, SourceOptions, TargetOptions, info, open_source, plan_target, source_unchanged,
+    DiskKind, Locator, Permission, SourceOptions, TargetOptions, info, open_source, plan_target,
+    source_unchanged,
 };
 use engine::units::Length;
 use nix::sys::stat::Mode;
@@ -42,7 +44,7 @@ fn a_source_that_is_missing_or_no_disk_is_refused() {
 fn what_this_version_does_not_support_is_refused_by_name() {
     let place = Place::new();
     let path = Locator::path(place.file("disk", MIB));
-    let qcow2 = SourceOptions { format: Format::Qcow2 };
+    let qcow2 = SourceOptions { format: Format::Qcow2, ..SourceOptions::default() };
     refused(open_source(&path, &qcow2), Refusal::Unsupported, "qemu-img convert -O raw");
     let from = source(place.path("disk")).expect("source");
     let qcow2 = TargetOptions { format: Format::Qcow2, ..TargetOptions::default() };
@@ -205,7 +207,7 @@ fn two_copies_never_meet_on_one_file() {
 }
 
 #[test]
-fn the_disk_of_a_running_machine_is_no_target_and_a_warning_as_a_source() {
+fn the_disk_of_a_running_machine_is_no_target_and_a_source_only_by_force() {
     let place = Place::new();
     let path = place.file("machine", MIB);
     let from = source(place.file("source", MIB)).expect("source");
@@ -219,14 +221,25 @@ fn the_disk_of_a_running_machine_is_no_target_and_a_warning_as_a_source() {
         println!("the_disk_of_a_running_machine skipped: needs qemu-io");
         return;
     };
-    let warned = (0..200).any(|_| {
+    let is_open = || info(&Locator::path(&path)).expect("told").used_by_others.contains(&Permission::Write);
+    let locked = (0..1000).any(|_| {
         std::thread::sleep(std::time::Duration::from_millis(10));
-        source(&path).expect("readable").warnings().iter().any(|line| line.contains("is in use"))
+        is_open()
     });
-    assert!(warned, "qemu-io locks what it opens for writing");
-    refused(plan(&path, &from, &forced()), Refusal::InUse, "a running machine has it locked");
+    assert!(locked, "qemu-io locks what it opens for writing");
+    let before = fingerprint(&path);
+    let began = Instant::now();
+    refused(source(&path), Refusal::InUse, "another program has it open for writing");
+    assert!(began.elapsed() < std::time::Duration::from_secs(10), "patience ends");
+    refused(plan(&path, &from, &forced()), Refusal::InUse, "another program has it open for writing");
+    assert_eq!(fingerprint(&path), before);
+    let forced_share = SourceOptions { force_share: true, ..SourceOptions::default() };
+    let opened = open_source(&Locator::path(&path), &forced_share).expect("by force");
+    assert!(opened.warnings().iter().any(|line| line.contains("is in use")), "{:?}", opened.warnings());
+    drop(opened);
     drop(machine.stdin.take());
     machine.wait().expect("qemu-io ends with its input");
+    assert_eq!(source(&path).expect("free again").warnings(), [""; 0]);
     drop(plan(&path, &from, &forced()).expect("free again"));
 }
 

@@ -501,6 +501,9 @@ impl Drop for UringRing {
         if let Err(failure) = self.recall(deadline) {
             tracing::warn!(%failure, "operations in flight could not be recalled; their buffers are leaked");
         }
+        if !self.base.flight.with_kernel().is_empty() {
+            self.base.leak_files();
+        }
         self.base.shut_down(deadline);
     }
 }
