@@ -152,6 +152,18 @@ pub(crate) enum Command {
     Man(ManArgs),
 }
 
+impl Command {
+    /// How progress is shown, for a command that shows any.
+    pub(crate) fn progress(&self) -> Option<ProgressKind> {
+        match self {
+            Self::Copy(args) => Some(args.output.progress),
+            Self::Compare(args) => Some(args.output.progress),
+            Self::Demo(args) => Some(args.output.progress),
+            Self::Info(_) | Self::Completions(_) | Self::Man(_) => None,
+        }
+    }
+}
+
 /// `copy`.
 #[derive(Args, Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is an independent switch of the command line")]
@@ -282,7 +294,8 @@ pub(crate) struct ManArgs {
 /// What `copy`, `compare` and `demo` show while they work and at the end.
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct OutputArgs {
-    /// Progress on standard error; auto: a bar on a terminal, else nothing; json: a line at most twice a second
+    /// Progress on standard error; auto: a bar on a terminal, else nothing; json: JSON lines, and nothing but JSON lines there: progress
+    /// at most twice a second, messages as they come
     #[arg(long, value_name = "KIND", value_enum, default_value_t = ProgressKind::Auto)]
     pub(crate) progress: ProgressKind,
     /// Print one JSON object on standard output at the end, also after a failure
@@ -297,7 +310,7 @@ pub(crate) enum ProgressKind {
     Auto,
     /// A bar; where there is no terminal, a line every few seconds
     Bar,
-    /// JSON lines, at most two a second
+    /// JSON lines, at most two a second; messages and the log become JSON lines too
     Json,
     /// Nothing
     None,

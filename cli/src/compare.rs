@@ -26,7 +26,7 @@ pub(crate) fn run(args: &CompareArgs, logging: bool) -> u8 {
     let (found, ending) = match Signalled::install() {
         Ok(signalled) => (open_and_follow(args, &watch, &signalled, logging), signalled.ending()),
         Err(error) => {
-            let reason = error.to_string();
+            let reason = out::reason(&error);
             (Err(Error::refused(Refusal::Unavailable, Operation::Inspect, args.a.as_str(), reason)), None)
         }
     };
@@ -38,7 +38,7 @@ pub(crate) fn run(args: &CompareArgs, logging: bool) -> u8 {
     }
     match ended.line().map(|line| out::print(format!("{line}\n").as_bytes())) {
         Some(Err(undelivered)) => {
-            out::say(undelivered);
+            out::complain(undelivered);
             code.max(crate::report::FAILED)
         }
         _ => code,

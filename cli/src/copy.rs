@@ -35,7 +35,7 @@ pub(crate) fn run(args: &CopyArgs, command_line: &[String], logging: bool) -> u8
                 Refusal::Unavailable,
                 Operation::Copy,
                 args.source.as_str(),
-                error.to_string(),
+                out::reason(&error),
             );
             return not_started(args, &refused);
         }
@@ -50,10 +50,10 @@ pub(crate) fn run(args: &CopyArgs, command_line: &[String], logging: bool) -> u8
     for notice in &copy.notices {
         meter.say(notice);
     }
-    let result = follow(&copy, &signalled, &mut meter);
+    let mut told = copy.notices.clone();
+    let result = follow(&copy, &signalled, &mut meter, &mut told);
     meter.finish(Some(&Snapshot::of_copy(&result.progress).at_the_end()));
-    let ended =
-        Ended { args, result: &result, notices: &copy.notices, ending: signalled.ending(), command_line };
+    let ended = Ended { args, result: &result, told: &told, ending: signalled.ending(), command_line };
     for message in ended.messages() {
         out::say(message);
     }
@@ -62,7 +62,7 @@ pub(crate) fn run(args: &CopyArgs, command_line: &[String], logging: bool) -> u8
 }
 
 fn not_started(args: &CopyArgs, error: &Error) -> u8 {
-    out::say(error);
+    out::complain(error);
     if error.kind() == ErrorKind::Refused(Refusal::NotFound)
         && let Some(hint) = missing_hint(args)
     {
@@ -93,16 +93,22 @@ fn check_target(args: &CopyArgs) -> Result<(), Error> {
         .advise(format!("name a file in it, e.g. {}", path.join(&*name).display())))
 }
 
-/// Watch the job to its end.
-fn follow(copy: &Copy, signalled: &Signalled, meter: &mut Meter) -> Arc<JobResult> {
+/// Watch the job to its end, and tell what is worth it meanwhile; `told` gets that too.
+fn follow(copy: &Copy, signalled: &Signalled, meter: &mut Meter, told: &mut Vec<String>) -> Arc<JobResult> {
     let mut pauses = Pauses::default();
     let mut told_ending = false;
+    let mut seen = 0;
     loop {
         if let Some(result) = copy.job.wait_timeout(TICK) {
             return result;
         }
         let progress = copy.job.progress();
         meter.update(&Snapshot::of_copy(&progress));
+        for notice in copy.job.notices(seen) {
+            meter.say(&notice);
+            told.push(notice);
+            seen += 1;
+        }
         if let (false, Some(ending)) = (told_ending, signalled.ending()) {
             told_ending = true;
             meter.say(format_args!("{}: ending cleanly; a second one ends at once", ending.name()));
@@ -131,7 +137,7 @@ impl Pauses {
             self.announced = Some(lifted);
             let enter = if self.keys.begin() { "press Enter, or run: " } else { "run: " };
             let reason = progress.paused_on.as_deref().unwrap_or("an error");
-            meter.say(format_args!("paused: {}", out::one_line(reason)));
+            meter.say(out::Message::error(format_args!("paused: {}", out::one_line(reason))));
             meter.say(format_args!("to try again {enter}kill -CONT {}", std::process::id()));
         } else if self.keys.pressed() {
             signalled.go_on();

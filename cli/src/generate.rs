@@ -39,7 +39,7 @@ pub(crate) fn man(args: &ManArgs) -> u8 {
     let mut page = Vec::new();
     match clap_mangen::Man::new(Cli::command()).render(&mut page) {
         Ok(()) => print(&page),
-        Err(error) => failed(&format!("cannot make the man page: {error}")),
+        Err(error) => failed(&format!("cannot make the man page: {}", out::reason(&error))),
     }
 }
 
@@ -52,7 +52,7 @@ fn write_all(directory: &Path) -> u8 {
             out::say(format_args!("wrote the man pages into {name}"));
             DONE
         }
-        Err(error) => failed(&format!("cannot write man pages into {name}: {error}")),
+        Err(error) => failed(&format!("cannot write man pages into {name}: {}", out::reason(&error))),
     }
 }
 
@@ -64,6 +64,6 @@ fn print(text: &[u8]) -> u8 {
 }
 
 fn failed(message: &str) -> u8 {
-    out::say(message);
+    out::complain(message);
     FAILED
 }

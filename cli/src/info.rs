@@ -17,7 +17,7 @@ pub(crate) fn run(args: &InfoArgs) -> u8 {
     let disk = match look(args) {
         Ok(disk) => disk,
         Err(error) => {
-            out::say(&error);
+            out::complain(&error);
             let code = exit_code(&error);
             return if args.json { deliver(&failed_json(args, &error), code) } else { code };
         }
@@ -29,7 +29,7 @@ pub(crate) fn run(args: &InfoArgs) -> u8 {
     match out::print(lines(args, &disk, &offer).as_bytes()) {
         Ok(()) => DONE,
         Err(undelivered) => {
-            out::say(undelivered);
+            out::complain(undelivered);
             FAILED
         }
     }

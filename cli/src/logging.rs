@@ -6,6 +6,7 @@
 use tracing_subscriber::EnvFilter;
 
 use crate::args::LogArgs;
+use crate::out;
 
 /// Name of the environment variable.
 const VARIABLE: &str = "ENGINE_LOG";
@@ -31,7 +32,7 @@ pub(crate) fn start(args: &LogArgs) -> Result<bool, String> {
     })?;
     tracing_subscriber::fmt()
         .with_env_filter(parsed)
-        .with_writer(std::io::stderr)
+        .with_writer(|| out::Log)
         .with_ansi(false)
         // A standard error that is gone must not end the copy.
         .log_internal_errors(false)

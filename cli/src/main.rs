@@ -22,7 +22,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use args::{Cli, Command};
+use args::{Cli, Command, ProgressKind};
 
 fn main() -> ExitCode {
     let command_line: Vec<String> =
@@ -44,6 +44,9 @@ fn with_help(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
 }
 
 fn run(cli: &Cli, command_line: &[String]) -> u8 {
+    if cli.command.progress() == Some(ProgressKind::Json) {
+        out::speak_json();
+    }
     let logging = match logging::start(&cli.log) {
         Ok(logging) => logging,
         Err(message) => return usage::refuse(&message, command_line),

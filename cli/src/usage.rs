@@ -15,7 +15,7 @@ pub(crate) fn report(error: &clap::Error, arguments: &[String]) -> u8 {
         return match out::print(error.render().to_string().as_bytes()) {
             Ok(()) => DONE,
             Err(undelivered) => {
-                out::say(undelivered);
+                out::complain(undelivered);
                 FAILED
             }
         };
@@ -25,12 +25,18 @@ pub(crate) fn report(error: &clap::Error, arguments: &[String]) -> u8 {
 
 /// Refuse a command line because of `message`; gives the exit code.
 pub(crate) fn refuse(message: &str, arguments: &[String]) -> u8 {
-    out::say(message);
-    out::say(hint(arguments));
     // Parsing failed, so the options are known only as text. Whoever asked for JSON waits for an object.
-    let wants_json = arguments.iter().skip(1).take_while(|text| *text != "--").any(|text| text == "--json");
-    if wants_json && let Err(undelivered) = out::print(format!("{}\n", refusal(message)).as_bytes()) {
-        out::say(undelivered);
+    let options: Vec<&str> =
+        arguments.iter().skip(1).map(String::as_str).take_while(|text| *text != "--").collect();
+    if options.contains(&"--progress=json") || options.windows(2).any(|pair| pair == ["--progress", "json"]) {
+        out::speak_json();
+    }
+    out::complain(message);
+    out::say(hint(arguments));
+    if options.contains(&"--json")
+        && let Err(undelivered) = out::print(format!("{}\n", refusal(message)).as_bytes())
+    {
+        out::complain(undelivered);
     }
     REFUSED
 }

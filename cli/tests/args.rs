@@ -93,9 +93,9 @@ fn bad_values_name_what_is_allowed() {
     copy("--speed", "0", "a speed of 0 never ends");
     copy("--speed", "fast", "bytes a second");
     copy("--speed", "99999999999G", "larger than any disk");
-    copy("--cluster-size", "3K", "power of two from 4");
-    copy("--cluster-size", "2K", "4 MiB");
-    copy("--cluster-size", "8M", "4 MiB");
+    copy("--cluster-size", "3K", "no power of two; use");
+    copy("--cluster-size", "2K", "out of range; use a power of two from 4K to 4M");
+    copy("--cluster-size", "8M", "out of range");
     copy("--cluster-size", "64Q", "64Q");
     copy("--queue-depth", "0", "nothing would ever be copied");
     copy("--queue-depth", "many", "no whole number");

@@ -8,7 +8,7 @@ use serde_json::Value;
 use support::{Running, code, dense, directory, json, run_in, sparse, stderr};
 
 /// Every object of `copy` has these.
-const FIELDS: [&str; 25] = [
+const FIELDS: [&str; 26] = [
     "command",
     "result",
     "source",
@@ -30,6 +30,7 @@ const FIELDS: [&str; 25] = [
     "rate",
     "engine",
     "resumable",
+    "resumable_bytes",
     "signal",
     "notices",
     "error",
@@ -126,4 +127,77 @@ fn messages_do_not_mix_with_the_object() {
     let output = run_in(there.path(), &["copy", "--json", "-vvv", "a", "b"]);
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     assert_eq!(json(&output)["result"], "complete");
+}
+
+/// Every line of standard error is an object with an event.
+#[track_caller]
+fn events(messages: &str) -> Vec<Value> {
+    let line =
+        |line: &str| serde_json::from_str::<Value>(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+    let lines: Vec<Value> = messages.lines().map(line).collect();
+    assert!(lines.iter().all(|line| line["event"].is_string()), "{messages}");
+    lines
+}
+
+#[track_caller]
+fn message(lines: &[Value], level: &str, text: &str) {
+    let fits = |line: &&Value| {
+        line["event"] == "message"
+            && line["level"] == level
+            && line["message"].as_str().expect("text").contains(text)
+    };
+    assert_eq!(lines.iter().filter(fits).count(), 1, "{level} {text:?} in {lines:#?}");
+}
+
+#[test]
+fn with_json_progress_standard_error_is_json_whatever_happens() {
+    let there = directory();
+    dense(&there.path().join("a"), 1 << 20, 0);
+    let lines = |arguments: &[&str], expected: i32| {
+        let output = run_in(there.path(), arguments);
+        assert_eq!(code(&output), expected, "{arguments:?}: {}", stderr(&output));
+        events(&stderr(&output))
+    };
+    let copied = lines(&["copy", "--progress", "json", "-vvv", "a", "b"], 0);
+    message(&copied, "notice", "copied 1.0 MiB in ");
+    assert!(copied.iter().any(|line| line["event"] == "log" && line["message"].is_string()), "{copied:?}");
+    assert!(copied.iter().any(|line| line["event"] == "progress" && line["final"] == true));
+    message(&lines(&["copy", "--progress", "json", "a", "b"], 2), "error", "cannot open target b: it exists");
+    message(
+        &lines(&["copy", "--progress=json", "--bad", "a", "b"], 2),
+        "error",
+        "unexpected argument '--bad'",
+    );
+    message(&lines(&["copy", "--progress", "json", "--speed", "x", "a", "b"], 2), "notice", "--help");
+    message(&lines(&["compare", "--progress", "json", "a", "missing"], 2), "error", "cannot open missing: ");
+    lines(&["compare", "--progress", "json", "a", "b"], 0);
+    message(
+        &lines(&["demo", "--progress", "json", "--size", "1M", "--seconds", "0"], 2),
+        "error",
+        "out of range",
+    );
+    // Without it, they are for people.
+    let people = run_in(there.path(), &["copy", "a", "b"]);
+    assert!(stderr(&people).starts_with("engine-cli: cannot open target b"), "{}", stderr(&people));
+}
+
+#[test]
+fn with_json_progress_a_failure_and_an_interruption_are_json_too() {
+    let there = directory();
+    dense(&there.path().join("a"), 8 << 20, 0);
+    let arguments = ["copy", "--speed", "4M", "--progress", "json", "a", "b"];
+    let child = support::heeding(support::program())
+        .args(arguments)
+        .current_dir(there.path())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("starts");
+    std::thread::sleep(Duration::from_millis(700));
+    let source = std::fs::File::options().write(true).open(there.path().join("a")).expect("open");
+    source.set_len(1).expect("cut");
+    let output = child.wait_with_output().expect("ended");
+    assert_eq!(code(&output), 1, "{}", stderr(&output));
+    let lines = events(&stderr(&output));
+    message(&lines, "error", "has become shorter");
+    message(&lines, "notice", "b was removed");
 }

@@ -270,6 +270,14 @@ impl Error {
             _ => ErrorKind::Io(errno),
         };
         let advice = match errno {
+            Errno::ENOSPC if operation == Operation::WriteMap => Some("free some space in its file system"),
+            Errno::ENOENT if operation == Operation::WriteMap => Some("its directory was removed"),
+            Errno::EEXIST if operation == Operation::WriteMap => {
+                Some("something else has the name under which it is written first: move that away")
+            }
+            Errno::EACCES | Errno::EPERM if operation == Operation::WriteMap => {
+                Some("check the permissions of its directory")
+            }
             Errno::ENOSPC => Some("free some space, or choose a larger target"),
             Errno::EDQUOT => Some("raise the quota or free some of it"),
             Errno::EFBIG => Some("raise the limit on file sizes (ulimit -f), or choose another file system"),
@@ -412,7 +420,9 @@ impl std::error::Error for Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let story = &*self.story;
-        write!(f, "cannot {} {}", story.operation, OneLine(&story.path))?;
+        // A name that ends in a colon (`null:`) would run into the next one.
+        let quote = if story.path.ends_with(':') { "'" } else { "" };
+        write!(f, "cannot {} {quote}{}{quote}", story.operation, OneLine(&story.path))?;
         if let Some(range) = story.range {
             write!(f, ", {range}")?;
         }
@@ -424,8 +434,9 @@ impl fmt::Display for Error {
     }
 }
 
-/// `errno` as a sentence reads it: its text with its name behind.
-pub(crate) fn describe(errno: Errno) -> String {
+/// `errno` as a sentence reads it: its text with its name behind, as in `no space left on device (ENOSPC)`.
+#[must_use]
+pub fn describe(errno: Errno) -> String {
     let text = errno.desc();
     let mut letters = text.chars();
     // "No such file" begins a sentence in errno's table and continues one here; "I/O error" stays.
@@ -469,6 +480,12 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::NoSpace);
         assert!(!error.is_refusal());
         assert!(std::error::Error::source(&error).is_some());
+    }
+
+    #[test]
+    fn a_name_that_ends_in_a_colon_is_quoted() {
+        let error = Error::refused(Refusal::Unsupported, Operation::OpenTarget, "null:", "it keeps nothing");
+        assert_eq!(error.to_string(), "cannot open target 'null:': it keeps nothing");
     }
 
     #[test]

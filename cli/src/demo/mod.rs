@@ -61,7 +61,7 @@ pub(crate) fn run(args: &DemoArgs, logging: bool) -> u8 {
     let stop = match Signalled::install() {
         Ok(signalled) => demo.perform_in_a_directory(&signalled).err(),
         Err(error) => {
-            let reason = error.to_string();
+            let reason = out::reason(&error);
             Some(Error::refused(Refusal::Unavailable, Operation::Inspect, "signals", reason).into())
         }
     };
@@ -92,7 +92,7 @@ impl Demo<'_> {
             return;
         }
         if let Err(undelivered) = out::print(format!("{lines}\n").as_bytes()) {
-            out::say(undelivered);
+            out::complain(undelivered);
             self.undelivered = true;
         }
     }

@@ -1,7 +1,7 @@
 //! Progress for programs: one JSON object a line on standard error, at most two a second, and one at the end.
 //!
-//! Every line has `"event":"progress"` and `"final"`, which is true for the last one. Messages for people stand between
-//! the lines and begin with `engine-cli: `, so a reader takes the lines that begin with a brace.
+//! Every line has `"event":"progress"` and `"final"`, which is true for the last one. Between them stand the messages, which are JSON lines
+//! too (`"event":"message"`).
 
 use std::time::{Duration, Instant};
 

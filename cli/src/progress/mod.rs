@@ -149,7 +149,7 @@ impl Meter {
     }
 
     /// A message beside the progress.
-    pub(crate) fn say(&self, message: impl std::fmt::Display) {
+    pub(crate) fn say(&self, message: impl Into<out::Message>) {
         match self {
             Self::Bar(bar) => bar.suspend(|| out::say(message)),
             _ => out::say(message),

@@ -55,7 +55,7 @@ impl Ended<'_> {
                 bytes(self.counters.settled),
                 bytes(self.counters.total)
             )),
-            (Err(error), _) => out::say(error),
+            (Err(error), _) => out::complain(error),
             (Ok(_), _) => {}
         }
     }

@@ -4,13 +4,13 @@ use std::io;
 use std::path::Path;
 
 use engine::error::{Error, ErrorKind};
-use engine::job::{JobResult, Outcome, Progress, SkippedRange};
+use engine::job::{JobResult, Outcome, Progress, SkippedRange, TargetHolds};
 use serde_json::{Map, Value, json};
 
 use super::units::{average, bytes, rate, span};
 use super::{DONE, FAILED, INCOMPLETE, error_value, exit_code, range_value, result_of};
 use crate::args::CopyArgs;
-use crate::out;
+use crate::out::{self, Message};
 use crate::signals::Ending;
 
 /// Most skipped ranges that are listed for people; all stand in the JSON object.
@@ -20,8 +20,8 @@ const SKIPPED_LISTED: usize = 20;
 pub(crate) struct Ended<'a> {
     pub(crate) args: &'a CopyArgs,
     pub(crate) result: &'a JobResult,
-    /// Told at the start.
-    pub(crate) notices: &'a [String],
+    /// What was told already.
+    pub(crate) told: &'a [String],
     /// The signal that ended it.
     pub(crate) ending: Option<Ending>,
     /// The command line, to repeat it.
@@ -41,46 +41,62 @@ impl Ended<'_> {
     }
 
     /// All messages for people.
-    pub(crate) fn messages(&self) -> Vec<String> {
-        let mut messages = Vec::new();
-        let progress = &self.result.progress;
-        match &self.result.outcome {
-            Outcome::Complete => {
-                messages.extend(self.later_notices());
-                let map = if self.args.map.is_some() { "; map file removed" } else { "" };
-                messages.push(format!("copied {}{map}", self.summary()));
-            }
-            Outcome::CompleteWithSkipped => {
-                messages.extend(self.later_notices());
-                messages.extend(skipped_lines(&self.result.skipped));
-                messages.push(format!("copied all but {} of {}", bytes(progress.skipped), self.summary()));
-                if self.result.resumable {
-                    messages.push(format!("to try the skipped ranges again, repeat: {}", self.repeat()));
-                }
-            }
-            Outcome::Failed(error) => {
-                messages.push(error.to_string());
-                messages.push(format!("failed after {}", how_far(progress)));
-                messages.extend(skipped_lines(&self.result.skipped));
-                messages.extend(self.later_notices());
-                // A source that changed was copied to its end, and of a target that is gone nothing is left: there is nothing to go on with.
-                if !matches!(error.kind(), ErrorKind::SourceChanged | ErrorKind::TargetLost) {
-                    messages.extend(self.how_to_go_on());
-                }
-            }
-            Outcome::Cancelled => {
-                let signal = self.ending.map_or("a request", Ending::name);
-                messages.push(format!("ended by {signal} after {}", how_far(progress)));
-                messages.extend(self.later_notices());
-                messages.extend(self.how_to_go_on());
-            }
-        }
-        messages
+    pub(crate) fn messages(&self) -> Vec<Message> {
+        let (error, lines) = match &self.result.outcome {
+            Outcome::Complete => (None, self.complete()),
+            Outcome::CompleteWithSkipped => (None, self.complete_but_for()),
+            Outcome::Failed(error) => (Some(Message::error(error)), self.failed(error)),
+            Outcome::Cancelled => (None, self.cancelled()),
+        };
+        error.into_iter().chain(lines.into_iter().map(Message::from)).collect()
     }
 
-    /// What the job noted beyond what was told at its start.
+    fn complete(&self) -> Vec<String> {
+        let mut lines = self.later_notices();
+        // One that could not be removed stands among the notices.
+        let removed = self.args.map.is_some() && !self.result.resumable;
+        let map = if removed { "; map file removed" } else { "" };
+        lines.push(format!("copied {}{map}", self.summary()));
+        lines
+    }
+
+    fn complete_but_for(&self) -> Vec<String> {
+        let mut lines = self.later_notices();
+        lines.extend(self.skipped_lines());
+        lines.push(format!("copied all but {} of {}", bytes(self.result.progress.skipped), self.summary()));
+        if self.result.resumable {
+            lines.push(format!("to try the skipped ranges again, repeat: {}", self.repeat()));
+        }
+        lines
+    }
+
+    /// What follows the error.
+    fn failed(&self, error: &Error) -> Vec<String> {
+        let mut lines = vec![format!("failed after {}", how_far(&self.result.progress))];
+        lines.extend(self.skipped_lines());
+        lines.extend(self.later_notices());
+        // A source that changed was copied to its end, and of a target that is gone nothing is left: there is nothing to go on with.
+        if !matches!(error.kind(), ErrorKind::SourceChanged | ErrorKind::TargetLost) {
+            lines.extend(self.how_to_go_on());
+        }
+        lines
+    }
+
+    fn cancelled(&self) -> Vec<String> {
+        let signal = self.ending.map_or("a request", Ending::name);
+        let mut lines = vec![format!("ended by {signal} after {}", how_far(&self.result.progress))];
+        lines.extend(self.later_notices());
+        lines.extend(self.how_to_go_on());
+        lines
+    }
+
+    /// What the job noted beyond what was told while it ran.
     fn later_notices(&self) -> Vec<String> {
-        self.result.notices.iter().filter(|notice| !self.notices.contains(notice)).cloned().collect()
+        self.result.notices.iter().filter(|notice| !self.told.contains(notice)).cloned().collect()
+    }
+
+    fn skipped_lines(&self) -> Vec<String> {
+        skipped_lines(&self.result.skipped, &out::one_line(&self.args.target))
     }
 
     /// `4.0 GiB in 4.4 s (931 MiB/s): 3.1 GiB data, 512 MiB zeros, 400 MiB holes; verified; flushed`.
@@ -115,7 +131,13 @@ impl Ended<'_> {
 
     fn how_to_go_on(&self) -> Vec<String> {
         if self.result.resumable {
-            return vec![format!("to go on where it stopped, repeat: {}", self.repeat())];
+            let (mapped, done) = (self.result.resumable_bytes, self.result.progress.done);
+            let from = if mapped < done {
+                format!("from {} of {}", bytes(mapped), bytes(self.result.progress.total))
+            } else {
+                "where it stopped".to_owned()
+            };
+            return vec![format!("to go on {from}, repeat: {}", self.repeat())];
         }
         let target = out::one_line(&self.args.target);
         let mut messages = vec![];
@@ -149,7 +171,7 @@ impl Ended<'_> {
             Outcome::Failed(error) => ("failed", error_value(error)),
             Outcome::Cancelled => ("cancelled", Value::Null),
         };
-        let mut notices = self.notices.to_vec();
+        let mut notices = self.told.to_vec();
         notices.extend(self.later_notices());
         let mut object = head(self.args, name);
         let fields = json!({
@@ -169,6 +191,7 @@ impl Ended<'_> {
             "rate": self.rate(),
             "engine": result.engine,
             "resumable": result.resumable,
+            "resumable_bytes": result.resumable_bytes,
             "signal": self.ending.map(Ending::name),
             "notices": notices,
             "error": error,
@@ -187,7 +210,8 @@ pub(crate) fn not_started_json(args: &CopyArgs, error: &Error) -> Value {
     let fields = json!({
         "bytes": 0, "done": 0, "copied": 0, "zeros": 0, "holes": 0, "uncovered": 0, "resumed": 0,
         "skipped_bytes": 0, "skipped": [], "verified": false, "verified_bytes": 0, "retries": 0,
-        "seconds": 0.0, "rate": 0, "engine": null, "resumable": false, "signal": null, "notices": [],
+        "seconds": 0.0, "rate": 0, "engine": null, "resumable": false, "resumable_bytes": 0,
+        "signal": null, "notices": [],
         "error": error_value(error),
         "exit_code": exit_code(error),
     });
@@ -237,11 +261,16 @@ fn how_far(progress: &Progress) -> String {
     format!("{} of {} in {}", bytes(progress.done), bytes(progress.total), span(progress.elapsed))
 }
 
-fn skipped_lines(skipped: &[SkippedRange]) -> Vec<String> {
+fn skipped_lines(skipped: &[SkippedRange], target: &str) -> Vec<String> {
     let line = |skipped: &SkippedRange| {
         // The error tells the range as well; in JSON it stands alone.
         let error = skipped.error.replacen(&format!(", {}", skipped.range), "", 1);
-        format!("skipped {}: {}", skipped.range, out::one_line(&error))
+        let holds = match skipped.target {
+            TargetHolds::Zeros => format!("{target} holds zeros there"),
+            TargetHolds::Unchanged => format!("{target} holds there what it held before"),
+            TargetHolds::Unknown => format!("what {target} holds there is not known"),
+        };
+        format!("skipped {}: {}; {holds}", skipped.range, out::one_line(&error))
     };
     let mut lines: Vec<_> = skipped.iter().take(SKIPPED_LISTED).map(line).collect();
     if let Some(more) = skipped.len().checked_sub(SKIPPED_LISTED).filter(|&more| more > 0) {
@@ -254,6 +283,12 @@ fn skipped_value(skipped: &SkippedRange) -> Value {
     let mut value = range_value(skipped.range);
     if let Value::Object(fields) = &mut value {
         fields.insert("error".into(), skipped.error.clone().into());
+        let holds = match skipped.target {
+            TargetHolds::Zeros => "zeros",
+            TargetHolds::Unchanged => "unchanged",
+            TargetHolds::Unknown => "unknown",
+        };
+        fields.insert("target".into(), holds.into());
     }
     value
 }
@@ -300,16 +335,17 @@ mod tests {
     #[test]
     fn list_of_skipped_ranges_is_bounded() {
         let skipped: Vec<_> = (0..25)
-            .map(|place| SkippedRange { range: ByteRange::new(place << 20, 65536), error: "bad".into() })
-            .map(|skipped| SkippedRange {
-                error: format!("cannot read a, {}: bad", skipped.range),
-                ..skipped
+            .map(|place| ByteRange::new(place << 20, 65536))
+            .map(|range| SkippedRange {
+                range,
+                error: format!("cannot read a, {range}: bad"),
+                target: TargetHolds::Zeros,
             })
             .collect();
-        let lines = skipped_lines(&skipped);
+        let lines = skipped_lines(&skipped, "b");
         assert_eq!(lines.len(), SKIPPED_LISTED + 1);
-        assert_eq!(lines[0], "skipped bytes 0..65536: cannot read a: bad");
+        assert_eq!(lines[0], "skipped bytes 0..65536: cannot read a: bad; b holds zeros there");
         assert!(lines[SKIPPED_LISTED].contains("5 more"));
-        assert_eq!(skipped_lines(&skipped[..SKIPPED_LISTED]).len(), SKIPPED_LISTED);
+        assert_eq!(skipped_lines(&skipped[..SKIPPED_LISTED], "b").len(), SKIPPED_LISTED);
     }
 }

@@ -14,7 +14,7 @@ use super::units::{average, bytes, rate, span};
 use super::{DONE, FAILED, REFUSED, error_value};
 use crate::args::DemoArgs;
 use crate::demo::{BLOCK, Felt, FeltByPhase, Phase, Stop};
-use crate::out;
+use crate::out::{self, Message};
 use crate::signals::Ending;
 
 /// The instant that the backup shows.
@@ -138,18 +138,18 @@ impl<'a> Account<'a> {
     }
 
     /// Messages on standard error.
-    pub(crate) fn messages(&self) -> Vec<String> {
-        let mut messages = self.notices.clone();
-        messages.extend(self.flaws().map(Error::to_string));
+    pub(crate) fn messages(&self) -> Vec<Message> {
+        let mut messages: Vec<Message> = self.notices.iter().map(Message::from).collect();
+        messages.extend(self.flaws().map(Message::error));
         match &self.stop {
-            Some(Stop::Error(error, _)) => messages.push(error.to_string()),
+            Some(Stop::Error(error, _)) => messages.push(Message::error(error)),
             Some(Stop::Signal(ending)) if self.left.is_none() => {
-                messages.push(format!("ended by {}; its files were removed", ending.name()));
+                messages.push(format!("ended by {}; its files were removed", ending.name()).into());
             }
-            Some(Stop::Signal(ending)) => messages.push(format!("ended by {}", ending.name())),
+            Some(Stop::Signal(ending)) => messages.push(format!("ended by {}", ending.name()).into()),
             None => {}
         }
-        messages.extend(self.left.as_ref().map(Error::to_string));
+        messages.extend(self.left.as_ref().map(Message::error));
         messages
     }
 

@@ -39,7 +39,7 @@ pub(crate) fn deliver(object: &Value, exit_code: u8) -> u8 {
     match out::print(format!("{object}\n").as_bytes()) {
         Ok(()) => exit_code,
         Err(undelivered) => {
-            out::say(undelivered);
+            out::complain(undelivered);
             exit_code.max(FAILED)
         }
     }

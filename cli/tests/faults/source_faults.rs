@@ -166,7 +166,8 @@ fn ignore_leaves_out_exactly_the_bad_clusters_and_the_next_run_completes_them() 
     assert!(error.contains("EIO") && error.contains(&format!("bytes {BAD}..{LENGTH}")), "{error}");
     assert_eq!(object["skipped_bytes"], LENGTH - BAD);
     assert_eq!(object["done"], BAD);
-    assert_eq!(object["retries"].as_u64().map(|count| count >= 5 * 16), Some(true), "{object}");
+    assert_eq!(skipped[0]["target"], "zeros", "{object}");
+    assert_eq!(object["retries"], 5 * 16, "five times each of the clusters: {object}");
     assert_eq!(fs::metadata(bad.path("b")).expect("stat").len(), LENGTH as u64, "the exact length");
     assert!(same_start(&bad.path("good"), &bad.path("b"), BAD));
     let left_out = &fs::read(bad.path("b")).expect("read")[BAD..];
@@ -180,6 +181,35 @@ fn ignore_leaves_out_exactly_the_bad_clusters_and_the_next_run_completes_them() 
 }
 
 #[test]
+fn ignore_says_what_the_target_holds_where_something_was_left_out() {
+    let Some(bad) = BadDevice::new() else { return };
+    // An existing file is emptied first.
+    fs::write(bad.path("b"), vec![0xee; LENGTH + 5]).expect("written");
+    let policy = ["--on-source-error", "ignore"];
+    let left_out = |target: &Path| fs::read(target).expect("read")[BAD..LENGTH].to_vec();
+    let object = copy_json(
+        bad.place(),
+        &[&policy[..], &["--force", "--map", "m", bad.device.text(), "b"]].concat(),
+        3,
+    );
+    assert_eq!(object["skipped"][0]["target"], "zeros", "{object}");
+    assert!(left_out(&bad.path("b")).iter().all(|&byte| byte == 0));
+    // A run that goes on does not know what the one before it may have written.
+    let object = copy_json(bad.place(), &[&policy[..], &["--map", "m", bad.device.text(), "b"]].concat(), 3);
+    assert_eq!(object["skipped"][0]["target"], "unknown", "{object}");
+    // A device keeps what it held.
+    fs::write(bad.path("old"), vec![0xee; LENGTH]).expect("written");
+    let target = LoopDevice::over(&bad.path("old"));
+    let output = copy(bad.place(), &[&policy[..], &[bad.device.text(), target.text()]].concat());
+    assert_eq!(code(&output), 3, "{}", stderr(&output));
+    let told = format!("; {} holds there what it held before", target.text());
+    assert!(stderr(&output).lines().next().is_some_and(|line| line.ends_with(&told)), "{}", stderr(&output));
+    let device = Path::new(target.text());
+    assert!(left_out(device).iter().all(|&byte| byte == 0xee));
+    assert!(same_start(&bad.path("good"), device, BAD));
+}
+
+#[test]
 fn ignore_says_what_it_left_out_and_how_to_try_again() {
     let Some(bad) = BadDevice::new() else { return };
     let output = copy(bad.place(), &["--on-source-error", "ignore", bad.device.text(), "b"]);
@@ -188,6 +218,7 @@ fn ignore_says_what_it_left_out_and_how_to_try_again() {
     let lines: Vec<_> = messages.lines().collect();
     assert_eq!(lines.len(), 2, "{messages}");
     assert!(lines[0].starts_with(&format!("engine-cli: skipped bytes {BAD}..{LENGTH}: ")), "{messages}");
+    assert!(lines[0].ends_with("; b holds zeros there"), "{messages}");
     assert!(lines[1].starts_with("engine-cli: copied all but 1.0 MiB of 4.0 MiB in "), "{messages}");
 }
 

@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use crate::kernel::{LoopDevice, Mount, is_root, tool};
 use crate::support::{Running, code, dense, directory, has, same, stderr};
-use crate::{MIB, copied, copy, error_line, json, limit_file_size};
+use crate::{MIB, copied, copy, error_line, json, limit_file_size, refused};
 
 const LENGTH: usize = 12 * MIB;
 
@@ -206,13 +206,65 @@ fn a_map_on_a_full_file_system_is_told_and_costs_nothing_but_itself() {
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     fs::remove_file(small.path("b")).expect("removed");
     fs::write(small.path("fs/ballast"), vec![1; 6 << 20]).expect("filled");
-    // There is no room for its first version: nothing was promised, nothing is left.
-    let output = copy(small.place(), &["--map", "fs/m", "a", "b"]);
-    assert!(matches!(code(&output), 1 | 2), "{}", stderr(&output));
-    let error = stderr(&output);
-    assert!(error_line(&error).contains("fs/m") && error.contains("ENOSPC"), "{error}");
+    // There is no room for its first version: nothing was promised, nothing is left, and a target that exists is as it was.
+    fs::write(small.path("c"), "old").expect("written");
+    for target in ["b", "c"] {
+        let words = ["cannot write map file fs/m: no space left on device (ENOSPC)"];
+        refused(small.place(), &["--force", "--map", "fs/m", "a", target], &words);
+    }
     assert!(!small.path("b").exists() && !small.path("fs/m").exists());
     assert_eq!(fs::read_dir(small.path("fs")).expect("directory").count(), 1, "the ballast alone");
+}
+
+/// A copy of 24 MiB with the map `fs/m` that has begun and takes seconds.
+fn with_map_in(small: &Small) -> Running {
+    dense(&small.path("a"), 24 * MIB, 0);
+    let arguments = ["copy", "--speed", "3M", "--map", "fs/m", "--progress", "json", "--json", "a", "b"];
+    let mut running = Running::program(small.place(), &arguments);
+    running.progress(|progress| progress["done"].as_u64() > Some(0));
+    running
+}
+
+#[test]
+fn a_map_that_cannot_be_written_any_more_is_told_at_once_and_what_a_repeat_starts_from() {
+    let Some(small) = Small::tmpfs() else { return };
+    let mut running = with_map_in(&small);
+    fs::write(small.path("fs/ballast"), vec![1; 6 << 20]).expect_err("filled to the last page");
+    let notice = running.expect("cannot write map file fs/m: no space left on device (ENOSPC)");
+    assert!(notice.contains("a repeat would go on from 0 B of 24.0 MiB"), "{notice}");
+    assert!(running.is_running(), "the copy goes on");
+    running.signal("INT");
+    let (code, output, messages) = running.end();
+    assert_eq!(code, 130, "{messages}");
+    assert!(output.contains("\"resumable\":true") && output.contains("\"resumable_bytes\":0"), "{output}");
+    assert!(messages.contains("to go on from 0 B of 24.0 MiB, repeat: "), "{messages}");
+    assert_eq!(messages.matches("cannot write map file").count(), 1, "{messages}");
+    fs::remove_file(small.path("fs/ballast")).expect("removed");
+    copied(small.place(), &["--map", "fs/m", "a", "b"]);
+    assert!(same(&small.path("a"), &small.path("b")));
+}
+
+#[test]
+fn a_map_that_is_gone_with_its_directory_promises_nothing() {
+    let Some(small) = Small::tmpfs() else { return };
+    fs::create_dir(small.path("maps")).expect("created");
+    dense(&small.path("a"), 24 * MIB, 0);
+    let arguments = ["copy", "--speed", "3M", "--map", "maps/m", "--progress", "json", "--json", "a", "b"];
+    let mut running = Running::program(small.place(), &arguments);
+    running.progress(|progress| progress["done"].as_u64() > Some(0));
+    fs::remove_dir_all(small.path("maps")).expect("removed");
+    running.signal("INT");
+    let (code, output, messages) = running.end();
+    assert_eq!(code, 130, "{messages}");
+    assert!(
+        messages.contains(
+            "cannot write map file maps/m: no such file or directory (ENOENT); its directory was removed"
+        ),
+        "{messages}"
+    );
+    assert!(messages.contains("map file maps/m is gone"), "{messages}");
+    assert!(output.contains("\"resumable\":false") && !messages.contains("to go on"), "{messages}");
+    assert!(!small.path("b").exists(), "{messages}");
 }
 
 #[test]

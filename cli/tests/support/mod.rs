@@ -123,6 +123,13 @@ pub(crate) fn same(a: &Path, b: &Path) -> bool {
     }
 }
 
+/// With `--progress json` messages are JSON too: as they would be without it.
+fn as_people_read(line: String) -> String {
+    let value: Option<Value> = serde_json::from_str(&line).ok();
+    let message = value.filter(|value| value["event"] == "message");
+    message.map_or(line, |value| format!("engine-cli: {}", value["message"].as_str().expect("text")))
+}
+
 /// The program at work, its messages as they come.
 pub(crate) struct Running {
     child: Child,
@@ -143,7 +150,7 @@ impl Running {
         let (sender, lines) = channel();
         thread::spawn(move || {
             for line in messages.lines().map_while(Result::ok) {
-                if sender.send(line).is_err() {
+                if sender.send(as_people_read(line)).is_err() {
                     return;
                 }
             }

@@ -5,7 +5,8 @@
 //! out to be zeros must be given back, so a window begins only after a streak of data, starts small, doubles while it
 //! holds nothing but data, and zeros switch the whole thing off until the next streak. And reserving waits for direct I/O in
 //! flight, so the next window is asked for when half of the last is used, and all its extents go into one request.
-//! Reserving is an optimisation: when it fails (no space, not supported) it is given up, and the write says what is wrong.
+//! Reserving is an optimisation: when it fails (no space, not supported) it is given up, and the write says what is wrong. What was
+//! reserved of a window before it failed is not told, so all of it counts as reserved.
 
 use super::plan::Limits;
 use crate::units::ByteRange;
@@ -27,6 +28,17 @@ pub(super) struct AllocateAhead {
     /// Spans reserved in this run, ascending and merged; zeros within them are given back.
     reserved: Vec<ByteRange>,
     limits: Limits,
+}
+
+/// How a request to reserve space has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reserved {
+    /// All of it is reserved.
+    Whole,
+    /// It failed: a part may be reserved.
+    InPart,
+    /// There is no such operation.
+    Nothing,
 }
 
 /// Most separate spans remembered as reserved; zeros in older ones stay reserved.
@@ -82,10 +94,10 @@ impl AllocateAhead {
     }
 
     /// The request has ended.
-    pub(super) fn end(&mut self, reserved: bool) {
+    pub(super) fn end(&mut self, reserved: Reserved) {
         let span = self.pending.take().expect("a request was under way");
-        if !reserved {
-            self.enabled = false;
+        self.enabled &= reserved == Reserved::Whole;
+        if reserved == Reserved::Nothing {
             return;
         }
         match self.reserved.last_mut() {
@@ -128,7 +140,7 @@ mod tests {
         ahead.begin(&[ByteRange::between(250, 1250)]);
         assert!(ahead.holds(ByteRange::between(1249, 1300)) && !ahead.holds(ByteRange::between(1250, 1300)));
         assert_eq!(ahead.due(1250), None, "one request at a time");
-        ahead.end(true);
+        ahead.end(Reserved::Whole);
         assert_eq!(ahead.due(500), None, "less than half is used");
         assert_eq!(ahead.due(750), Some((1250, 2000)));
         assert!(
@@ -147,12 +159,14 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_gives_it_up() {
-        let mut ahead = AllocateAhead::new(true, limits());
-        ahead.on_data(5000);
-        ahead.begin(&[ByteRange::between(0, 1000)]);
-        ahead.end(false);
-        assert_eq!(ahead.due(1000), None);
-        assert!(!ahead.covers(ByteRange::between(0, 1000)));
+    fn a_failure_gives_it_up_and_what_it_may_have_reserved_is_given_back() {
+        for (outcome, covered) in [(Reserved::Nothing, false), (Reserved::InPart, true)] {
+            let mut ahead = AllocateAhead::new(true, limits());
+            ahead.on_data(5000);
+            ahead.begin(&[ByteRange::between(0, 1000)]);
+            ahead.end(outcome);
+            assert_eq!(ahead.due(1000), None);
+            assert_eq!(ahead.covers(ByteRange::between(0, 1000)), covered, "{outcome:?}");
+        }
     }
 }

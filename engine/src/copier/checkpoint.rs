@@ -61,8 +61,14 @@ pub(super) struct Checkpoints {
     pub(super) map_stale: bool,
     /// It was said that the map cannot be written.
     pub(super) map_failure_said: bool,
+    /// It was said that it can be written again.
+    pub(super) map_mended_said: bool,
     /// A map was written (or was there to resume from).
     pub(super) map_written: bool,
+    /// Bytes that it calls done.
+    pub(super) mapped_bytes: u64,
+    /// Bytes that the version which is being written calls done.
+    pub(super) publishing_bytes: u64,
     /// Since something last became durable. A write-back between the flush and the claim counts.
     pub(super) failed_flushes: u32,
     last_start: Timestamp,
@@ -74,7 +80,10 @@ impl Checkpoints {
         Self {
             stage: Stage::Idle,
             captured: Captured::default(),
+            map_mended_said: false,
             map_written,
+            mapped_bytes: resumed.tally.done(),
+            publishing_bytes: 0,
             durable: resumed,
             dirty: true,
             map_stale: false,

@@ -93,6 +93,7 @@ impl Copier {
             Verdict::Fail => self.end_with(Ending::Failed(error)),
             Verdict::Pause(io_status) => {
                 self.retries.add(cluster, attempts, now);
+                self.failed_in_pause += 1;
                 self.stop(io_status, error);
             }
             Verdict::Retry(pause) => self.retries.add(cluster, attempts + 1, now.after(pause)),

@@ -324,7 +324,9 @@ impl Copier {
     ) {
         for &cluster in unsettled {
             if self.ending.is_none() {
-                self.retries.put(cluster, alone.map_or(0, |attempts| attempts + 1), now);
+                // A run that failed is taken apart: which cluster of it is bad is not known yet.
+                let failed = u32::from(clusters.count() == 1);
+                self.retries.put(cluster, alone.unwrap_or(0) + failed, now);
             }
         }
         let Some(request) = self.guests.requests.get_mut(&id) else { return };

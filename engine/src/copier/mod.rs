@@ -231,6 +231,8 @@ pub struct Copier {
     tally: Tally,
     verified: u64,
     retry_count: u64,
+    /// Clusters that failed and wait for the end of this pause on an error.
+    failed_in_pause: u64,
     skipped_bytes: u64,
     /// The map operation under way removes it.
     map_removed: bool,
@@ -299,7 +301,7 @@ impl Copier {
             throttle: Throttle::new(plan.speed, geometry.cluster_size().bytes()),
             retries: RetryList::default(),
             mismatches: BTreeMap::new(),
-            skipped: Skipped::default(),
+            skipped: Skipped::new(plan.target_before),
             postponed: plan.postponed.clone(),
             window: Window::default(),
             closed_window: Window::default(),
@@ -307,6 +309,7 @@ impl Copier {
             tally,
             verified: 0,
             retry_count: 0,
+            failed_in_pause: 0,
             skipped_bytes: 0,
             map_removed: false,
             hold_until: None,
@@ -382,8 +385,8 @@ impl Copier {
         // Said again even if nothing changed: a resume may have come and gone unseen.
         self.drained_said = false;
         self.user_paused = paused;
-        if !paused {
-            self.stopped = None;
+        if !paused && self.stopped.take().is_some() {
+            self.retry_count += std::mem::take(&mut self.failed_in_pause);
         }
     }
 
@@ -466,6 +469,12 @@ impl Copier {
     #[must_use]
     pub fn is_resumable(&self) -> bool {
         self.plan.map.is_some() && self.checkpoints.map_written
+    }
+
+    /// Bytes that the map calls done, as it stands.
+    #[must_use]
+    pub fn mapped_bytes(&self) -> u64 {
+        if self.is_resumable() { self.checkpoints.mapped_bytes } else { 0 }
     }
 
     /// Whether `verify` was asked for and everything done by this run was compared.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::job::TargetHolds;
 use crate::modes::{CbwErrorPolicy, ErrorPolicy, SyncMode};
 use crate::ring::{DocumentId, FileId};
 use crate::units::{ClusterRange, Geometry, Speed};
@@ -36,6 +37,8 @@ pub type EncodeCheckpoint = Box<dyn Fn(&Checkpoint) -> Vec<u8> + Send>;
 pub struct MapPlan {
     /// On the ring.
     pub document: DocumentId,
+    /// How messages name it.
+    pub name: Arc<str>,
     /// Its form.
     pub encode: EncodeCheckpoint,
 }
@@ -69,6 +72,8 @@ pub struct Plan {
     pub allocate_ahead: bool,
     /// The target can tell which of its ranges are holes; else what was not written has to be read back, to verify that it is zero.
     pub target_shows_holes: bool,
+    /// What the target holds where this run writes nothing.
+    pub target_before: TargetHolds,
     /// In-flight clusters; the arena holds as many.
     pub slots: u32,
     /// Where the first slot lies in the arena, in bytes.

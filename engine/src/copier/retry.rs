@@ -51,6 +51,12 @@ pub(super) fn verdict(policy: ErrorPolicy, fault: Fault, attempts: u32, limits: 
     }
 }
 
+/// Whether a cluster that is tried `alone`, after so many failed attempts, has failed by itself before. The first time alone is that of a
+/// request that was taken apart: nothing says yet that this cluster is bad.
+pub(super) fn is_retry(alone: Option<u32>) -> bool {
+    alone.is_some_and(|attempts| attempts > 0)
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     attempts: u32,

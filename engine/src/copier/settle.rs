@@ -15,7 +15,7 @@ use super::{Copier, Ending, Event, Task};
 use crate::error::{Error, Operation, describe};
 use crate::modes::SyncMode;
 use crate::ring::{Op, Output};
-use crate::units::{ByteRange, ClusterRange, Timestamp};
+use crate::units::{ByteRange, ClusterRange, Length, Timestamp};
 
 impl Copier {
     /// Do whatever checkpoints and the end call for.
@@ -261,6 +261,7 @@ impl Copier {
         self.checkpoints.stage = Stage::Idle;
         self.checkpoints.dirty = true;
         self.retries.clear();
+        self.failed_in_pause = 0;
         self.rewind_to(crate::units::ClusterIndex(0));
         // What was written and lost may be there in part: nothing on the target is known to be zero any more. A later run must not
         // believe it either, however this one ends.
@@ -275,6 +276,7 @@ impl Copier {
     /// to begin again; those that have not written yet do not write at all.
     pub(super) fn blanks_are_not_zero(&mut self) {
         self.blank_is_zero = false;
+        self.skipped.all_may_be_written();
         for (_, transfer) in &mut self.transfers {
             let copies = !matches!(transfer.purpose, super::transfer::Purpose::Verify(_));
             transfer.tainted |= copies && !transfer.reads_whole(transfer.bytes);
@@ -333,6 +335,7 @@ impl Copier {
         });
         let document = map.document;
         self.map_removed = remove;
+        self.checkpoints.publishing_bytes = self.checkpoints.durable.tally.done();
         self.push(Task::Publish, Op::Publish { document, contents });
     }
 
@@ -342,12 +345,23 @@ impl Copier {
         }
         match result {
             Ok(_) => {
-                self.checkpoints.map_stale = false;
+                let was_stale = std::mem::replace(&mut self.checkpoints.map_stale, false);
                 self.checkpoints.map_written = !self.map_removed;
+                self.checkpoints.mapped_bytes = self.checkpoints.publishing_bytes;
+                if was_stale
+                    && !self.map_removed
+                    && !std::mem::replace(&mut self.checkpoints.map_mended_said, true)
+                {
+                    self.events
+                        .push(Event::Notice(format!("map file {} can be written again", self.map_name())));
+                }
             }
             Err(errno) if self.map_removed => {
-                let reason = describe(*errno);
-                let notice = format!("the copy is complete, but its map file cannot be removed: {reason}");
+                let name = self.map_name();
+                let notice = format!(
+                    "the copy is complete, but its map file {name} cannot be removed: {}; remove it by hand",
+                    describe(*errno)
+                );
                 self.events.push(Event::Notice(notice));
             }
             Err(errno) => {
@@ -355,13 +369,26 @@ impl Copier {
                 tracing::warn!(%errno, "map file cannot be written");
                 // Once a job: a map file that fails now and then fails often.
                 if !std::mem::replace(&mut self.checkpoints.map_failure_said, true) {
-                    self.events.push(Event::Notice(format!(
-                        "the map file cannot be written: {}; an interrupted copy would go on from an older one",
-                        describe(*errno)
-                    )));
+                    self.events.push(Event::Notice(self.map_unwritable(*errno)));
                 }
             }
         }
+    }
+
+    fn map_name(&self) -> String {
+        self.plan.map.as_ref().map(|map| map.name.to_string()).unwrap_or_default()
+    }
+
+    /// The map stays as it was: what that means for whoever relies on it.
+    fn map_unwritable(&self, errno: Errno) -> String {
+        let error = Error::io(Operation::WriteMap, self.map_name(), None, errno);
+        let mapped = Length(self.checkpoints.mapped_bytes);
+        let total = self.plan.geometry.length();
+        let goes_on = match self.ending {
+            None => "the copy goes on, and tries to write it again; until then ",
+            Some(_) => "",
+        };
+        format!("{error}; {goes_on}a repeat would go on from {mapped} of {total}")
     }
 
     /// Drop the page cache behind a buffered side, a step of the sweep at a time and no closer than the slots in flight. Between

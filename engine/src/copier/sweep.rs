@@ -4,6 +4,7 @@ use super::checkpoint::Stage;
 use super::extents::{ExtentWindow, Known};
 use super::fleece::Drained;
 use super::piece::Direction;
+use super::retry::is_retry;
 use super::tally::Was;
 use super::transfer::{Purpose, Transfer};
 use super::verify::ReadBack;
@@ -271,9 +272,7 @@ impl Copier {
         let count = u32::try_from(clusters.count()).expect("bounded by the slots");
         let run = self.slots.take(slot, count);
         let purpose = Purpose::Copy { alone: attempts };
-        if attempts.is_some() {
-            self.retry_count += 1;
-        }
+        self.retry_count += u64::from(is_retry(attempts));
         let mut transfer = Transfer::new(purpose, clusters, self.plan.geometry, run).with_claim(claim);
         transfer.guest = Some(guest);
         transfer.urgent = true;
@@ -307,9 +306,7 @@ impl Copier {
             ByteRange::between(first, last)
         };
         self.throttle.spend(transfer.data.iter().map(|range| range.length).sum(), now);
-        if alone.is_some() {
-            self.retry_count += 1;
-        }
+        self.retry_count += u64::from(is_retry(alone));
         tracing::trace!(?clusters, ?alone, %read, "read");
         self.start_read(transfer, read);
     }

@@ -2,6 +2,7 @@
 
 use nix::errno::Errno;
 
+use super::allocation::Reserved;
 use super::checkpoint::Stage;
 use super::faults::side_of;
 use super::inspect::is_zero;
@@ -118,6 +119,9 @@ impl Copier {
         };
         transfer.task_failed(clusters, Failure { fault, operation, range });
         transfer.outstanding -= 1;
+        if operation != Operation::Read {
+            self.skipped.may_be_written(clusters);
+        }
         self.finish_if_over(id, now);
     }
 
@@ -309,12 +313,16 @@ impl Copier {
         match result {
             Ok(_) if !self.zero_runs_tainted => {
                 self.set.complete(claim);
+                self.skipped.done(clusters);
                 self.note_zeros(clusters, Was::Hole);
                 self.checkpoints.on_settled(self.plan.geometry.bytes_of(clusters).length);
             }
             result => {
                 if let Err(errno) = result {
                     self.zeroing_failed(method, *errno);
+                }
+                if !matches!(result, Err(Errno::EOPNOTSUPP)) {
+                    self.skipped.may_be_written(clusters);
                 }
                 self.set.release(claim);
                 self.rewind_to(clusters.start);
@@ -415,10 +423,15 @@ impl Copier {
     }
 
     fn on_reserved(&mut self, result: &Result<Output, Errno>, arena: &Arena, now: Timestamp) {
+        let reserved = match result {
+            Ok(_) => Reserved::Whole,
+            Err(Errno::EOPNOTSUPP) => Reserved::Nothing,
+            Err(_) => Reserved::InPart,
+        };
         if let Err(errno) = result {
             tracing::debug!(%errno, "space not reserved ahead; going on without");
         }
-        self.allocation.end(result.is_ok());
+        self.allocation.end(reserved);
         for id in std::mem::take(&mut self.held) {
             self.on_read(id, arena, now);
         }
@@ -459,6 +472,7 @@ impl Copier {
             }
             self.tally.settle(Was::Data { written }, 1, bytes.length);
         }
+        self.skipped.done(super::one(cluster));
         self.checkpoints.on_settled(bytes.length);
         if let Some(fleece) = &mut self.fleece {
             fleece.written(cluster);

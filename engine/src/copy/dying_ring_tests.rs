@@ -34,6 +34,10 @@ struct Dying<R> {
     /// Dies once the other end is dropped.
     go: Receiver<()>,
     death: Death,
+    /// Takes so many files.
+    files_left: usize,
+    /// Takes documents.
+    takes_documents: bool,
 }
 
 impl<R: Ring> Ring for Dying<R> {
@@ -51,9 +55,16 @@ impl<R: Ring> Ring for Dying<R> {
         self.ring.arena_mut()
     }
     fn add_file(&mut self, file: R::File) -> Result<FileId, RingFailure> {
+        let Some(left) = self.files_left.checked_sub(1) else {
+            return Err(RingFailure { ring: self.ring.name(), errno: Errno::ENOMEM });
+        };
+        self.files_left = left;
         self.ring.add_file(file)
     }
     fn add_document(&mut self, document: R::Document) -> Result<DocumentId, RingFailure> {
+        if !self.takes_documents {
+            return Err(RingFailure { ring: self.ring.name(), errno: Errno::ENOMEM });
+        }
         self.ring.add_document(document)
     }
     fn remove_file(&mut self, file: FileId) {
@@ -117,10 +128,14 @@ fn start_dying(
         let opened = select::open(checked.options.io_engine, &ring_config(&checked)).unwrap();
         match opened.ring {
             OpenedRing::Uring(ring) => {
-                run_on(Dying { ring, waits_left, go, death }, checked, None, &started);
+                let (files_left, takes_documents) = (2, true);
+                let ring = Dying { ring, waits_left, go, death, files_left, takes_documents };
+                run_on(ring, checked, None, &started);
             }
             OpenedRing::Threads(ring) => {
-                run_on(Dying { ring, waits_left, go, death }, checked, None, &started);
+                let (files_left, takes_documents) = (2, true);
+                let ring = Dying { ring, waits_left, go, death, files_left, takes_documents };
+                run_on(ring, checked, None, &started);
             }
         }
     });
@@ -243,4 +258,35 @@ fn a_source_that_has_changed_meanwhile_is_noticed() {
     assert!(!result.resumable && !map.exists(), "{result:?}");
     assert!(!directory.path().join("target").exists(), "a new file that nobody goes on with is removed");
     thread.join().unwrap();
+}
+
+/// A ring that does not take the files of a copy, which are prepared by then: nothing new is left behind, and a map that was there stays.
+#[test]
+fn what_was_made_for_a_copy_that_cannot_begin_goes_again() {
+    for (files_left, takes_documents) in [(0, true), (1, true), (2, false)] {
+        for (exists, with_map) in [(false, false), (false, true), (true, true)] {
+            if !with_map && !takes_documents {
+                continue; // It begins.
+            }
+            let directory = tempfile::tempdir().unwrap();
+            let (target, map) = (directory.path().join("target"), directory.path().join("map"));
+            let mut options = options(directory.path(), IoEngine::Threads);
+            options.map = with_map.then(|| map.clone());
+            options.force = exists;
+            if exists {
+                std::fs::write(&target, "old").unwrap();
+            }
+            let checked = check(&options, None).unwrap();
+            let opened = select::open(IoEngine::Threads, &ring_config(&checked)).unwrap();
+            let OpenedRing::Threads(ring) = opened.ring else { panic!("not threads") };
+            let (_keep_alive, go) = unbounded();
+            let ring = Dying { ring, waits_left: 0, go, death: Death::Failure, files_left, takes_documents };
+            let (started, outcome) = bounded(1);
+            run_on(ring, checked, None, &started);
+            let error = outcome.recv().unwrap().expect_err("it cannot begin");
+            assert_eq!(error.kind(), ErrorKind::EngineDied, "{error}");
+            assert!(!map.exists(), "{error}");
+            assert_eq!(target.exists(), exists, "{error}");
+        }
+    }
 }

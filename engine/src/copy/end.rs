@@ -12,6 +12,10 @@ use crate::storage::{Document, OpenedSource, OpenedTarget, source_unchanged};
 /// useless, and a new target file of a copy that did not succeed and cannot go on is removed.
 pub(super) fn at_end(source: OpenedSource, target: OpenedTarget, map: Option<Arc<MapFile>>) -> AtEnd {
     Box::new(move |result: &mut JobResult| {
+        if let Some(map) = map.as_deref().filter(|map| result.resumable && !map.is_there()) {
+            result.resumable = false;
+            result.notices.push(format!("map file {} is gone: no run can go on from it", map.path()));
+        }
         if (is_complete(&result.outcome) || result.resumable)
             && let Err(error) = target.still_there()
             && judge_target(result, error) == MapIs::OfNoUse
@@ -34,6 +38,9 @@ pub(super) fn at_end(source: OpenedSource, target: OpenedTarget, map: Option<Arc
                 Ok(false) => {}
                 Err(error) => result.notices.push(error.to_string()),
             }
+        }
+        if !result.resumable {
+            result.resumable_bytes = 0;
         }
         drop(map);
     })
@@ -125,6 +132,7 @@ mod tests {
             elapsed: Duration::ZERO,
             engine: "threads",
             resumable,
+            resumable_bytes: 0,
             notices: Vec::new(),
         }
     }

@@ -3,7 +3,8 @@
 //! # Order
 //! 1. On the caller's thread: every check that can refuse, changing nothing.
 //! 2. On the new ring thread: the ring is opened (io_uring wants to be set up by the thread that uses it). Still nothing was changed.
-//! 3. The target is prepared, and with a map its first version published, so that from here on a killed copy can go on.
+//! 3. The target is prepared, and with a map its first version published, so that from here on a killed copy can go on. What fails
+//!    before the first byte is copied takes a new target file and a new map with it.
 //! 4. The caller gets its handle, and the loop runs.
 //! 5. At the end, before anybody is told, [`super::end`] looks whether the source changed meanwhile, and clears up.
 
@@ -21,7 +22,7 @@ use crate::interval_set::IntervalSet;
 use crate::job::driver::Driver;
 use crate::job::handle::{CompletionCallback, Shared, panic_text};
 use crate::job::runner::empty_progress;
-use crate::job::{JobHandle, Lifecycle};
+use crate::job::{JobHandle, Lifecycle, TargetHolds};
 use crate::map::{Map, MapFile, MapHeader};
 use crate::modes::SyncMode;
 use crate::ring::select::{self, OpenedRing, RingConfig, SetupError};
@@ -131,6 +132,19 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
         Some(map) => sample::compare(map, &source, &target)?,
         None => None,
     };
+    if let Some(map) = map.as_ref().filter(|map| map.map().is_none()) {
+        // What the target will be is not known before it is prepared. The source stands in for it: such a map takes much the same room.
+        let header = MapHeader {
+            source: source.identity().clone(),
+            target: source.identity().clone(),
+            geometry,
+            sync: options.sync,
+            verify: options.verify,
+            target_was_zero: false,
+        };
+        map.rehearse(&first_map(&header))
+            .map_err(|errno| Error::refused_by_system(Operation::WriteMap, map.path(), errno))?;
+    }
     Ok(Checked { options: options.clone(), source, target, map, geometry, slots, uncompared, callback })
 }
 
@@ -224,12 +238,14 @@ where
     };
     // The ring is broken: whoever waits must learn of it, whatever else is lost. The ring goes first, and with it what is in flight.
     let resumable = driver.copier().is_resumable();
+    let resumable_bytes = driver.copier().mapped_bytes();
     let at_end = driver.take_at_end();
     if std::panic::catch_unwind(AssertUnwindSafe(|| drop(driver))).is_err() {
         tracing::error!("the ring could not be taken down");
     }
     shared.died(engine, Arc::new(Error::engine_died(source_name, reason)), |result| {
         result.resumable = resumable;
+        result.resumable_bytes = resumable_bytes;
         if let Some(at_end) = at_end {
             at_end(result);
         }
@@ -263,6 +279,7 @@ where
         })?;
         let target = target.prepare()?;
         notices.extend(target.warnings().iter().cloned());
+        let goes_on = map.as_ref().is_some_and(|map| map.map().is_some());
         let resumed: Vec<ClusterRange> =
             map.as_ref().and_then(|map| map.map()).map(|map| map.done().to_vec()).unwrap_or_default();
         let postponed: Vec<ClusterRange> =
@@ -281,17 +298,15 @@ where
                 notices.push(format!("map file {} is empty: starting from the beginning", map.path()));
             }
             notices.extend(uncompared);
+        }
+        let admitted = admit(&mut ring, &source, &target, map.as_ref()).map_err(|failure| {
+            let error = Error::engine_died(options.source.clone(), failure.to_string());
+            undone(&target, error)
+        })?;
+        if let Some(map) = &map {
             publish_first(map, &header, &target)?;
         }
-        let broken = |failure: crate::ring::RingFailure| {
-            Error::engine_died(options.source.clone(), failure.to_string())
-        };
-        let from = side(&mut ring, source.storage()).map_err(broken)?;
-        let to = side(&mut ring, target.storage()).map_err(broken)?;
-        let document = match &map {
-            Some(map) => Some(ring.add_document(Arc::clone(map) as Arc<dyn Document>).map_err(broken)?),
-            None => None,
-        };
+        let Admitted { from, to, document } = admitted;
         if options.verify && to.direct_alignment.is_none() {
             notices.push(verified_through_cache(&to.name));
         }
@@ -302,7 +317,8 @@ where
             target_is_zero: target.known_zero(),
             allocate_ahead: target_is_file,
             target_shows_holes: target_is_file,
-            map: document.map(|document| map_plan(document, header)),
+            target_before: target.holds_before(goes_on),
+            map: document.zip(map.as_deref()).map(|(document, map)| map_plan(document, map, header)),
             resumed,
             postponed,
             ..plan_of(&options, geometry, slots)
@@ -333,6 +349,7 @@ fn plan_of(options: &CopyOptions, geometry: Geometry, slots: u32) -> Plan {
         target_is_zero: false,
         allocate_ahead: false,
         target_shows_holes: false,
+        target_before: TargetHolds::Unknown,
         slots,
         arena_start: 0,
         max_run: u32::try_from((MAX_REQUEST_BYTES / cluster).max(1)).expect("small").min(slots.div_ceil(2)),
@@ -347,6 +364,40 @@ fn plan_of(options: &CopyOptions, geometry: Geometry, slots: u32) -> Plan {
         limits: Limits::default(),
         #[cfg(feature = "sim")]
         planted: None,
+    }
+}
+
+/// What a ring works on.
+struct Admitted {
+    from: Side,
+    to: Side,
+    document: Option<DocumentId>,
+}
+
+/// Give everything to the ring.
+fn admit<R>(
+    ring: &mut R,
+    source: &OpenedSource,
+    target: &OpenedTarget,
+    map: Option<&Arc<MapFile>>,
+) -> Result<Admitted, crate::ring::RingFailure>
+where
+    R: Ring<File = Arc<dyn Storage>, Document = Arc<dyn Document>>,
+{
+    let from = side(ring, source.storage())?;
+    let to = side(ring, target.storage())?;
+    let document = map.map(|map| ring.add_document(Arc::clone(map) as Arc<dyn Document>)).transpose()?;
+    Ok(Admitted { from, to, document })
+}
+
+/// `error` keeps a copy from beginning: a target file that it has created goes again.
+fn undone(target: &OpenedTarget, error: Error) -> Error {
+    match target.discard_new_file() {
+        Ok(_) => error,
+        Err(left) => {
+            tracing::warn!(%left, "new target file stays behind");
+            error.advise(format!("remove {} by hand, which is new and empty", target.storage().name()))
+        }
     }
 }
 
@@ -368,7 +419,7 @@ fn verified_through_cache(target: &str) -> String {
     )
 }
 
-fn map_plan(document: DocumentId, header: MapHeader) -> MapPlan {
+fn map_plan(document: DocumentId, map: &MapFile, header: MapHeader) -> MapPlan {
     let encode = move |checkpoint: &Checkpoint| {
         let target_was_zero = header.target_was_zero && checkpoint.blank_is_zero;
         let header = MapHeader { target_was_zero, ..header.clone() };
@@ -376,7 +427,7 @@ fn map_plan(document: DocumentId, header: MapHeader) -> MapPlan {
             .expect("the copier's ranges ascend, are disjoint and lie on the disk")
             .encode()
     };
-    MapPlan { document, encode: Box::new(encode) }
+    MapPlan { document, name: Arc::from(map.path()), encode: Box::new(encode) }
 }
 
 fn going_on(map: &MapFile, geometry: Geometry, resumed: &[ClusterRange]) -> Option<String> {
@@ -400,13 +451,27 @@ fn publish_first(map: &MapFile, header: &MapHeader, target: &OpenedTarget) -> Re
     if map.map().is_some() {
         return Ok(());
     }
-    let first = Map::new(header.clone(), Vec::new(), Vec::new()).expect("an empty map makes sense").encode();
-    map.publish(Some(&first)).map_err(|errno| {
-        if let Err(error) = target.discard_new_file() {
-            tracing::warn!(%error, "new target file stays behind");
+    map.publish(Some(&first_map(header))).map_err(|errno| {
+        // The new version may have the map's name already.
+        if let Err(errno) = map.publish(None) {
+            tracing::warn!(%errno, "map file stays behind");
         }
-        Error::io(Operation::WriteMap, map.path(), None, errno)
+        let was_emptied = !target.is_new_file() && target.holds_before(false) == TargetHolds::Zeros;
+        undone(
+            target,
+            if was_emptied {
+                Error::io(Operation::WriteMap, map.path(), None, errno)
+                    .advise(format!("{} was emptied already", target.storage().name()))
+            } else {
+                Error::refused_by_system(Operation::WriteMap, map.path(), errno)
+            },
+        )
     })
+}
+
+/// The map of a copy of which nothing is done.
+fn first_map(header: &MapHeader) -> Vec<u8> {
+    Map::new(header.clone(), Vec::new(), Vec::new()).expect("an empty map makes sense").encode()
 }
 
 #[cfg(test)]

@@ -46,6 +46,7 @@ struct State {
     cancel: bool,
     speed: Option<Speed>,
     progress: Progress,
+    notices: Vec<String>,
     result: Option<Arc<JobResult>>,
     callback: Option<CompletionCallback>,
     waker: Option<Arc<dyn Wake>>,
@@ -67,6 +68,7 @@ impl Shared {
                 cancel: false,
                 speed,
                 progress,
+                notices: Vec::new(),
                 result: None,
                 callback: None,
                 waker: None,
@@ -112,6 +114,16 @@ impl Shared {
         state.progress.paused_on = Some(reason);
     }
 
+    /// Something worth telling a person has happened.
+    pub(crate) fn notice(&self, notice: String) {
+        self.state.lock().notices.push(notice);
+    }
+
+    /// What [`Self::notice`] was given so far.
+    pub(crate) fn notices(&self) -> Vec<String> {
+        self.state.lock().notices.clone()
+    }
+
     /// Publish progress; status, io-status and speed are filled in here.
     pub(crate) fn publish(&self, mut progress: Progress) {
         let mut state = self.state.lock();
@@ -139,7 +151,8 @@ impl Shared {
             verified: false,
             engine,
             resumable: false,
-            notices: Vec::new(),
+            resumable_bytes: 0,
+            notices: self.notices(),
         };
         finish(&mut result);
         self.end(result);
@@ -197,6 +210,12 @@ impl JobHandle {
     #[must_use]
     pub fn progress(&self) -> Progress {
         self.shared.state.lock().progress.clone()
+    }
+
+    /// What was worth telling a person while the job ran, but for the first `seen` of it; a line each. The result has all of it.
+    #[must_use]
+    pub fn notices(&self, seen: usize) -> Vec<String> {
+        self.shared.state.lock().notices.get(seen..).unwrap_or_default().to_vec()
     }
 
     /// Where the job stands.

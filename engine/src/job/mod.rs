@@ -27,6 +27,19 @@ pub struct SkippedRange {
     pub range: ByteRange,
     /// The last error, in one line.
     pub error: String,
+    /// What is there on the target instead of the source's bytes.
+    pub target: TargetHolds,
+}
+
+/// What the target holds where nothing was copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TargetHolds {
+    /// Zeros: a file that this run has created or emptied, and nothing was written there since.
+    Zeros,
+    /// What it held before this run, which has written nothing there.
+    Unchanged,
+    /// Nobody knows: a write there failed, or this run or an earlier one may have written there.
+    Unknown,
 }
 
 /// What became of the job.
@@ -59,6 +72,8 @@ pub struct JobResult {
     pub engine: &'static str,
     /// Whether a later run can go on from the map file.
     pub resumable: bool,
+    /// Bytes that the map file calls done, from which a later run goes on; 0 unless it is resumable.
+    pub resumable_bytes: u64,
     /// Things worth telling a person that are no errors (a source that changed meanwhile, direct I/O refused, …).
     pub notices: Vec<String>,
 }

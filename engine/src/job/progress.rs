@@ -29,7 +29,7 @@ pub struct Progress {
     pub skipped: u64,
     /// Bytes read back and compared (`verify`).
     pub verified: u64,
-    /// Retries of failed operations so far.
+    /// Clusters that failed and were tried again so far, each as often as it was. (To look for them in a larger request that failed is none.)
     pub retries: u64,
     /// Bytes of buffers that hold clusters on their way.
     pub in_flight: u64,

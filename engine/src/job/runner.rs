@@ -24,7 +24,6 @@ pub(crate) struct Runner {
     seen: Option<u64>,
     started: Timestamp,
     rate: RateMeter,
-    notices: Vec<String>,
     paused_on: Option<String>,
     ending: Option<Ending>,
     at_end: Option<AtEnd>,
@@ -41,7 +40,6 @@ impl Runner {
             seen: None,
             started: now,
             rate: RateMeter::default(),
-            notices: Vec::new(),
             paused_on: None,
             ending: None,
             at_end,
@@ -126,7 +124,7 @@ impl Runner {
                     self.shared.stopped(io_status, error.to_string());
                 }
                 Event::Drained => self.shared.with_lifecycle(Lifecycle::drained),
-                Event::Notice(notice) => self.notices.push(notice),
+                Event::Notice(notice) => self.shared.notice(notice),
                 Event::Finished(ending) => {
                     match ending {
                         Ending::Complete => self.shared.with_lifecycle(Lifecycle::finished),
@@ -163,7 +161,8 @@ impl Runner {
             elapsed: now.since(self.started),
             engine,
             resumable: self.copier.is_resumable(),
-            notices: std::mem::take(&mut self.notices),
+            resumable_bytes: self.copier.mapped_bytes(),
+            notices: self.shared.notices(),
         };
         if let Some(at_end) = self.at_end.take() {
             at_end(&mut result);

@@ -310,7 +310,7 @@ pub(super) fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
     let storage = target.storage();
     let name: Arc<str> = Arc::from(storage.name());
     let alignment = alignment_of(storage.as_ref());
-    let known_zero = target.known_zero();
+    let (known_zero, target_before) = (target.known_zero(), target.holds_before(false));
     let (sweep_depth, sync) = (options.depth, options.sync);
     let options = options.clone();
     let plan = move |source: Side, file: FileId, memory: crate::ring::BufferRange| Plan {
@@ -322,6 +322,7 @@ pub(super) fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
         target_is_zero: known_zero,
         allocate_ahead: false,
         target_shows_holes: false,
+        target_before,
         slots,
         arena_start: memory.start,
         max_run: u32::try_from((MAX_REQUEST_BYTES / cluster).max(1)).expect("small").min(slots.div_ceil(4)),

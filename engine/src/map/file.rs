@@ -159,6 +159,15 @@ impl MapFile {
         unlinkat(&self.directory, self.temporary().as_os_str(), UnlinkatFlags::NoRemoveDir).ok();
     }
 
+    /// Whether a version like `contents` could be published: it is written and synced as for that, and goes again.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn rehearse(&self, contents: &[u8]) -> std::result::Result<(), Errno> {
+        self.write_next(contents)?;
+        unlinkat(&self.directory, self.temporary().as_os_str(), UnlinkatFlags::NoRemoveDir)
+    }
+
     fn replace(&self, contents: &[u8]) -> std::result::Result<(), Errno> {
         let next = self.write_next(contents)?;
         let temporary = self.temporary();
@@ -171,6 +180,11 @@ impl MapFile {
         *self.current.lock() = Current { locked: next, stands_in: false };
         // From here on the new map has the name; that this is durable is not sure unless this succeeds.
         fsync(&self.directory)
+    }
+
+    /// Whether its name still means the version that was published last. What cannot be asked is there.
+    pub(crate) fn is_there(&self) -> bool {
+        has_name(&self.directory, &self.name, &self.current.lock().locked) != Ok(false)
     }
 
     fn remove(&self) -> std::result::Result<(), Errno> {

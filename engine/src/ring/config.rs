@@ -6,9 +6,10 @@ use nix::errno::Errno;
 
 use super::Arena;
 use super::base::{MAX_CAPACITY, MAX_FILES};
-use super::blocking::MAX_THREADS;
+use super::blocking::{MAX_THREADS, errno_of};
 use super::socket::MAX_SOCKETS;
 use crate::error::describe;
+use crate::units::Length;
 
 /// How large a ring is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +59,7 @@ pub enum SetupError {
         errno: Errno,
     },
     /// No memory for the buffers.
-    #[error("no memory for {bytes} bytes of buffers: {source}")]
+    #[error("no memory for {} of buffers: {}", Length(*.bytes as u64), describe(errno_of(.source)))]
     Memory {
         /// How much was asked for.
         bytes: usize,
@@ -66,7 +67,7 @@ pub enum SetupError {
         source: io::Error,
     },
     /// No threads for the pool.
-    #[error("cannot start the I/O threads: {source}")]
+    #[error("cannot start the I/O threads: {}", describe(errno_of(.source)))]
     Threads {
         /// The system call's error.
         source: io::Error,

@@ -82,6 +82,10 @@ impl Storage for BlockStorage {
         self.handles.flush()
     }
 
+    fn flush_is_plain(&self) -> bool {
+        self.handles.flush_is_plain()
+    }
+
     fn drop_cache(&self, range: ByteRange) -> Result<(), Errno> {
         self.handles.drop_cache(range)
     }

@@ -4,12 +4,16 @@
 //! refused, goes through the page cache. What the kernel claims about alignment is not trusted beyond reason: anything
 //! but a power of two of at most 4096 switches direct I/O off, and so does a file system that takes `O_DIRECT` at open
 //! and then refuses the first aligned read.
+//!
+//! A flush through one descriptor covers what was written through both, since the kernel keeps a file's pages, its writes in flight and
+//! their errors by inode. FUSE hands each flush to a program that may keep them by descriptor (sshfs does), so there both are flushed.
 
 use std::fs::File;
 use std::os::fd::AsFd;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
+use nix::sys::statfs::{FsType, fstatfs};
 use nix::sys::uio::{pread, pwrite};
 use nix::unistd::fdatasync;
 
@@ -37,6 +41,8 @@ pub(super) struct Handles {
     kind: HandleKind,
     limits: Limits,
     announced: Option<Announced>,
+    /// Each descriptor answers for what was written through it alone.
+    flushes_apart: bool,
 }
 
 impl Handles {
@@ -44,18 +50,25 @@ impl Handles {
     pub(super) fn new(kind: HandleKind, buffered: File, direct: Option<File>, length: Length) -> Self {
         let alignment = direct.as_ref().and_then(|direct| direct_alignment(kind, direct, length));
         let direct = if alignment.is_some() { direct } else { None };
+        let flushes_apart = direct.as_ref().is_some_and(is_fuse);
         Self {
             buffered,
             direct,
             kind,
             limits: Limits { length, direct_alignment: alignment },
             announced: None,
+            flushes_apart,
         }
     }
 
     /// Others know that it is in use until this is gone.
     pub(super) fn keep(&mut self, announced: Option<Announced>) {
         self.announced = announced;
+    }
+
+    /// Whether [`Self::flush`] is `fdatasync` on the buffered descriptor and nothing else.
+    pub(super) fn flush_is_plain(&self) -> bool {
+        !self.flushes_apart
     }
 
     pub(super) fn limits(&self) -> Limits {
@@ -109,7 +122,10 @@ impl Handles {
     /// On the buffered descriptor: the one on which the kernel remembers failed write-backs. `fdatasync` also brings the
     /// length and the allocation of a file to the disk, since reading the data back needs them.
     pub(super) fn flush(&self) -> Result<(), Errno> {
-        fdatasync(&self.buffered)
+        let direct = self.direct.as_ref().filter(|_| self.flushes_apart);
+        // Both in any case: an error is told once, and either may have one.
+        let results = [direct.map_or(Ok(()), fdatasync), fdatasync(&self.buffered)];
+        results.into_iter().collect()
     }
 
     /// An error of this call is final: the kernel reports a failed write-back once, so the next flush may succeed.
@@ -143,6 +159,14 @@ fn write_back_or_flush(
 /// A file offset as the system takes it; beyond its range as the system would answer.
 pub(super) fn signed(offset: u64) -> Result<i64, Errno> {
     i64::try_from(offset).map_err(|_| Errno::EINVAL)
+}
+
+/// `FUSE_SUPER_MAGIC`.
+const FUSE_MAGIC: FsType = FsType(0x6573_5546);
+
+/// Whether a program carries out what is asked of the file. Where that cannot be told, it is not.
+fn is_fuse(file: &File) -> bool {
+    fstatfs(file).is_ok_and(|found| found.filesystem_type() == FUSE_MAGIC)
 }
 
 /// The alignment for direct I/O through `direct`; `None` where it should not be used.
@@ -189,6 +213,24 @@ mod tests {
             assert_eq!(write_back_or_flush(Err(lost), unasked), Err(lost));
         }
         assert_eq!(write_back_or_flush(Ok(()), unasked), Ok(()));
+    }
+
+    /// A pipe cannot be flushed: it stands for a descriptor whose flush fails.
+    #[test]
+    fn where_descriptors_answer_for_themselves_each_is_flushed() {
+        let file = || tempfile::tempfile().unwrap();
+        let pipe = || File::from(nix::unistd::pipe().unwrap().0);
+        let flush = |buffered: File, direct: Option<File>, flushes_apart: bool| {
+            let limits = Limits { length: Length(0), direct_alignment: None };
+            let handles = Handles { buffered, direct, kind: HandleKind::RegularFile, limits, flushes_apart };
+            assert_eq!(handles.flush_is_plain(), !flushes_apart);
+            handles.flush()
+        };
+        assert_eq!(flush(file(), Some(file()), true), Ok(()));
+        assert_eq!(flush(file(), None, true), Ok(()));
+        assert_eq!(flush(file(), Some(pipe()), true), Err(Errno::EINVAL));
+        assert_eq!(flush(pipe(), Some(file()), true), Err(Errno::EINVAL));
+        assert_eq!(flush(file(), Some(pipe()), false), Ok(()), "one is enough elsewhere");
     }
 
     #[test]

@@ -154,8 +154,8 @@ pub fn parse_cluster_size(text: &str) -> Result<ClusterSize> {
             .advise("use a power of two from 4K to 4M, like 64K")
     };
     let bytes = quantity(text).map_err(|(refusal, reason)| refused(refusal, reason))?;
-    ClusterSize::new(bytes)
-        .ok_or_else(|| refused(Refusal::BadArgument, "it is not a power of two from 4 KiB to 4 MiB"))
+    let reason = if bytes.is_power_of_two() { "it is out of range" } else { "it is no power of two" };
+    ClusterSize::new(bytes).ok_or_else(|| refused(Refusal::BadArgument, reason))
 }
 
 /// Most digits of a number, before and after the point together; more cannot matter below [`MAX_LENGTH`].

@@ -99,6 +99,10 @@ pub trait Storage: Send + Sync {
     /// # Errors
     /// The system call's.
     fn flush(&self) -> Result<(), Errno>;
+    /// Whether [`Self::flush`] is `fdatasync` on the buffered descriptor and nothing else, so that a ring may ask the kernel for that.
+    fn flush_is_plain(&self) -> bool {
+        true
+    }
     /// Write `range` back and drop it from the page cache.
     ///
     /// # Errors

@@ -69,16 +69,31 @@ pub(crate) fn open_directory(path: &Path) -> std::result::Result<File, Errno> {
 /// while the old contents are still there.
 pub(super) fn empty(locator: &Locator, pair: &OpenedPair, length: Length) -> Result<()> {
     let file = &pair.buffered;
+    empty_by(locator, pair.metadata.len(), length.0, |length| file.set_len(length))?;
+    file.sync_all().map_err(|error| Error::io(Operation::Resize, locator.as_str(), None, errno_of(&error)))
+}
+
+/// The steps of [`empty`] for a file of `before` bytes. What fails with the old contents at their old length is a refusal.
+fn empty_by(
+    locator: &Locator,
+    before: u64,
+    length: u64,
+    mut set_length: impl FnMut(u64) -> std::io::Result<()>,
+) -> Result<()> {
     let refused = |error: std::io::Error| {
         Error::refused_by_system(Operation::Resize, locator.as_str(), errno_of(&error))
     };
     let failed =
         |error: std::io::Error| Error::io(Operation::Resize, locator.as_str(), None, errno_of(&error));
-    if length.0 > pair.metadata.len() {
-        file.set_len(length.0).map_err(refused)?;
+    let lengthened = length > before;
+    if lengthened {
+        set_length(length).map_err(refused)?;
     }
-    file.set_len(0).map_err(refused)?;
-    file.set_len(length.0).and_then(|()| file.sync_all()).map_err(failed)
+    if let Err(error) = set_length(0) {
+        let is_as_before = !lengthened || set_length(before).is_ok();
+        return Err(if is_as_before { refused(error) } else { failed(error) });
+    }
+    set_length(length).map_err(failed)
 }
 
 /// The identity of a file whose length has just been set.
@@ -157,5 +172,36 @@ fn fill_new(
         Ok((Some(direct), announced))
     } else {
         Err(Errno::EBUSY)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Empty a file of `before` bytes for a copy of `length`, where setting some lengths fails the given number of times later; gives the
+    /// file's length then and whether it was a refusal.
+    fn empty_with(before: u64, length: u64, fails: impl Fn(usize, u64) -> bool) -> (u64, Option<bool>) {
+        let (mut now, mut calls) = (before, 0);
+        let result = empty_by(&Locator::path("b"), before, length, |wanted| {
+            calls += 1;
+            if fails(calls, wanted) {
+                return Err(Errno::EIO.into());
+            }
+            now = wanted;
+            Ok(())
+        });
+        (now, result.err().map(|error| error.is_refusal()))
+    }
+
+    #[test]
+    fn what_cannot_be_emptied_is_refused_at_its_old_length_only() {
+        assert_eq!(empty_with(10, 5, |_, _| false), (5, None));
+        assert_eq!(empty_with(10, 50, |_, _| false), (50, None));
+        assert_eq!(empty_with(10, 50, |call, _| call == 1), (10, Some(true)));
+        assert_eq!(empty_with(10, 5, |_, length| length == 0), (10, Some(true)));
+        assert_eq!(empty_with(10, 50, |_, length| length == 0), (10, Some(true)));
+        assert_eq!(empty_with(10, 50, |call, _| call > 1), (50, Some(false)), "it is longer than it was");
+        assert_eq!(empty_with(10, 5, |_, length| length == 5), (0, Some(false)));
     }
 }

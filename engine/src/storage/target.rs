@@ -36,6 +36,7 @@ use super::sharing::{self, Role, Taken};
 use super::topology::{self, Node};
 use super::{NullStorage, Storage, place, sys};
 use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
+use crate::job::TargetHolds;
 use crate::map::MapHeader;
 use crate::modes::Format;
 use crate::units::Length;
@@ -448,6 +449,18 @@ impl OpenedTarget {
     #[must_use]
     pub fn known_zero(&self) -> bool {
         self.known_zero
+    }
+
+    /// What it holds where nothing is written. `goes_on`: with a copy that was interrupted, and may have written anywhere.
+    #[must_use]
+    pub fn holds_before(&self, goes_on: bool) -> TargetHolds {
+        match self.storage.descriptors() {
+            Some(_) if goes_on => TargetHolds::Unknown,
+            Some(open) if open.block_device => TargetHolds::Unchanged,
+            // A file that is not gone on with is new, or was emptied.
+            Some(_) => TargetHolds::Zeros,
+            None => TargetHolds::Unknown,
+        }
     }
 
     /// Whether the file was created by this copy.

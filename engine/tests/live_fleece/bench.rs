@@ -7,7 +7,7 @@ use std::time::Duration;
 use engine::copier::plan::{Limits, LivePlan, Plan, PlantedBug, Side};
 use engine::copy::{ErrorPolicy, SyncMode};
 use engine::error::Error;
-use engine::job::{JobHandle, JobResult, Outcome, Status};
+use engine::job::{JobHandle, JobResult, Outcome, Status, TargetHolds};
 use engine::live::sim::{Pending, SimDisk, SimEngine, SimFleece, SimJob};
 use engine::live::{CbwErrorPolicy, GroupFailure, IoRequest, JobId, SweepDepth};
 use engine::ring::sim::{Disk, DiskTraits, FaultPlan, SharedWorld, SimRing, World};
@@ -92,6 +92,7 @@ impl Setup {
             verify: false,
             map: None,
             target_shows_holes: false,
+            target_before: TargetHolds::Unknown,
             postponed: Vec::new(),
             resumed: Vec::new(),
             live: Some(LivePlan {

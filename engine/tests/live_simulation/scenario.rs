@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use engine::copier::plan::{Limits, LivePlan, Plan, PlantedBug, Side};
 use engine::copy::{ErrorPolicy, SyncMode};
+use engine::job::TargetHolds;
 use engine::live::carrier::CarrierLimits;
 use engine::live::sim::{SimDisk, SimJob};
 use engine::live::{GroupFailure, SweepDepth};
@@ -318,6 +319,7 @@ impl JobSpec {
             target_is_zero: spec.target_is_zero,
             allocate_ahead: false,
             target_shows_holes: false,
+            target_before: TargetHolds::Unknown,
             slots: spec.slots,
             arena_start: memory.start,
             max_run: spec.max_run,

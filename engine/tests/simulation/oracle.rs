@@ -1,7 +1,7 @@
 //! Whether the job's word is true.
 
 use engine::copy::SyncMode;
-use engine::job::{JobResult, Outcome};
+use engine::job::{JobResult, Outcome, SkippedRange, TargetHolds};
 use engine::ring::sim::SharedWorld;
 use engine::ring::{ExtentQuery, Ring};
 use engine::units::ByteRange;
@@ -45,6 +45,7 @@ pub(crate) fn check(
     }
     let skipped: Vec<ByteRange> = result.skipped.iter().map(|skipped| skipped.range).collect();
     compare(scenario, world, before, &skipped)?;
+    left_out(world, before, &result.skipped)?;
     let map_gone = world.borrow().document(0).is_none();
     if scenario.map && skipped.is_empty() && !map_gone && result.notices.is_empty() {
         return Err("the map of a complete copy is left behind".into());
@@ -89,6 +90,25 @@ fn compare(
     }
     if !scenario.target_is_zero && beyond != &before.target[length..] {
         return Err("bytes beyond the source's end were changed on the target device".into());
+    }
+    Ok(())
+}
+
+/// Compare what is said to be on the target's medium in the ranges left out with what is there.
+fn left_out(world: &SharedWorld, before: &Before, skipped: &[SkippedRange]) -> Result<(), String> {
+    let mut world = world.borrow_mut();
+    let medium = world.disk(1).medium();
+    for SkippedRange { range, target, .. } in skipped {
+        let bytes = usize::try_from(range.offset).unwrap()..usize::try_from(range.end()).unwrap();
+        let there = &medium[bytes.clone()];
+        let holds = match target {
+            TargetHolds::Zeros => there.iter().all(|&byte| byte == 0),
+            TargetHolds::Unchanged => *there == before.target[bytes],
+            TargetHolds::Unknown => true,
+        };
+        if !holds {
+            return Err(format!("{range} was left out, and does not hold {target:?}"));
+        }
     }
     Ok(())
 }

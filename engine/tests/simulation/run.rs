@@ -55,7 +55,8 @@ impl Run {
 /// Run `scenario` over `world` from the beginning, or from the map in it.
 pub(crate) fn run(scenario: &Scenario, world: &SharedWorld, faults: FaultPlan, script: Script) -> Run {
     let nothing = Checkpoint { done: Vec::new(), skipped: Vec::new(), blank_is_zero: true };
-    let plan = scenario.plan(world.borrow().document(0).map_or(nothing, decode));
+    let target_before = scenario.target_before(world);
+    let plan = Plan { target_before, ..scenario.plan(world.borrow().document(0).map_or(nothing, decode)) };
     run_plan(scenario, plan, world, faults, script)
 }
 

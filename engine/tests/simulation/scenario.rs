@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use engine::copier::plan::{Checkpoint, Limits, MapPlan, Plan, PlantedBug, Side};
 use engine::copy::{ErrorPolicy, SyncMode};
+use engine::job::TargetHolds;
 use engine::ring::sim::{Disk, DiskTraits, FaultPlan, Rates, SharedWorld, World};
 use engine::ring::{DocumentId, FileId};
 use engine::units::{ByteRange, ClusterRange, ClusterSize, Geometry, Length, Speed};
@@ -223,6 +224,22 @@ impl Scenario {
         bytes
     }
 
+    /// What the target holds where nothing is written, as the job is to know it: `world` was not written to yet.
+    pub(crate) fn target_before(&self, world: &SharedWorld) -> TargetHolds {
+        if ![self.source_policy, self.target_policy].contains(&ErrorPolicy::Ignore) {
+            return TargetHolds::Unknown; // Nothing is left out.
+        }
+        let fresh = self.world();
+        let (mut fresh, mut world) = (fresh.borrow_mut(), world.borrow_mut());
+        let untouched =
+            fresh.disk(1).view() == world.disk(1).view() && fresh.disk(1).medium() == world.disk(1).medium();
+        match (untouched, self.target_is_zero && self.stained.is_empty()) {
+            (false, _) => TargetHolds::Unknown,
+            (true, true) => TargetHolds::Zeros,
+            (true, false) => TargetHolds::Unchanged,
+        }
+    }
+
     /// The plan for a run that goes on from `map`.
     pub(crate) fn plan(&self, map: Checkpoint) -> Plan {
         let limits = Limits {
@@ -251,13 +268,18 @@ impl Scenario {
             target_is_zero: self.target_is_zero && map.blank_is_zero,
             allocate_ahead: self.target_is_zero,
             target_shows_holes: self.target_is_zero && !self.opaque,
+            target_before: TargetHolds::Unknown,
             slots: self.slots,
             max_run: self.max_run,
             on_source_error: self.source_policy,
             on_target_error: self.target_policy,
             speed: self.speed(),
             verify: self.verify,
-            map: self.map.then(|| MapPlan { document: DocumentId(0), encode: Box::new(encode) }),
+            map: self.map.then(|| MapPlan {
+                document: DocumentId(0),
+                name: Arc::from("map"),
+                encode: Box::new(encode),
+            }),
             live: None,
             arena_start: 0,
             resumed: map.done,

@@ -1,7 +1,7 @@
 //! Policy `ignore`: what is left out, how much of it may be, and when a later run tries it again.
 
 use engine::copy::ErrorPolicy;
-use engine::job::Outcome;
+use engine::job::{Outcome, TargetHolds};
 use engine::ring::sim::{FaultPlan, SharedWorld};
 use engine::units::ByteRange;
 
@@ -83,4 +83,47 @@ fn what_was_left_out_is_tried_last() {
         check(&scenario, &world, &before, third.result()).unwrap();
     }
     assert!(tried > 0, "a cancel came after the zone and before the end");
+}
+
+/// What cannot be read was never written: the target holds there what it held before, and that is said. Where a write has failed nothing is
+/// said.
+#[test]
+fn what_the_target_holds_where_a_range_was_left_out_is_told() {
+    for target_is_zero in [true, false] {
+        let (mut scenario, world) = failing(44, 10..20);
+        scenario.target_is_zero = target_is_zero;
+        scenario.target_policy = ErrorPolicy::Ignore;
+        scenario.bad_target =
+            vec![ByteRange::new(15 * CLUSTER, CLUSTER), ByteRange::new(40 * CLUSTER, CLUSTER)];
+        drop(world);
+        let target = scenario.world();
+        target.borrow_mut().disk(0).fill(0, &vec![7; usize::try_from(scenario.length).unwrap()]);
+        let before = Before::of(&target);
+        let run = run(&scenario, &target, FaultPlan::default(), Script::default());
+        check(&scenario, &target, &before, run.result()).unwrap();
+        let told: Vec<_> = run
+            .result()
+            .skipped
+            .iter()
+            .map(|skipped| (skipped.range.offset / CLUSTER, skipped.range.length / CLUSTER, skipped.target))
+            .collect();
+        let untouched = if target_is_zero { TargetHolds::Zeros } else { TargetHolds::Unchanged };
+        assert_eq!(told, [(10, 10, untouched), (40, 1, TargetHolds::Unknown)]);
+    }
+}
+
+/// A cluster that fails alone is tried again so many times, and as many retries are counted; to look for it in the request that failed is
+/// none.
+#[test]
+fn retries_are_those_of_clusters() {
+    let (scenario, world) = failing(45, 10..13);
+    let ignored = run(&scenario, &world, FaultPlan::default(), Script::default());
+    let limit = u64::from(scenario.plan(decode(&[[1].as_slice(), &[0; 8]].concat())).limits.retries);
+    assert_eq!(ignored.result().progress.retries, 3 * limit);
+    // Stopped: the console mends the disk, and what failed is tried once more.
+    let (scenario, world) = failing(45, 10..11);
+    let scenario = Scenario { source_policy: ErrorPolicy::Stop, ..scenario };
+    let stopped = run(&scenario, &world, FaultPlan::default(), Script::default());
+    assert!(matches!(stopped.result().outcome, Outcome::Complete));
+    assert_eq!(stopped.result().progress.retries, 1);
 }

@@ -6,7 +6,7 @@ use nix::errno::Errno;
 
 use super::{Fleece, FleecePlan, State};
 use crate::copier::plan::planted;
-use crate::copier::retry::{Verdict, verdict};
+use crate::copier::retry::{Verdict, is_retry, verdict};
 use crate::copier::transfer::{Category, Failure, Purpose, Transfer, TransferId};
 use crate::copier::{Copier, Ending, Event, Task, one};
 use crate::error::{Error, ErrorKind, Operation};
@@ -269,7 +269,7 @@ impl Copier {
         let count = u32::try_from(clusters.count()).expect("bounded by the slots");
         let run = self.slots.take(start, count);
         self.sweep_slots += count;
-        self.retry_count += u64::from(alone.is_some());
+        self.retry_count += u64::from(is_retry(alone));
         let mut transfer = Transfer::new(Purpose::Drain { alone }, clusters, self.plan.geometry, run);
         let whole = transfer.bytes;
         transfer.data = vec![whole];
@@ -380,6 +380,7 @@ impl Copier {
             Verdict::Fail => self.end_with(Ending::Failed(error)),
             Verdict::Pause(io_status) => {
                 fleece.try_again(cluster, attempts, now);
+                self.failed_in_pause += 1;
                 self.stop(io_status, error);
             }
         }

@@ -71,6 +71,8 @@ struct Reach {
     block_device: bool,
     /// The kernel's ring has no discard for it.
     discard_by_pool: bool,
+    /// A flush is more than one system call.
+    flush_by_pool: bool,
 }
 
 /// See the module's header.
@@ -125,7 +127,7 @@ impl UringRing {
     }
 
     /// Register the descriptors of the storage `file`, or use them plainly where that is refused.
-    fn reach_of(&self, file: FileId, descriptors: &Descriptors<'_>) -> Reach {
+    fn reach_of(&self, file: FileId, storage: &dyn Storage, descriptors: &Descriptors<'_>) -> Reach {
         let first = 2 * u32::from(file.0);
         let target = |place, file: BorrowedFd<'_>| {
             if self.traits.registered_files {
@@ -141,6 +143,7 @@ impl UringRing {
             buffered: target(first + 1, descriptors.buffered),
             block_device: descriptors.block_device,
             discard_by_pool: false,
+            flush_by_pool: !storage.flush_is_plain(),
         }
     }
 
@@ -182,7 +185,7 @@ impl UringRing {
                 }
                 Target::Plain(_) => self.base.push_to_pool(token, op),
             },
-            Op::Flush { .. } => {
+            Op::Flush { .. } if !reach.flush_by_pool => {
                 self.push_plain(token, Task::Plain, &Request::Flush { target: reach.buffered });
             }
             other => self.base.push_to_pool(token, other),
@@ -406,7 +409,7 @@ impl Ring for UringRing {
     fn add_file(&mut self, file: Self::File) -> Result<FileId, RingFailure> {
         assert_eq!(self.reach.len(), self.base.files.len(), "the tables run in parallel");
         let id = self.base.add_file(Arc::clone(&file))?;
-        let reach = file.descriptors().map(|descriptors| self.reach_of(id, &descriptors));
+        let reach = file.descriptors().map(|descriptors| self.reach_of(id, file.as_ref(), &descriptors));
         match self.reach.get_mut(usize::from(id.0)) {
             Some(place) => *place = reach,
             None => self.reach.push(reach),
