@@ -72,7 +72,7 @@ fn flush_on(
 #[test]
 fn a_flush_that_is_more_than_one_call_is_the_storages_own() {
     for engine in [IoEngine::Auto, IoEngine::Threads] {
-        let config = RingConfig { arena_bytes: 4096, capacity: 4, threads: 1 };
+        let config = RingConfig { arena_bytes: 4096, capacity: 4, threads: 1, sockets: 0 };
         let result = match open(engine, &config).unwrap().ring {
             OpenedRing::Uring(mut ring) => flush_on(&mut ring),
             OpenedRing::Threads(mut ring) => flush_on(&mut ring),

@@ -489,6 +489,7 @@ fn random_faults(rng: &mut Rng) -> FaultPlan {
         unsupported: rate(300),
         drop_cache: rate(100),
         publish: 0,
+        ..Rates::default()
     };
     FaultPlan { rates, quiet_from: Some(rng.u64(0..600)), ..FaultPlan::default() }
 }
