@@ -120,7 +120,10 @@ mod checks {
         for round in 0..1000 {
             let mut peer = UnixStream::connect(&path).unwrap();
             let socket = accept(&mut ring, listener);
-            ring.push(Token(2), Op::Receive { socket, buffer: vec![0; 100], filled: 0, whole: round % 2 == 0 });
+            ring.push(
+                Token(2),
+                Op::Receive { socket, buffer: vec![0; 100], filled: 0, whole: round % 2 == 0 },
+            );
             ring.wait(Wait::Poll, &mut Vec::new()).unwrap();
             match round % 4 {
                 0 => ring.shutdown_socket(socket),
@@ -136,7 +139,10 @@ mod checks {
             .map(|token| {
                 let peer = UnixStream::connect(&path).unwrap();
                 let socket = accept(&mut ring, listener);
-                ring.push(Token(10 + token), Op::Receive { socket, buffer: vec![0; 100], filled: 0, whole: true });
+                ring.push(
+                    Token(10 + token),
+                    Op::Receive { socket, buffer: vec![0; 100], filled: 0, whole: true },
+                );
                 peer
             })
             .collect();
@@ -162,9 +168,8 @@ mod checks {
         let directory = tempfile::tempdir().unwrap();
         let mut ring = R::open(&config(PLACES)).unwrap();
         let paths = ["one", "other"].map(|name| directory.path().join(name));
-        let listeners = paths
-            .clone()
-            .map(|path| ring.add_socket(UnixListener::bind(path).unwrap().into()).unwrap());
+        let listeners =
+            paths.clone().map(|path| ring.add_socket(UnixListener::bind(path).unwrap().into()).unwrap());
         let mut peers = Vec::new();
         for index in 2..PLACES {
             peers.push(UnixStream::connect(&paths[index % 2]).unwrap());

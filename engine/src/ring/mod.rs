@@ -31,9 +31,9 @@ mod lent;
 mod poller;
 pub mod select;
 mod signal;
-mod socket;
 #[cfg(feature = "sim")]
 pub mod sim;
+mod socket;
 pub mod threads;
 pub mod uring;
 

@@ -169,7 +169,10 @@ impl Sockets {
             return Err(Errno::ENFILE);
         }
         // A reply that is not a full segment must not wait for the peer's acknowledgement of the one before.
-        if tcp && !listens && let Err(errno) = setsockopt(&descriptor, TcpNoDelay, &true) {
+        if tcp
+            && !listens
+            && let Err(errno) = setsockopt(&descriptor, TcpNoDelay, &true)
+        {
             tracing::debug!(%errno, "TCP_NODELAY was refused");
         }
         let entry = Some(Entry { descriptor, listens, tcp, shut: false, uses: [Use::Nobody; 2] });

@@ -116,8 +116,7 @@ impl ThreadsRing {
         if !incoming && !outgoing {
             return;
         }
-        let watched =
-            self.poller().watch(socket, self.base.sockets.descriptor(socket), incoming, outgoing);
+        let watched = self.poller().watch(socket, self.base.sockets.descriptor(socket), incoming, outgoing);
         if let Err(errno) = watched {
             for (place, key) in both_places(socket).into_iter().zip(waits) {
                 if let Some(key) = key {

@@ -84,8 +84,8 @@ fn patiently<T>(mut attempt: impl FnMut() -> Result<T, Errno>) -> Result<T, Errn
 pub(super) fn open(config: &RingConfig, arena: &Arena) -> Result<(Kernel, UringTraits), SetupError> {
     let RingConfig { capacity, sockets, .. } = *config;
     let refused = |step| move |errno| SetupError::Refused { step, errno };
-    let (mut kernel, flags) =
-        patiently(|| ladder(|flags| Kernel::new(flags, capacity, sockets))).map_err(refused("io_uring_setup"))?;
+    let (mut kernel, flags) = patiently(|| ladder(|flags| Kernel::new(flags, capacity, sockets)))
+        .map_err(refused("io_uring_setup"))?;
     if !kernel.has_needed_features() {
         return Err(refused("features of Linux 5.13")(Errno::ENOSYS));
     }

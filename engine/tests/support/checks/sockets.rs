@@ -54,7 +54,9 @@ pub(crate) fn receives_the_whole<F: Fixture>() {
         if completions.is_empty() {
             completions = complete(&mut ring, 1);
         }
-        let Ok(Output::Received { buffer, bytes }) = completions.remove(0).result else { panic!("a receive") };
+        let Ok(Output::Received { buffer, bytes }) = completions.remove(0).result else {
+            panic!("a receive")
+        };
         assert_eq!(bytes as usize, BYTES);
         assert!(buffer[..3] == *b"old" && buffer[10..] == sent);
 
@@ -102,7 +104,8 @@ pub(crate) fn sends_from_every_offset<F: Fixture>() {
             assert_eq!(read, whole[skip..], "{family:?} {skip}");
         }
         // More parts than one operation takes, and more bytes than the connection holds.
-        let many: Vec<Vec<u8>> = (0..3000).map(|seed| pattern(seed, 1 + seed as usize % 7)).collect();
+        let many: Vec<Vec<u8>> =
+            (0..3000_u16).map(|seed| pattern(u64::from(seed), 1 + usize::from(seed % 7))).collect();
         assert!(send_all(&mut ring, socket, many.clone(), 1, peer.as_mut()) == many.concat()[1..]);
         let large = vec![pattern(4, 16), pattern(5, 5_000_000)];
         assert!(send_all(&mut ring, socket, large.clone(), 0, peer.as_mut()) == large.concat());
@@ -371,11 +374,17 @@ pub(crate) fn dropped_with_sockets<F: Fixture>() {
         let (socket, peer) = fixture.pair(family);
         let socket = ring.add_socket(socket).unwrap();
         stall(&mut ring, socket, &vec![1; F::MORE_THAN_FITS]);
-        ring.push(Token(u64::from(socket.0)), Op::Receive { socket, buffer: vec![0; 9000], filled: 0, whole: true });
+        ring.push(
+            Token(u64::from(socket.0)),
+            Op::Receive { socket, buffer: vec![0; 9000], filled: 0, whole: true },
+        );
         // A token of its own for the next.
         ring.push(Token(50), Op::Cancel { target: Token(902) });
         complete(&mut ring, 2);
-        ring.push(Token(60 + u64::from(socket.0)), Op::Send { socket, parts: vec![vec![1; 1 << 20]], skip: 0 });
+        ring.push(
+            Token(60 + u64::from(socket.0)),
+            Op::Send { socket, parts: vec![vec![1; 1 << 20]], skip: 0 },
+        );
         peers.push(peer);
     }
     ring.push(Token(0), Op::Accept { listener });
