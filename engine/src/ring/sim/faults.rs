@@ -30,14 +30,10 @@ impl Fault {
 /// How often which fault happens, in parts of 1024 of all operations that it fits.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Rates {
-    /// Short reads and writes, and receives of a whole that is not whole.
+    /// Short reads and writes.
     pub short: u16,
-    /// `EAGAIN`, `EINTR`, and of disks `ECANCELED`.
+    /// `EAGAIN`, `EINTR`, `ECANCELED`.
     pub passing: u16,
-    /// Of receives and sends: the connection breaks.
-    pub reset: u16,
-    /// Of accepts: `ECONNABORTED`, `EMFILE`, `ENOMEM`.
-    pub accept: u16,
     /// `EIO`.
     pub eio: u16,
     /// `ENOSPC`, of writes and reservations.
@@ -52,11 +48,26 @@ pub struct Rates {
     pub unsupported: u16,
 }
 
+/// How often which fault happens to operations on sockets, in parts of 1024 of all that it fits.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SocketRates {
+    /// Sends shorter than there is room for, and receives of a whole that is not whole. (Other receives are short anyway.)
+    pub short: u16,
+    /// `EAGAIN`, `EINTR` of receives and sends: nothing was moved.
+    pub passing: u16,
+    /// Of receives and sends: the connection breaks.
+    pub reset: u16,
+    /// Of accepts: `ECONNABORTED`, `EMFILE`, `ENOMEM`. The connection stays in the backlog.
+    pub accept: u16,
+}
+
 /// See the module's header.
 #[derive(Clone, Debug, Default)]
 pub struct FaultPlan {
     /// At random.
     pub rates: Rates,
+    /// At random, of sockets.
+    pub sockets: SocketRates,
     /// By the number of the operation, counted from 0 in the order of pushing.
     pub exact: BTreeMap<u64, Fault>,
     /// No random faults from this operation on.
@@ -93,19 +104,7 @@ impl FaultPlan {
                 }
                 hit(rates.eio).then_some(Fault::Errno(Errno::EIO))
             }
-            Op::Receive { .. } | Op::Send { .. } => {
-                if hit(rates.short) {
-                    return Some(Fault::Short);
-                }
-                let passing = hit(rates.passing).then_some([Errno::EAGAIN, Errno::EINTR].as_slice());
-                let broken = [Errno::ECONNRESET, Errno::ETIMEDOUT, Errno::EHOSTUNREACH];
-                let errors = passing.or_else(|| hit(rates.reset).then_some(broken.as_slice()))?;
-                Some(Fault::Errno(errors[rng.usize(..errors.len())]))
-            }
-            Op::Accept { .. } => hit(rates.accept).then(|| {
-                let errors = [Errno::ECONNABORTED, Errno::EMFILE, Errno::ENOMEM];
-                Fault::Errno(errors[rng.usize(..errors.len())])
-            }),
+            Op::Receive { .. } | Op::Send { .. } | Op::Accept { .. } => self.sockets.decide(op, rng),
             Op::Flush { .. } => hit(rates.flush).then_some(Fault::Errno(Errno::EIO)),
             Op::DropCache { .. } => {
                 (hit(rates.flush) || hit(rates.drop_cache)).then_some(Fault::Errno(Errno::EIO))
@@ -120,5 +119,26 @@ impl FaultPlan {
             Op::Publish { .. } => (hit(rates.eio) || hit(rates.publish)).then_some(Fault::Errno(Errno::EIO)),
             Op::Digest { .. } | Op::Cancel { .. } => None,
         }
+    }
+}
+
+impl SocketRates {
+    fn decide(&self, op: &Op, rng: &mut Rng) -> Option<Fault> {
+        let mut hit = |rate: u16| rng.u16(..1024) < rate;
+        let errors: &[Errno] = if matches!(op, Op::Accept { .. }) {
+            if !hit(self.accept) {
+                return None;
+            }
+            &[Errno::ECONNABORTED, Errno::EMFILE, Errno::ENOMEM]
+        } else if hit(self.short) {
+            return Some(Fault::Short);
+        } else if hit(self.passing) {
+            &[Errno::EAGAIN, Errno::EINTR]
+        } else if hit(self.reset) {
+            &[Errno::ECONNRESET, Errno::ETIMEDOUT, Errno::EHOSTUNREACH]
+        } else {
+            return None;
+        };
+        Some(Fault::Errno(errors[rng.usize(..errors.len())]))
     }
 }

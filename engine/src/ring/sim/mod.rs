@@ -23,7 +23,7 @@ mod sockets;
 mod world;
 
 pub use ends::{SimAddress, SimPeer, SimSocket};
-pub use faults::{Fault, FaultPlan, Rates};
+pub use faults::{Fault, FaultPlan, Rates, SocketRates};
 pub use world::{Disk, DiskTraits, SharedWorld, World};
 
 use std::cmp::Reverse;

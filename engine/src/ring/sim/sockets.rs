@@ -234,7 +234,7 @@ impl SimRing {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{FaultPlan, Rates, SimPeer};
+    use super::super::{FaultPlan, SimPeer, SocketRates};
     use super::*;
     use crate::ring::{Completion, Ring, Token, Wait};
 
@@ -265,11 +265,11 @@ mod tests {
     }
 
     /// A ring that sends back what it receives, until the end or a broken connection; the peer writes and reads at random.
-    fn echo(seed: u64, rates: Rates) -> Run {
+    fn echo(seed: u64, sockets: SocketRates) -> Run {
         let world = World::shared();
         world.borrow_mut().set_pipe_bytes(700);
         let (socket, peer) = SimSocket::pair(&world);
-        let plan = FaultPlan { rates, ..FaultPlan::default() };
+        let plan = FaultPlan { sockets, ..FaultPlan::default() };
         let mut ring = SimRing::new(world, 4096, 1, seed, plan).with_sockets(1);
         let socket = ring.add_socket(socket).unwrap();
         let receive = |whole| Op::Receive { socket, buffer: vec![0; 512], filled: 0, whole };
@@ -325,7 +325,7 @@ mod tests {
     fn streams_keep_their_bytes_in_order_in_pieces_of_all_sizes() {
         let mut sizes = std::collections::BTreeSet::new();
         for seed in 0..20 {
-            let run = echo(seed, Rates { short: 200, ..Rates::default() });
+            let run = echo(seed, SocketRates { short: 200, ..SocketRates::default() });
             assert_eq!(run.read.len(), BYTES, "seed {seed}");
             sizes.extend(run.results.into_iter().map(Result::unwrap));
         }
@@ -334,7 +334,7 @@ mod tests {
 
     #[test]
     fn the_same_seed_gives_the_same_run() {
-        let rates = Rates { short: 100, passing: 20, reset: 5, ..Rates::default() };
+        let rates = SocketRates { short: 100, passing: 20, reset: 5, accept: 0 };
         for seed in 0..20 {
             assert_eq!(echo(seed, rates), echo(seed, rates));
         }
@@ -343,9 +343,9 @@ mod tests {
 
     #[test]
     fn faults_of_each_kind_happen_and_break_what_they_should() {
-        let mut seen = std::collections::BTreeSet::new();
+        let mut seen = Vec::new();
         for seed in 0..100 {
-            let run = echo(seed, Rates { passing: 5, reset: 5, ..Rates::default() });
+            let run = echo(seed, SocketRates { passing: 5, reset: 5, ..SocketRates::default() });
             seen.extend(run.results.iter().filter_map(|result| result.err()));
         }
         let wanted = [Errno::EINTR, Errno::EAGAIN, Errno::ECONNRESET, Errno::ETIMEDOUT, Errno::EHOSTUNREACH];
@@ -363,7 +363,7 @@ mod tests {
         let mut ring = SimRing::new(world, 4096, 1, 1, plan).with_sockets(2);
         let listener = ring.add_socket(listener).unwrap();
         let peer = address.connect().unwrap();
-        let mut run = |ring: &mut SimRing, op| {
+        let run = |ring: &mut SimRing, op| {
             let mut completions = Vec::new();
             ring.push(Token(1), op);
             while completions.is_empty() {

@@ -104,7 +104,8 @@ pub(crate) fn sends_from_every_offset<F: Fixture>() {
             assert_eq!(read, whole[skip..], "{family:?} {skip}");
         }
         // More parts than one operation takes, and more bytes than the connection holds.
-        let many: Vec<Vec<u8>> = (0..3000).map(|seed| pattern(seed, 1 + seed as usize % 7)).collect();
+        let many: Vec<Vec<u8>> =
+            (0..3000_u16).map(|seed| pattern(u64::from(seed), 1 + usize::from(seed % 7))).collect();
         assert!(send_all(&mut ring, socket, many.clone(), 1, peer.as_mut()) == many.concat()[1..]);
         let large = vec![pattern(4, 16), pattern(5, 5_000_000)];
         assert!(send_all(&mut ring, socket, large.clone(), 0, peer.as_mut()) == large.concat());
