@@ -294,8 +294,8 @@ pub(crate) struct ManArgs {
 /// What `copy`, `compare` and `demo` show while they work and at the end.
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct OutputArgs {
-    /// Progress on standard error; auto: a bar on a terminal, else nothing; json: JSON lines, and nothing but JSON lines there: progress
-    /// at most twice a second, messages as they come
+    /// Progress on standard error; auto: a bar on a terminal, else nothing; json: JSON lines, and nothing but
+    /// JSON lines there
     #[arg(long, value_name = "KIND", value_enum, default_value_t = ProgressKind::Auto)]
     pub(crate) progress: ProgressKind,
     /// Print one JSON object on standard output at the end, also after a failure
@@ -310,7 +310,7 @@ pub(crate) enum ProgressKind {
     Auto,
     /// A bar; where there is no terminal, a line every few seconds
     Bar,
-    /// JSON lines, at most two a second; messages and the log become JSON lines too
+    /// JSON lines and nothing else, messages and the log included; progress at most twice a second
     Json,
     /// Nothing
     None,
@@ -336,7 +336,7 @@ enum Policy {
     Enospc,
     /// As enospc
     Auto,
-    /// Try a few times, then leave the cluster out, list it, and go on
+    /// Try a few times, then leave the cluster out, list it with what the target holds there, and go on
     Ignore,
 }
 

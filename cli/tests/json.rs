@@ -107,8 +107,8 @@ fn progress_lines_are_few_and_the_last_one_is_final() {
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     let lines: Vec<Value> = stderr(&output)
         .lines()
-        .filter(|line| line.starts_with('{'))
-        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .map(|line| serde_json::from_str::<Value>(line).expect("JSON"))
+        .filter(|line| line["event"] == "progress")
         .collect();
     let (last, others) = lines.split_last().expect("lines");
     assert_eq!(last["final"], true);

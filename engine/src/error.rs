@@ -271,7 +271,9 @@ impl Error {
         };
         let advice = match errno {
             Errno::ENOSPC if operation == Operation::WriteMap => Some("free some space in its file system"),
-            Errno::ENOENT if operation == Operation::WriteMap => Some("its directory was removed"),
+            Errno::ENOENT if operation == Operation::WriteMap => {
+                Some("its directory was removed, and the map with it")
+            }
             Errno::EEXIST if operation == Operation::WriteMap => {
                 Some("something else has the name under which it is written first: move that away")
             }

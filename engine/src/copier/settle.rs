@@ -382,6 +382,10 @@ impl Copier {
     /// The map stays as it was: what that means for whoever relies on it.
     fn map_unwritable(&self, errno: Errno) -> String {
         let error = Error::io(Operation::WriteMap, self.map_name(), None, errno);
+        if errno == Errno::ENOENT {
+            let goes_on = if self.ending.is_none() { "; the copy goes on without one" } else { "" };
+            return format!("{error}{goes_on}");
+        }
         let mapped = Length(self.checkpoints.mapped_bytes);
         let total = self.plan.geometry.length();
         let goes_on = match self.ending {
