@@ -21,6 +21,7 @@
 
 mod allocation;
 mod checkpoint;
+mod coverage;
 mod extents;
 mod faults;
 pub mod fleece;
@@ -39,7 +40,7 @@ mod throttle;
 mod transfer;
 mod verify;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use slab::Slab;
@@ -53,6 +54,7 @@ use crate::units::{ByteRange, ClusterIndex, ClusterRange, Speed, Timestamp};
 
 use allocation::AllocateAhead;
 use checkpoint::{Captured, Checkpoints, Stage};
+use coverage::Uncovered;
 use extents::ExtentWindow;
 use fleece::Fleece;
 use guests::Guests;
@@ -139,6 +141,8 @@ enum Task {
     SourceExtents,
     /// A question about the source's layers.
     SourceLayers,
+    /// The same about `range` of a guest's transfer, under its claim.
+    Coverage { transfer: TransferId, range: ByteRange },
     /// A question about the target, for a verification.
     TargetExtents,
     /// Space reserved ahead.
@@ -168,6 +172,7 @@ impl Task {
             Self::Move { transfer, .. }
             | Self::Zero { transfer, .. }
             | Self::Digest { transfer }
+            | Self::Coverage { transfer, .. }
             | Self::Fleece { transfer, .. }
             | Self::Drain { transfer, .. } => Some(*transfer),
             _ => None,
@@ -207,6 +212,8 @@ pub struct Copier {
     position: ClusterIndex,
     holes: ExtentWindow,
     layers: Option<ExtentWindow>,
+    /// For reads as of t0: what is done and not on the target.
+    uncovered: Option<Uncovered>,
     zeroing: Zeroing,
     /// What was not written yet reads as zeros on the target. Believed until something shows, or may show, otherwise.
     blank_is_zero: bool,
@@ -221,6 +228,8 @@ pub struct Copier {
     /// Failed verifications of a cluster so far.
     mismatches: BTreeMap<ClusterIndex, u32>,
     skipped: Skipped,
+    /// What guests copy, or have tried to, that was left out before.
+    second_chances: BTreeSet<ClusterIndex>,
     /// What an earlier run left out, as long as the sweep passes over it.
     postponed: Vec<ClusterRange>,
     /// What was copied since the last capture.
@@ -275,6 +284,7 @@ impl Copier {
         let length = geometry.length().0;
         let layers = (plan.sync == crate::modes::SyncMode::Top)
             .then(|| ExtentWindow::new(crate::ring::ExtentQuery::TopLayer, length, plan.limits.extents));
+        let uncovered = plan.live.filter(|_| layers.is_some()).map(|_| Uncovered::new(geometry.clusters()));
         Self {
             slots: Slots::new(plan.slots, plan.arena_start),
             transfers: Slab::new(),
@@ -290,6 +300,7 @@ impl Copier {
             position: ClusterIndex(0),
             holes: ExtentWindow::new(crate::ring::ExtentQuery::Data, length, plan.limits.extents),
             layers,
+            uncovered,
             zeroing: Zeroing::Operation(ZeroMethod::Unmap),
             blank_is_zero: plan.target_is_zero,
             zero_runs: 0,
@@ -300,6 +311,7 @@ impl Copier {
             retries: RetryList::default(),
             mismatches: BTreeMap::new(),
             skipped: Skipped::default(),
+            second_chances: BTreeSet::new(),
             postponed: plan.postponed.clone(),
             window: Window::default(),
             closed_window: Window::default(),

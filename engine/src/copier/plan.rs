@@ -171,6 +171,8 @@ pub enum PlantedBug {
     PermitOutAtT0,
     /// A guest that had clusters copied for one job does not look at the jobs again.
     NoSecondLook,
+    /// A guest is let go before it was asked whether sync `top` covers what it changes.
+    AllocationAskedLate,
     /// A slot of the fleece file is free once its cluster is written to the target, flushed or not.
     FleeceFreedBeforeFlush,
 }

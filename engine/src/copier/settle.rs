@@ -144,6 +144,10 @@ impl Copier {
     fn begin_checkpoint(&mut self, last: bool, now: Timestamp) {
         let captured = self.capture();
         assert!(!last || captured.complete, "the last checkpoint covers everything");
+        if last {
+            // What is to be in the copy is written: what was left out stays so.
+            self.give_up_skipped(self.set.all());
+        }
         tracing::debug!(ranges = captured.done.len(), last, "checkpoint");
         self.closed_window = std::mem::take(&mut self.window);
         self.checkpoints.begin(captured, now);

@@ -123,7 +123,8 @@ pub struct Backup {
     pub snapshot: Snapshot,
 }
 
-/// The disk as it was at the t0 of a job. Cheap to clone; may outlive the job, but tells then that it has ended.
+/// The disk as it was at the t0 of a job. Cheap to clone; may outlive the job, but tells then that it has ended. What sync `top` does not
+/// cover is an error once the sweep or a guest has come there.
 #[derive(Clone)]
 pub struct Snapshot {
     job: JobId,

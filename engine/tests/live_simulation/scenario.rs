@@ -28,6 +28,17 @@ pub(crate) enum Path {
     Both,
 }
 
+/// What the top layer of a disk holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layers {
+    /// There is one layer.
+    One,
+    /// Some blocks are in the top layer.
+    Some,
+    /// None is.
+    Empty,
+}
+
 /// A live disk and its guests.
 #[derive(Clone, Debug)]
 pub(crate) struct DiskSpec {
@@ -44,6 +55,8 @@ pub(crate) struct DiskSpec {
     pub(crate) hold: Duration,
     /// Every second block is a hole.
     pub(crate) crumbled: bool,
+    /// Of what its top layer holds at the start; what guests write comes to be there.
+    pub(crate) layers: Layers,
     /// Everybody waits for his answer.
     pub(crate) patient: bool,
     /// Its last handle goes as soon as its guests are gone, whatever its jobs do.
@@ -103,6 +116,8 @@ pub(crate) enum Operator {
     Fidgets,
     /// Pauses every job when it has started, until the guests are gone.
     Pauses,
+    /// Pauses a job that has left out so many bytes, until the guests are gone.
+    PausesWithout(u64),
 }
 
 /// See the module's header.
@@ -144,6 +159,7 @@ impl DiskSpec {
             pace: Duration::from_micros(300),
             hold: Duration::from_micros(600),
             crumbled: false,
+            layers: Layers::One,
             patient: true,
             leaves_early: false,
         }
@@ -154,7 +170,11 @@ impl DiskSpec {
         let blocks = pick(rng, &[3, 20, 60, 120]);
         let length = rng.u64(0..blocks) * BLOCK + odd;
         let length = if length == 0 { BLOCK } else { length };
-        let pace = pick(rng, &[30, 300, 3000]);
+        let mut pace = pick(rng, &[30, 300, 3000]);
+        if faulty && rng.bool() {
+            // Some are there when the sweep has given up.
+            pace = 20_000;
+        }
         Self {
             length,
             traits: DiskTraits {
@@ -170,6 +190,7 @@ impl DiskSpec {
             pace: Duration::from_micros(rng.u64(1..pace)),
             hold: Duration::from_micros(pick(rng, &[1, 100, 1000, 30_000])),
             crumbled: rng.u8(..8) == 0,
+            layers: pick(rng, &[Layers::One, Layers::Some, Layers::Some, Layers::Empty]),
             patient: rng.bool(),
             leaves_early: rng.u8(..4) == 0,
         }
@@ -189,6 +210,11 @@ impl DiskSpec {
             disk.punch((0..blocks).filter(|block| block % 2 == 1));
         } else {
             disk.punch(runs(rng, blocks));
+        }
+        match self.layers {
+            Layers::One => {}
+            Layers::Some => disk.set_top_layer(runs(rng, blocks)),
+            Layers::Empty => disk.set_top_layer([]),
         }
         for &range in &self.bad {
             disk.set_bad(range);
@@ -231,6 +257,7 @@ impl JobSpec {
             ErrorPolicy::Auto,
             ErrorPolicy::Ignore,
         ];
+        let ignores = faulty && rng.u8(..3) == 0;
         let disk = rng.usize(..disks.len());
         let most_slots = pick(rng, &[3, 5, 12]);
         let slots = rng.u32(2..most_slots);
@@ -241,7 +268,11 @@ impl JobSpec {
         });
         let forever = stuck.is_some_and(|stuck| stuck.until.is_none());
         let timeouts = [None, Some(500_000), Some(100_000), Some(10_000), Some(300)];
-        let sync = if rng.u8(..8) == 0 { SyncMode::None } else { SyncMode::Full };
+        let sync = match rng.u8(..8) {
+            0 => SyncMode::None,
+            1..4 => SyncMode::Top,
+            _ => SyncMode::Full,
+        };
         let mut cancel_at = (rng.u8(..8) == 0).then(|| micros(rng, 60_000));
         if forever || sync == SyncMode::None {
             cancel_at = cancel_at.or(Some(micros(rng, 400_000)));
@@ -264,8 +295,8 @@ impl JobSpec {
             slowness: if rng.u8(..5) == 0 { rng.u64(2..40) } else { 1 },
             stuck,
             bad_target: if faulty { bad(rng, disks[disk].length) } else { Vec::new() },
-            source_policy: pick(rng, &policies),
-            target_policy: pick(rng, &policies),
+            source_policy: if ignores { ErrorPolicy::Ignore } else { pick(rng, &policies) },
+            target_policy: if ignores { ErrorPolicy::Ignore } else { pick(rng, &policies) },
             on_cbw_error: pick(rng, &[CbwErrorPolicy::BreakGuestWrite, CbwErrorPolicy::BreakSnapshot]),
             cbw_timeout: pick(rng, &timeouts).map(Duration::from_micros),
             speed: (rng.u8(..4) == 0).then(|| rng.u64(100_000..50_000_000)),
@@ -277,6 +308,11 @@ impl JobSpec {
 
     pub(crate) fn geometry(&self, disks: &[DiskSpec]) -> Geometry {
         Geometry::new(Length(disks[self.disk].length), ClusterSize::new(self.cluster).unwrap())
+    }
+
+    /// Whether it goes on without what cannot be copied.
+    fn leaves_out(&self) -> bool {
+        self.source_policy == ErrorPolicy::Ignore || self.target_policy == ErrorPolicy::Ignore
     }
 
     /// Whether it may fail, or fail its guests, although no disk does.
@@ -394,10 +430,14 @@ impl Scenario {
         let disks: Vec<_> = (0..rng.usize(1..3)).map(|_| DiskSpec::random(rng, faulty)).collect();
         let starts: Vec<_> = (0..rng.usize(1..4)).map(|_| random_start(rng, &disks, faulty)).collect();
         let window = 4096 << rng.u32(0..3);
+        let mut operators = vec![Operator::Watches, Operator::Fidgets, Operator::Fidgets, Operator::Pauses];
+        if starts.iter().flat_map(|start| &start.jobs).any(JobSpec::leaves_out) {
+            operators.extend([Operator::PausesWithout(1); 4]);
+        }
         let stuck = starts.iter().flat_map(|start| &start.jobs).any(|job| job.stuck.is_some());
         Self {
             seed,
-            operator: pick(rng, &[Operator::Watches, Operator::Fidgets, Operator::Fidgets, Operator::Pauses]),
+            operator: pick(rng, &operators),
             // What never ends must leave room for the rest.
             capacity: if stuck { 1024 } else { pick(rng, &[2, 7, 30, 100, 500]) },
             tight: rng.u8(..20) == 0,
@@ -420,6 +460,11 @@ impl Scenario {
             starts,
             planted: None,
         }
+    }
+
+    /// Whether every question about a disk is answered.
+    pub(crate) fn is_told(&self) -> bool {
+        self.faults.rates.eio == 0 && self.faults.exact.is_empty()
     }
 
     pub(crate) fn jobs(&self) -> impl Iterator<Item = &JobSpec> {
