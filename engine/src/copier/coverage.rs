@@ -22,46 +22,7 @@ use super::transfer::{Category, TransferId};
 use super::{Copier, Task};
 use crate::error::Operation;
 use crate::ring::{ExtentQuery, Op, Output};
-use crate::units::{ByteRange, ClusterCount, ClusterIndex, ClusterRange, Timestamp};
-
-/// Clusters that the copy does not cover, as far as they were met: a bit for each.
-#[derive(Debug)]
-pub(super) struct Uncovered {
-    words: Vec<u64>,
-}
-
-impl Uncovered {
-    /// None yet, of a disk of `clusters` clusters.
-    pub(super) fn new(clusters: ClusterCount) -> Self {
-        let words = usize::try_from(clusters.0.div_ceil(64)).expect("the interval set has as many");
-        Self { words: vec![0; words] }
-    }
-
-    fn place(cluster: ClusterIndex) -> (usize, u64) {
-        let word = usize::try_from(cluster.0 / 64).expect("within the disk");
-        (word, 1 << (cluster.0 % 64))
-    }
-
-    fn add(&mut self, clusters: ClusterRange) {
-        let mut at = clusters.start;
-        while at < clusters.end {
-            let (word, bit) = Self::place(at);
-            let left = clusters.end.0 - at.0;
-            if bit == 1 && left >= 64 {
-                self.words[word] = u64::MAX;
-                at.0 += 64;
-            } else {
-                self.words[word] |= bit;
-                at.0 += 1;
-            }
-        }
-    }
-
-    pub(super) fn contains(&self, cluster: ClusterIndex) -> bool {
-        let (word, bit) = Self::place(cluster);
-        self.words[word] & bit != 0
-    }
-}
+use crate::units::{ByteRange, ClusterIndex, ClusterRange, Timestamp};
 
 impl Copier {
     /// Whether `cluster` was found to be no part of the copy.
@@ -72,7 +33,7 @@ impl Copier {
     /// `clusters`, which are done, are no part of the copy: count them.
     pub(super) fn note_uncovered(&mut self, clusters: ClusterRange) {
         if let Some(uncovered) = &mut self.uncovered {
-            uncovered.add(clusters);
+            uncovered.set(clusters);
         }
         self.tally.uncovered += self.plan.geometry.bytes_of(clusters).length;
         self.tally.settled_clusters += clusters.count();
@@ -181,22 +142,5 @@ impl Copier {
             self.transfers[id].set_category(cluster, Category::Uncovered);
         }
         self.settle_in(id, &[clusters]);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_not_covered_is_known_by_the_cluster() {
-        let mut uncovered = Uncovered::new(ClusterCount(300));
-        for (start, end) in [(3, 5), (63, 66), (70, 70), (100, 261), (299, 300)] {
-            uncovered.add(ClusterRange::new(start, end));
-        }
-        let inside = |cluster: u64| matches!(cluster, 3 | 4 | 63..66 | 100..261 | 299);
-        for cluster in 0..300 {
-            assert_eq!(uncovered.contains(ClusterIndex(cluster)), inside(cluster), "{cluster}");
-        }
     }
 }

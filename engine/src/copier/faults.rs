@@ -152,6 +152,7 @@ impl Copier {
         self.tally.settled_clusters += 1;
         self.skipped_bytes += self.plan.geometry.bytes_of(one(cluster)).length;
         self.checkpoints.on_settled(1);
+        self.keep_space(one(cluster));
         self.skipped.add(cluster, Arc::clone(&error));
         self.second_chances.remove(&cluster);
         self.mismatches.remove(&cluster);

@@ -20,11 +20,13 @@
 //! The parts: [`sweep`](self) decides what to start, `tasks` carries transfers through, `settle` handles errors, checkpoints and the end.
 
 mod allocation;
+mod bits;
 mod checkpoint;
 mod coverage;
 mod extents;
 mod faults;
 pub mod fleece;
+mod give_back;
 pub mod guests;
 pub mod inspect;
 pub mod plan;
@@ -53,10 +55,11 @@ use crate::ring::{Op, Token, ZeroMethod};
 use crate::units::{ByteRange, ClusterIndex, ClusterRange, Speed, Timestamp};
 
 use allocation::AllocateAhead;
+use bits::ClusterBits;
 use checkpoint::{Captured, Checkpoints, Stage};
-use coverage::Uncovered;
 use extents::ExtentWindow;
 use fleece::Fleece;
+use give_back::GiveBack;
 use guests::Guests;
 use plan::Plan;
 use retry::RetryList;
@@ -147,6 +150,8 @@ enum Task {
     TargetExtents,
     /// Space reserved ahead.
     Allocate,
+    /// Space given back.
+    GiveBack,
     /// A checkpoint's flush.
     Flush,
     /// A checkpoint's map.
@@ -213,7 +218,9 @@ pub struct Copier {
     holes: ExtentWindow,
     layers: Option<ExtentWindow>,
     /// For reads as of t0: what is done and not on the target.
-    uncovered: Option<Uncovered>,
+    uncovered: Option<ClusterBits>,
+    /// Space to be given back, where it was reserved before t0.
+    give_back: Option<GiveBack>,
     zeroing: Zeroing,
     /// What was not written yet reads as zeros on the target. Believed until something shows, or may show, otherwise.
     blank_is_zero: bool,
@@ -284,7 +291,7 @@ impl Copier {
         let length = geometry.length().0;
         let layers = (plan.sync == crate::modes::SyncMode::Top)
             .then(|| ExtentWindow::new(crate::ring::ExtentQuery::TopLayer, length, plan.limits.extents));
-        let uncovered = plan.live.filter(|_| layers.is_some()).map(|_| Uncovered::new(geometry.clusters()));
+        let uncovered = plan.live.filter(|_| layers.is_some()).map(|_| ClusterBits::new(geometry.clusters()));
         Self {
             slots: Slots::new(plan.slots, plan.arena_start),
             transfers: Slab::new(),
@@ -301,6 +308,10 @@ impl Copier {
             holes: ExtentWindow::new(crate::ring::ExtentQuery::Data, length, plan.limits.extents),
             layers,
             uncovered,
+            give_back: plan
+                .live
+                .filter(|live| live.space_reserved)
+                .map(|_| GiveBack::new(geometry.clusters())),
             zeroing: Zeroing::Operation(ZeroMethod::Unmap),
             blank_is_zero: plan.target_is_zero,
             zero_runs: 0,

@@ -49,6 +49,8 @@ pub struct LivePlan {
     pub cbw_timeout: Option<Duration>,
     /// Slots that the sweep leaves to guests; fewer than all.
     pub reserved_slots: u32,
+    /// Space was reserved on the target, which reads as zeros: what is not needed is given back at the end.
+    pub space_reserved: bool,
 }
 
 /// What a copier is to do.

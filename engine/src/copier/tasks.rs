@@ -36,6 +36,12 @@ impl Copier {
             Task::Coverage { transfer, range } => self.on_coverage(transfer, range, result, now),
             Task::TargetExtents => self.on_target_extents(result),
             Task::Allocate => self.on_reserved(&result, arena, now),
+            Task::GiveBack => {
+                if let Err(errno) = result {
+                    tracing::debug!(%errno, "space not given back");
+                }
+                self.on_given_back(result == Err(Errno::EOPNOTSUPP));
+            }
             Task::Flush => self.on_flushed(&result, now),
             Task::Publish => self.on_published(&result),
             Task::DropBeforeVerify | Task::DropTargetCache => self.on_written_back(&result, now),
@@ -473,6 +479,7 @@ impl Copier {
                 self.window.note_data(cluster, transfer.digests[index], written);
             }
             self.tally.settle(Was::Data { written }, 1, bytes.length);
+            self.keep_space(super::one(cluster));
         }
         self.checkpoints.on_settled(bytes.length);
         if let Some(fleece) = &mut self.fleece {

@@ -292,7 +292,8 @@ pub(super) fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
         None => None,
     };
     let target = target.prepare()?;
-    if target.is_new_file() {
+    let space_reserved = target.is_new_file();
+    if space_reserved {
         reserve(source.storage().as_ref(), target.storage().as_ref());
     }
     let notices = target.warnings().to_vec();
@@ -332,6 +333,7 @@ pub(super) fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
             on_cbw_error: options.on_cbw_error,
             cbw_timeout: options.cbw_timeout,
             reserved_slots: (slots / u32::try_from(RESERVED_PART).expect("small")).max(1),
+            space_reserved,
         }),
         limits: Limits::default(),
         #[cfg(feature = "sim")]

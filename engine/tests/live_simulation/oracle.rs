@@ -306,6 +306,19 @@ impl Job {
         }
         seen.uncovered += u64::from(uncovered.0 > 0 && world.disk(self.spec.disk).view() != *t0);
         let target = world.disk(self.target);
+        // A cluster without data takes no space, but for what is left of the last one.
+        let size = usize::try_from(self.spec.cluster).unwrap();
+        let whole = (t0.len() / BLOCK as usize) as u64;
+        let idle = |block: &u64| {
+            let at = usize::try_from(block * BLOCK).unwrap() / size * size;
+            let zero = t0[at..t0.len().min(at + size)].iter().all(|&byte| byte == 0);
+            !self.covers(at as u64) || (zero && self.spec.zero_detect)
+        };
+        let gives_back = scenario.is_sound() && self.spec.target.unmaps && self.spec.target_is_zero;
+        let wasted = (0..whole).filter(idle).find(|&block| target.takes_space(block));
+        if let Some(block) = wasted.filter(|_| gives_back) {
+            return Err(format!("block {block} of the target takes space for nothing"));
+        }
         // Where zeros can only be made by writing them they count as zeros all the same.
         let traits = self.spec.target;
         let counted = self.spec.target_is_zero || (traits.unmaps && traits.zeroes);

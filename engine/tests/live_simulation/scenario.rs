@@ -83,6 +83,8 @@ pub(crate) struct JobSpec {
     pub(crate) zero_detect: bool,
     /// A new file, which reads as zeros; else a device full of old data.
     pub(crate) target_is_zero: bool,
+    /// Space was reserved for all of it.
+    pub(crate) space_reserved: bool,
     pub(crate) target: DiskTraits,
     pub(crate) slowness: u64,
     pub(crate) stuck: Option<Stuck>,
@@ -234,6 +236,7 @@ impl JobSpec {
             depth: SweepDepth::Auto,
             zero_detect: true,
             target_is_zero: true,
+            space_reserved: true,
             target: DiskTraits::default(),
             slowness: 1,
             stuck: None,
@@ -286,6 +289,7 @@ impl JobSpec {
             depth: if rng.bool() { SweepDepth::Auto } else { SweepDepth::Fixed(rng.u32(0..6)) },
             zero_detect: rng.u8(0..4) > 0,
             target_is_zero,
+            space_reserved: target_is_zero && rng.bool(),
             target: DiskTraits {
                 direct_alignment: pick(rng, &[None, Some(512), Some(4096)]),
                 unmaps: rng.u8(..4) > 0,
@@ -323,7 +327,11 @@ impl JobSpec {
     pub(crate) fn target_disk(&self, rng: &mut Rng, length: u64) -> Disk {
         let length = usize::try_from(length).unwrap();
         let mut target = if self.target_is_zero {
-            Disk::sparse(length, self.target)
+            let mut target = Disk::sparse(length, self.target);
+            if self.space_reserved {
+                target.reserve();
+            }
+            target
         } else {
             let mut old = vec![0; length.next_multiple_of(4096) + 8192];
             rng.fill(&mut old);
@@ -368,6 +376,7 @@ impl JobSpec {
                 on_cbw_error: spec.on_cbw_error,
                 cbw_timeout: spec.cbw_timeout,
                 reserved_slots: spec.reserved,
+                space_reserved: spec.space_reserved && spec.target_is_zero,
             }),
             limits: Limits {
                 retries: 3,

@@ -199,6 +199,17 @@ impl Disk {
         self.space.len() as u64 * BLOCK
     }
 
+    /// Whether a block (of 4 KiB) takes space.
+    #[must_use]
+    pub fn takes_space(&self, block: u64) -> bool {
+        self.space.contains(&block)
+    }
+
+    /// Reserve space for all of it.
+    pub fn reserve(&mut self) {
+        self.space.extend(0..(self.view.len() as u64).div_ceil(BLOCK));
+    }
+
     /// Where the last block that takes space ends.
     #[must_use]
     pub fn space_end(&self) -> u64 {
