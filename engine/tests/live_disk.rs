@@ -92,6 +92,53 @@ fn a_disk_nobody_writes_to_is_copied_whole() {
     assert!(fs::read(fixture.path("backup")).unwrap() == contents);
 }
 
+/// Bytes of space that a file takes.
+fn space(path: &std::path::Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    fs::File::open(path).unwrap().sync_all().unwrap();
+    fs::metadata(path).unwrap().blocks() * 512
+}
+
+/// A disk that stores as many zeros as data, with nothing to show which is which.
+fn half_zeros(fixture: &Fixture) -> (LiveDisk, Vec<u8>) {
+    let mut contents = vec![0; 128 * usize::try_from(CLUSTER).unwrap()];
+    for pair in contents.chunks_mut(8 * usize::try_from(CLUSTER).unwrap()) {
+        fastrand::Rng::with_seed(7).fill(&mut pair[..4 * usize::try_from(CLUSTER).unwrap()]);
+    }
+    fs::write(fixture.path("zeros"), &contents).unwrap();
+    let path = fixture.path("zeros").display().to_string();
+    (fixture.engine.open_disk(&DiskOptions { path, writable: true }).unwrap(), contents)
+}
+
+#[test]
+fn zeros_take_no_space_in_a_backup() {
+    let fixture = Fixture::new();
+    let (disk, contents) = half_zeros(&fixture);
+    assert!(space(&fixture.path("zeros")) >= 128 * CLUSTER, "the disk stores them");
+    let backup = fixture.engine.start_backup(&disk, &fixture.options("backup")).unwrap();
+    assert!(matches!(backup.job.wait().outcome, Outcome::Complete));
+    assert!(fs::read(fixture.path("backup")).unwrap() == contents);
+    let taken = space(&fixture.path("backup"));
+    assert!(taken <= 64 * CLUSTER * 11 / 10, "{taken} bytes for {} of data", 64 * CLUSTER);
+}
+
+#[test]
+fn what_no_guest_has_changed_takes_no_space_in_a_copy_of_old_contents_alone() {
+    let fixture = Fixture::new();
+    let (disk, contents) = half_zeros(&fixture);
+    let mut options = fixture.options("backup");
+    options.sync = SyncMode::None;
+    let backup = fixture.engine.start_backup(&disk, &options).unwrap();
+    disk.write(16 * CLUSTER + 5, vec![1; 70_000]).unwrap();
+    backup.job.cancel().unwrap();
+    assert!(matches!(backup.job.wait().outcome, Outcome::Cancelled));
+    let copy = fs::read(fixture.path("backup")).unwrap();
+    let old = 16 * (1 << 16)..18 * (1 << 16);
+    assert!(copy[old.clone()] == contents[old], "what it has changed");
+    let taken = space(&fixture.path("backup"));
+    assert!(taken <= 3 * CLUSTER, "{taken} bytes for 2 clusters");
+}
+
 #[test]
 fn the_backup_is_of_the_start_and_the_disk_of_now() {
     let fixture = Fixture::new();

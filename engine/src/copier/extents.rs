@@ -136,6 +136,13 @@ impl ExtentWindow {
         self.known_to >= position.min(self.end)
     }
 
+    /// Whether all of `range` is known.
+    pub(super) fn knows(&self, range: ByteRange) -> bool {
+        // What is known has no gaps.
+        self.known.front().is_some_and(|first| first.range.offset <= range.offset)
+            && self.reaches(range.end())
+    }
+
     /// The present parts of `range` as far as they are known.
     pub(super) fn present_in(&self, range: ByteRange) -> impl Iterator<Item = ByteRange> {
         let first = self.known.partition_point(|extent| extent.range.end() <= range.offset);
@@ -170,7 +177,9 @@ mod tests {
         assert_eq!(window.at(20), Known::Until { present: false, until: 30 });
         assert_eq!(window.at(30), Known::Unknown);
         assert!(window.reaches(30) && !window.reaches(31));
+        assert!(window.knows(ByteRange::new(0, 30)) && !window.knows(ByteRange::new(29, 2)));
         window.passed(25);
+        assert!(window.knows(ByteRange::new(20, 10)) && !window.knows(ByteRange::new(19, 2)));
         assert_eq!(window.at(29), Known::Until { present: false, until: 30 });
         let present: Vec<_> = window.present_in(ByteRange::new(0, 100)).collect();
         assert!(present.is_empty());

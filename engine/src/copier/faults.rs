@@ -110,19 +110,52 @@ impl Copier {
         }
     }
 
-    /// Leave `cluster` out.
-    pub(super) fn skip(&mut self, cluster: ClusterIndex, error: Arc<Error>) {
+    /// Leave `cluster`, which is free, out. Of a live disk it stays free as long as no guest changes it: who is about to tries
+    /// once more.
+    fn skip(&mut self, cluster: ClusterIndex, error: Arc<Error>) {
+        if self.plan.live.is_some() {
+            return self.leave_out(cluster, error);
+        }
+        self.skip_for_good(cluster, error);
+    }
+
+    /// Leave `cluster`, which is free, out, and let guests change it.
+    pub(super) fn skip_for_good(&mut self, cluster: ClusterIndex, error: Arc<Error>) {
         let marked = self.set.mark_done(one(cluster));
         assert_eq!(marked.0, 1, "a cluster to leave out is free");
         self.leave_out(cluster, error);
     }
 
-    /// `cluster`, which is done for guests, is no part of the copy.
+    /// Let guests change what of `clusters` was left out.
+    pub(super) fn give_up_skipped(&mut self, clusters: ClusterRange) {
+        let mut at = clusters.start;
+        while let Some(range) = self.skipped.next_from(at).filter(|range| range.start < clusters.end) {
+            let (start, end) = (range.start.max(at), range.end.min(clusters.end));
+            self.set.mark_done(ClusterRange { start, end });
+            at = range.end;
+        }
+    }
+
+    /// A guest has claimed `clusters` to copy them: what of them was left out is not any more, unless that fails.
+    pub(super) fn give_second_chance(&mut self, clusters: ClusterRange) {
+        if self.skipped.count() == 0 {
+            return;
+        }
+        for cluster in clusters.iter().filter(|&cluster| self.skipped.remove(cluster)) {
+            self.tally.settled_clusters -= 1;
+            self.skipped_bytes -= self.plan.geometry.bytes_of(one(cluster)).length;
+            self.second_chances.insert(cluster);
+        }
+    }
+
+    /// `cluster` is no part of the copy.
     pub(super) fn leave_out(&mut self, cluster: ClusterIndex, error: Arc<Error>) {
         self.tally.settled_clusters += 1;
         self.skipped_bytes += self.plan.geometry.bytes_of(one(cluster)).length;
         self.checkpoints.on_settled(1);
+        self.keep_space(one(cluster));
         self.skipped.add(cluster, Arc::clone(&error));
+        self.second_chances.remove(&cluster);
         self.mismatches.remove(&cluster);
         if self.skipped.count() > self.plan.limits.skipped_ranges {
             let reason = format!("more than {} ranges cannot be copied", self.plan.limits.skipped_ranges);

@@ -15,6 +15,10 @@
 //! release the cluster, and a request that waited for it then finds it free and copies it itself. `on_cbw_error` decides:
 //! either the guest's write fails and the job goes on, or the job fails and the write goes on. So does the time-out, counted from
 //! the moment the guest asked. Either way the cluster stays to copy and is on the sweep's list.
+//!
+//! What the sweep has left out under policy `ignore` stays free, for no guest has changed it yet. The first request that touches it takes it off the
+//! list of what was left out and copies it; if that fails, too, it is left out for good and the guest goes on. When the job
+//! is about to end, and when the list has as many ranges as it may have, nothing is taken off it any more.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -92,9 +96,10 @@ impl Copier {
         self.guests.ready.insert(id);
     }
 
-    /// The guest does not want it any more. Copies under way go on.
+    /// The guest does not want it any more. Copies under way go on; it is not answered.
     pub fn forget_cbw(&mut self, id: CbwId) {
         self.drop_request(id);
+        self.guests.outcomes.retain(|&(answered, _)| answered != id);
     }
 
     /// What became of requests since the last call.
@@ -216,47 +221,47 @@ impl Copier {
             return true;
         };
         let rest = ClusterRange { start: first, end: all.end };
+        if self.skipped.count() >= self.plan.limits.skipped_ranges {
+            self.give_up_skipped(rest);
+        }
+        let Some(request) = self.guests.requests.get(&id) else { unreachable!("it is ready") };
         let alone = request.alone;
         let waits = request.waits.is_some();
         self.guests.requests.get_mut(&id).expect("it is there").clusters = rest;
         if !waits {
             self.wait_for_others(id, rest);
         }
-        let (starved, started) = self.claim_for(id, rest, alone, now);
-        if starved {
+        if self.claim_for(id, rest, alone, now) {
             // Those of its clusters that are free wait for a slot, and so does everybody behind.
             return false;
         }
         self.guests.ready.remove(&id);
         let request = self.guests.requests.get(&id).expect("it is there");
-        let idle = request.in_flight == 0 && request.waits.is_none();
-        if idle && !started {
-            // Everything busy was released meanwhile: look again.
+        if request.in_flight == 0 && request.waits.is_none() {
+            // Everything busy was released meanwhile, or what was claimed needed no copy: look again.
             self.guests.ready.insert(id);
         }
         true
     }
 
-    /// Claim and copy what is free in `range`: whether slots were missing, and whether anything was started.
-    fn claim_for(&mut self, id: CbwId, range: ClusterRange, alone: bool, now: Timestamp) -> (bool, bool) {
+    /// Claim and copy what is free in `range`; whether slots were missing.
+    fn claim_for(&mut self, id: CbwId, range: ClusterRange, alone: bool, now: Timestamp) -> bool {
         let mut at = range.start;
-        let mut started = false;
         while at < range.end {
             let rest = ClusterRange { start: at, end: range.end };
             let max = if alone { 1 } else { u64::from(self.plan.max_run).min(rest.count()) };
             let (slot, free) = self.slots.longest_run(u32::try_from(max).expect("bounded by max_run"));
             if free == 0 {
-                let wanted = rest.iter().any(|cluster| self.set.state(cluster) == ClusterState::ToCopy);
-                return (wanted, started);
+                return rest.iter().any(|cluster| self.set.state(cluster) == ClusterState::ToCopy);
             }
             let Some(claim) = self.set.claim_first(rest, ClusterCount(u64::from(free))) else { break };
             at = claim.range().end;
-            started = true;
             self.guests.requests.get_mut(&id).expect("it is there").in_flight += 1;
+            self.give_second_chance(claim.range());
             let attempts = self.retries.take_out(claim.range());
             self.start_guest_copy(claim, slot, id, attempts, now);
         }
-        (false, started)
+        false
     }
 
     /// Wait for the first cluster of `range` that somebody else is copying.
@@ -342,9 +347,10 @@ impl Copier {
         tracing::info!(%error, ?id, "copy before write failed");
         let unreadable =
             side_of(failure.operation) == SideName::Source && failure.fault != Fault::Errno(Errno::ECANCELED);
-        if unreadable && self.plan.on_source_error == ErrorPolicy::Ignore {
+        let ignored = unreadable && self.plan.on_source_error == ErrorPolicy::Ignore;
+        if ignored || self.second_chances.contains(&cluster) {
             let _ = self.retries.take_out(one(cluster));
-            return self.skip(cluster, error);
+            return self.skip_for_good(cluster, error);
         }
         self.refuse(id, error);
     }

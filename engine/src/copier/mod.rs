@@ -20,10 +20,13 @@
 //! The parts: [`sweep`](self) decides what to start, `tasks` carries transfers through, `settle` handles errors, checkpoints and the end.
 
 mod allocation;
+mod bits;
 mod checkpoint;
+mod coverage;
 mod extents;
 mod faults;
 pub mod fleece;
+mod give_back;
 pub mod guests;
 pub mod inspect;
 pub mod plan;
@@ -39,7 +42,7 @@ mod throttle;
 mod transfer;
 mod verify;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use slab::Slab;
@@ -52,9 +55,11 @@ use crate::ring::{Op, Token, ZeroMethod};
 use crate::units::{ByteRange, ClusterIndex, ClusterRange, Speed, Timestamp};
 
 use allocation::AllocateAhead;
+use bits::ClusterBits;
 use checkpoint::{Captured, Checkpoints, Stage};
 use extents::ExtentWindow;
 use fleece::Fleece;
+use give_back::GiveBack;
 use guests::Guests;
 use plan::Plan;
 use retry::RetryList;
@@ -139,10 +144,14 @@ enum Task {
     SourceExtents,
     /// A question about the source's layers.
     SourceLayers,
+    /// The same about `range` of a guest's transfer, under its claim.
+    Coverage { transfer: TransferId, range: ByteRange },
     /// A question about the target, for a verification.
     TargetExtents,
     /// Space reserved ahead.
     Allocate,
+    /// Space given back.
+    GiveBack,
     /// A checkpoint's flush.
     Flush,
     /// A checkpoint's map.
@@ -168,6 +177,7 @@ impl Task {
             Self::Move { transfer, .. }
             | Self::Zero { transfer, .. }
             | Self::Digest { transfer }
+            | Self::Coverage { transfer, .. }
             | Self::Fleece { transfer, .. }
             | Self::Drain { transfer, .. } => Some(*transfer),
             _ => None,
@@ -207,6 +217,10 @@ pub struct Copier {
     position: ClusterIndex,
     holes: ExtentWindow,
     layers: Option<ExtentWindow>,
+    /// For reads as of t0: what is done and not on the target.
+    uncovered: Option<ClusterBits>,
+    /// Space to be given back, where it was reserved before t0.
+    give_back: Option<GiveBack>,
     zeroing: Zeroing,
     /// What was not written yet reads as zeros on the target. Believed until something shows, or may show, otherwise.
     blank_is_zero: bool,
@@ -221,6 +235,8 @@ pub struct Copier {
     /// Failed verifications of a cluster so far.
     mismatches: BTreeMap<ClusterIndex, u32>,
     skipped: Skipped,
+    /// What guests copy, or have tried to, that was left out before.
+    second_chances: BTreeSet<ClusterIndex>,
     /// What an earlier run left out, as long as the sweep passes over it.
     postponed: Vec<ClusterRange>,
     /// What was copied since the last capture.
@@ -277,6 +293,7 @@ impl Copier {
         let length = geometry.length().0;
         let layers = (plan.sync == crate::modes::SyncMode::Top)
             .then(|| ExtentWindow::new(crate::ring::ExtentQuery::TopLayer, length, plan.limits.extents));
+        let uncovered = plan.live.filter(|_| layers.is_some()).map(|_| ClusterBits::new(geometry.clusters()));
         Self {
             slots: Slots::new(plan.slots, plan.arena_start),
             transfers: Slab::new(),
@@ -292,6 +309,11 @@ impl Copier {
             position: ClusterIndex(0),
             holes: ExtentWindow::new(crate::ring::ExtentQuery::Data, length, plan.limits.extents),
             layers,
+            uncovered,
+            give_back: plan
+                .live
+                .filter(|live| live.space_reserved)
+                .map(|_| GiveBack::new(geometry.clusters())),
             zeroing: Zeroing::Operation(ZeroMethod::Unmap),
             blank_is_zero: plan.target_is_zero,
             zero_runs: 0,
@@ -302,6 +324,7 @@ impl Copier {
             retries: RetryList::default(),
             mismatches: BTreeMap::new(),
             skipped: Skipped::new(plan.target_before),
+            second_chances: BTreeSet::new(),
             postponed: plan.postponed.clone(),
             window: Window::default(),
             closed_window: Window::default(),

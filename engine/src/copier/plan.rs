@@ -52,6 +52,8 @@ pub struct LivePlan {
     pub cbw_timeout: Option<Duration>,
     /// Slots that the sweep leaves to guests; fewer than all.
     pub reserved_slots: u32,
+    /// Space was reserved on the target, which reads as zeros: what is not needed is given back at the end.
+    pub space_reserved: bool,
 }
 
 /// What a copier is to do.
@@ -176,6 +178,8 @@ pub enum PlantedBug {
     PermitOutAtT0,
     /// A guest that had clusters copied for one job does not look at the jobs again.
     NoSecondLook,
+    /// A guest is let go before it was asked whether sync `top` covers what it changes.
+    AllocationAskedLate,
     /// A slot of the fleece file is free once its cluster is written to the target, flushed or not.
     FleeceFreedBeforeFlush,
 }

@@ -33,7 +33,10 @@ impl Copier {
         let frees_slots = !all_settled && self.fleece.as_ref().is_some_and(Fleece::has_unflushed);
         let still = match self.plan.live {
             // Guests go on, and what is copied for them.
-            Some(_) => self.sweep_is_idle() && self.checkpoints.is_idle() && !frees_slots,
+            Some(_) => {
+                let gives_back = self.give_back.as_ref().is_some_and(|give_back| !give_back.is_idle());
+                self.sweep_is_idle() && self.checkpoints.is_idle() && !frees_slots && !gives_back
+            }
             None => idle && self.checkpoints.is_idle() && self.nothing_under_way(),
         };
         if self.paused() && still && !self.drained_said {
@@ -44,6 +47,9 @@ impl Copier {
             return;
         }
         if all_settled && idle && self.checkpoints.is_idle() && !self.paused() {
+            if self.gives_back() {
+                return;
+            }
             return self.begin_checkpoint(true, now);
         }
         if self.keeps_checkpoints() && !self.drained() && self.checkpoints.is_due(now, &self.plan.limits) {
@@ -69,6 +75,9 @@ impl Copier {
         let fleeced = self.plan.sync == SyncMode::None
             && matches!(self.ending, Some(Ending::Cancelled))
             && !self.salvaged;
+        if fleeced && self.gives_back() {
+            return;
+        }
         self.salvaged = true;
         if fleeced || (last_word && self.checkpoints.dirty && !self.plan.verify) {
             self.begin_checkpoint(false, now);
@@ -144,6 +153,10 @@ impl Copier {
     fn begin_checkpoint(&mut self, last: bool, now: Timestamp) {
         let captured = self.capture();
         assert!(!last || captured.complete, "the last checkpoint covers everything");
+        if last {
+            // What is to be in the copy is written: what was left out stays so.
+            self.give_up_skipped(self.set.all());
+        }
         tracing::debug!(ranges = captured.done.len(), last, "checkpoint");
         self.closed_window = std::mem::take(&mut self.window);
         self.checkpoints.begin(captured, now);

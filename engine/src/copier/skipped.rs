@@ -92,6 +92,39 @@ impl Skipped {
         self.clusters += 1;
     }
 
+    /// `cluster` is not left out after all; whether it was.
+    pub(super) fn remove(&mut self, cluster: ClusterIndex) -> bool {
+        let Some((&start, run)) = self.runs.range_mut(..=cluster).next_back() else { return false };
+        let end = run.end;
+        if end <= cluster {
+            return false;
+        }
+        let after = ClusterIndex(cluster.0 + 1);
+        let rest = (after < end).then(|| Run { end, error: Arc::clone(&run.error), holds: run.holds });
+        let may_be_written = run.holds != self.before;
+        run.end = cluster;
+        if start == cluster {
+            self.runs.remove(&start);
+        }
+        if let Some(rest) = rest {
+            self.runs.insert(after, rest);
+        }
+        self.clusters -= 1;
+        if may_be_written {
+            // Left out again, it still is.
+            self.may_be_written(super::one(cluster));
+        }
+        true
+    }
+
+    /// The first range that ends after `cluster`, whatever comes with another error behind it.
+    pub(super) fn next_from(&self, cluster: ClusterIndex) -> Option<ClusterRange> {
+        let range = |(&start, run): (&ClusterIndex, &Run)| ClusterRange { start, end: run.end };
+        let before = self.runs.range(..=cluster).next_back().map(range);
+        let after = || self.runs.range(cluster..).next().map(range);
+        before.filter(|range| range.contains(cluster)).or_else(after)
+    }
+
     /// Why `cluster` was left out, if it was.
     pub(super) fn error_of(&self, cluster: ClusterIndex) -> Option<&Arc<Error>> {
         let (_, run) = self.runs.range(..=cluster).next_back()?;
@@ -190,11 +223,49 @@ mod tests {
     }
 
     #[test]
+    fn what_was_written_once_is_remembered_by_a_second_chance() {
+        let geometry = Geometry::new(Length(100 << 16), ClusterSize::DEFAULT);
+        let error = Arc::new(Error::io(Operation::Read, "disk", None, Errno::EIO));
+        let mut skipped = Skipped::new(TargetHolds::Zeros);
+        skipped.may_be_written(ClusterRange::new(5, 6));
+        for cluster in [5, 6] {
+            skipped.add(ClusterIndex(cluster), Arc::clone(&error));
+            assert!(skipped.remove(ClusterIndex(cluster)));
+            skipped.add(ClusterIndex(cluster), Arc::clone(&error));
+        }
+        let told: Vec<_> = skipped.told(geometry).iter().map(|told| told.target).collect();
+        assert_eq!(told, [TargetHolds::Unknown, TargetHolds::Zeros]);
+    }
+
+    #[test]
     fn what_was_written_is_not_remembered_without_end() {
         let mut skipped = Skipped::new(TargetHolds::Zeros);
         skipped.may_be_written(ClusterRange::new(0, MOST_WRITTEN as u64));
         assert!(!skipped.any_written);
         skipped.may_be_written(ClusterRange::new(1 << 30, (1 << 30) + 1));
         assert!(skipped.any_written && skipped.written.is_empty());
+    }
+
+    #[test]
+    fn what_is_taken_off_again_leaves_the_rest() {
+        let error = Arc::new(Error::io(Operation::Read, "disk", None, Errno::EIO));
+        let mut naive = std::collections::BTreeSet::new();
+        let mut skipped = Skipped::new(TargetHolds::Unknown);
+        let mut rng = fastrand::Rng::with_seed(7);
+        for _ in 0..5000 {
+            let cluster = rng.u64(0..40);
+            if rng.bool() {
+                assert_eq!(skipped.remove(ClusterIndex(cluster)), naive.remove(&cluster));
+            } else if naive.insert(cluster) {
+                skipped.add(ClusterIndex(cluster), Arc::clone(&error));
+            }
+            assert_eq!(skipped.clusters(), naive.len() as u64);
+            let listed: Vec<u64> =
+                skipped.ranges().iter().flat_map(|range| range.start.0..range.end.0).collect();
+            assert_eq!(listed, naive.iter().copied().collect::<Vec<_>>());
+            let from = rng.u64(0..41);
+            let next = skipped.next_from(ClusterIndex(from)).map(|range| range.start.0.max(from));
+            assert_eq!(next, naive.range(from..).next().copied());
+        }
     }
 }

@@ -3,7 +3,8 @@
 //! # Model
 //! A read goes window by window. What is copied already is read from the target, which nobody changes any more, or from the fleece file while
 //! it is there alone; what is not is read from the source under a claim, which keeps guests from changing it meanwhile and is released afterwards, for it is not a copy. What
-//! somebody else is copying is waited for. Clusters that were left out of the copy are an error: their old contents may be gone.
+//! somebody else is copying is waited for. Clusters that were left out of the copy are an error: their old contents may be gone. So are those that
+//! sync `top` does not cover, once that is known: guests change them as they like, and the target does not hold them.
 //!
 //! # Ordering
 //! Reads come after guests and before the sweep. They never take the slots that are kept for guests.
@@ -173,6 +174,13 @@ impl Copier {
             self.answer_snapshot(id, Err(error));
             return true;
         }
+        if self.is_uncovered(first) {
+            let reason = "the top layer did not hold it, so it is no part of the copy";
+            let range = self.plan.geometry.bytes_of(one(first));
+            let error = self.snapshot_error(range, reason, Errno::ENODATA);
+            self.answer_snapshot(id, Err(error.advise("read it from the layers below, which do not change")));
+            return true;
+        }
         match self.set.state(first) {
             ClusterState::Copying | ClusterState::CopyingWithWaiters => {
                 self.wait_for_snapshot(id, first);
@@ -205,14 +213,17 @@ impl Copier {
         if free == 0 {
             return false;
         }
-        let wanted = ClusterRange::new(clusters.start.0, clusters.start.0 + u64::from(free));
+        let end = ClusterIndex(clusters.start.0 + u64::from(free));
+        // What was left out is nobody's to claim but a guest's.
+        let left_out = self.skipped.next_from(clusters.start).map_or(end, |range| range.start);
+        let wanted = ClusterRange { start: clusters.start, end: end.min(left_out) };
         let held = self.fleece.as_ref().and_then(|fleece| fleece.first_run(wanted));
         let (run, claim) = if let Some((_, count)) = held {
             (ClusterRange::new(wanted.start.0, wanted.start.0 + count), None)
         } else if done {
             (self.on_target(wanted), None)
         } else {
-            let Some(claim) = self.set.claim_first(wanted, ClusterCount(u64::from(free))) else {
+            let Some(claim) = self.set.claim_first(wanted, ClusterCount(wanted.count())) else {
                 return true;
             };
             (claim.range(), Some(claim))
@@ -241,9 +252,7 @@ impl Copier {
     fn on_target(&self, clusters: ClusterRange) -> ClusterRange {
         let same = clusters.iter().take_while(|&cluster| {
             let held = self.fleece.as_ref().and_then(|fleece| fleece.slot_of(cluster));
-            self.set.state(cluster) == ClusterState::Done
-                && held.is_none()
-                && self.skipped.error_of(cluster).is_none()
+            self.set.state(cluster) == ClusterState::Done && held.is_none() && !self.is_uncovered(cluster)
         });
         ClusterRange::new(clusters.start.0, clusters.start.0 + same.count() as u64)
     }

@@ -4,6 +4,7 @@ use super::checkpoint::Stage;
 use super::extents::{ExtentWindow, Known};
 use super::fleece::Drained;
 use super::piece::Direction;
+use super::plan::planted;
 use super::retry::is_retry;
 use super::tally::Was;
 use super::transfer::{Purpose, Transfer};
@@ -103,6 +104,12 @@ impl Copier {
             return self.turn_to_postponed();
         };
         self.position = next;
+        let left_out = self.skipped.next_from(next);
+        if let Some(range) = left_out.filter(|range| range.contains(next)) {
+            // Of a live disk it is free: no guest has changed it yet.
+            self.position = range.end;
+            return true;
+        }
         let following = self.postponed.partition_point(|range| range.end <= next);
         let postponed = self.postponed.get(following).copied();
         if let Some(range) = postponed.filter(|range| range.contains(next)) {
@@ -122,7 +129,8 @@ impl Copier {
             }
             return false;
         };
-        let end = postponed.map_or(end, |range| end.min(range.start));
+        let barred = [left_out, postponed].into_iter().flatten().map(|range| range.start).min();
+        let end = barred.map_or(end, |start| end.min(start));
         match stretch {
             Stretch::Uncovered => {
                 self.settle_at_once(ClusterRange { start: next, end }, None);
@@ -193,10 +201,7 @@ impl Copier {
         self.set.complete(claim);
         match was {
             Some(was) => self.note_zeros(clusters, was),
-            None => {
-                self.tally.uncovered += bytes;
-                self.tally.settled_clusters += clusters.count();
-            }
+            None => self.note_uncovered(clusters),
         }
         // A window holds what is to be read back, and no more questions to the target than it could hold clusters.
         let charge = match was {
@@ -273,17 +278,18 @@ impl Copier {
         let run = self.slots.take(slot, count);
         let purpose = Purpose::Copy { alone: attempts };
         self.retry_count += u64::from(is_retry(attempts));
-        let mut transfer = Transfer::new(purpose, clusters, self.plan.geometry, run).with_claim(claim);
+        let mut transfer = Transfer::new(purpose, clusters, self.plan.geometry, run);
+        if planted!(self.plan, AllocationAskedLate) && self.layers.is_some() {
+            self.set.complete(claim);
+        } else {
+            transfer = transfer.with_claim(claim);
+        }
         transfer.guest = Some(guest);
         transfer.urgent = true;
-        let whole = transfer.bytes;
-        transfer.data = vec![whole];
-        // What goes to the fleece file is paid for when it is drained.
-        if self.fleece.is_none() {
-            self.throttle.spend_for_guest(whole.length, now);
-        }
+        transfer.outstanding += 1;
         tracing::trace!(?clusters, ?guest, "copy before write");
-        self.start_read(transfer, whole);
+        let id = self.transfers.insert(transfer);
+        self.cover(id, now);
     }
 
     /// Read the clusters of `claim` into the slots from `slot` on.

@@ -34,8 +34,15 @@ impl Copier {
             Task::ZeroRun { claim, method } => self.on_zero_run(claim, method, &result),
             Task::SourceExtents => self.holes.on_answer(result),
             Task::SourceLayers => self.layers.as_mut().expect("asked about layers").on_answer(result),
+            Task::Coverage { transfer, range } => self.on_coverage(transfer, range, result, now),
             Task::TargetExtents => self.on_target_extents(result),
             Task::Allocate => self.on_reserved(&result, arena, now),
+            Task::GiveBack => {
+                if let Err(errno) = result {
+                    tracing::debug!(%errno, "space not given back");
+                }
+                self.on_given_back(result == Err(Errno::EOPNOTSUPP));
+            }
             Task::Flush => self.on_flushed(&result, now),
             Task::Publish => self.on_published(&result),
             Task::DropBeforeVerify | Task::DropTargetCache => self.on_written_back(&result, now),
@@ -104,7 +111,7 @@ impl Copier {
     }
 
     /// A task over `range` of a transfer has failed.
-    fn fail_task(
+    pub(super) fn fail_task(
         &mut self,
         id: TransferId,
         range: ByteRange,
@@ -151,6 +158,12 @@ impl Copier {
             // It would not count. And what it read may be too little: what lies between the data is in the arena's slot as it was before.
             return self.drop_task(id, now);
         }
+        let transfer = &mut self.transfers[id];
+        if transfer.outstanding > 1 || transfer.failure.is_some() {
+            // One of several reads; the last one goes on, if all went well.
+            transfer.outstanding -= 1;
+            return self.finish_if_over(id, now);
+        }
         if self.allocation.holds(self.transfers[id].bytes) {
             self.held.push(id);
             return;
@@ -162,6 +175,9 @@ impl Copier {
     pub(super) fn write_out(&mut self, id: TransferId, arena: &Arena, now: Timestamp) {
         let all = self.transfers[id].clusters;
         for cluster in all.iter() {
+            if self.transfers[id].work(cluster).is_settled() {
+                continue;
+            }
             if self.is_zero_cluster(id, cluster, arena) {
                 self.transfers[id].set_category(cluster, Category::Zeros);
                 self.allocation.on_zeros();
@@ -185,6 +201,7 @@ impl Copier {
             }
             let clusters = ClusterRange { start, end };
             match category {
+                Category::Uncovered => {}
                 Category::Zeros => self.zero_out(id, clusters),
                 _ if self.is_fleeced(id) => self.write_fleece(id, clusters, now),
                 _ => self.write_data(id, clusters),
@@ -438,11 +455,12 @@ impl Copier {
     }
 
     /// `ranges` of a transfer have no task left: complete their claims and count them.
-    fn settle_in(&mut self, id: TransferId, ranges: &[ClusterRange]) {
+    pub(super) fn settle_in(&mut self, id: TransferId, ranges: &[ClusterRange]) {
         for &range in ranges {
             let transfer = &mut self.transfers[id];
-            let held =
-                transfer.work(range.start).is_early() || matches!(transfer.purpose, Purpose::Drain { .. });
+            let held = transfer.work(range.start).is_early()
+                || matches!(transfer.purpose, Purpose::Drain { .. })
+                || planted!(self.plan, AllocationAskedLate);
             match transfer.settle(range) {
                 Some(claim) => self.set.complete(claim),
                 None => assert!(held, "a copy holds its claim until it is settled"),
@@ -456,8 +474,11 @@ impl Copier {
     fn settle_cluster(&mut self, id: TransferId, cluster: ClusterIndex) {
         let transfer = &self.transfers[id];
         let bytes = self.plan.geometry.bytes_of(super::one(cluster));
-        if let Category::Fleeced { slot } = transfer.work(cluster).category {
-            return self.hold(cluster, slot);
+        self.second_chances.remove(&cluster);
+        match transfer.work(cluster).category {
+            Category::Fleeced { slot } => return self.hold(cluster, slot),
+            Category::Uncovered => return self.note_uncovered(super::one(cluster)),
+            Category::Data | Category::Zeros => {}
         }
         if transfer.work(cluster).category == Category::Zeros {
             self.note_zeros(super::one(cluster), Was::Zeros);
@@ -471,6 +492,7 @@ impl Copier {
                 self.window.note_data(cluster, transfer.digests[index], written);
             }
             self.tally.settle(Was::Data { written }, 1, bytes.length);
+            self.keep_space(super::one(cluster));
         }
         self.skipped.done(super::one(cluster));
         self.checkpoints.on_settled(bytes.length);

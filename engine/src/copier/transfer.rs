@@ -67,6 +67,8 @@ pub(super) enum Category {
     Data,
     /// Read, and all zero.
     Zeros,
+    /// No part of the copy.
+    Uncovered,
     /// Data, written to this slot of the fleece file.
     Fleeced {
         /// See above.

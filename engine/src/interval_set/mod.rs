@@ -60,8 +60,9 @@
 //! holder puts one between its flag and [`has_waiters`](IntervalSet::has_waiters). A caller that just sends the holder
 //! a message when it is told that it is the first needs none of this.
 //!
-//! The proofs: `tests/interval_set_loom.rs` (every interleaving of small cases), `tests/interval_set_oracle/` (driven by
-//! proptest and by a fuzz target), `tests/interval_set_stress.rs` (real threads).
+//! The proofs: `tests/interval_set_loom.rs` (every interleaving of small cases), `tests/shuttle` (larger cases in orders
+//! chosen at random), `tests/interval_set_oracle/` (driven by proptest and by a fuzz target), `tests/interval_set_stress.rs`
+//! (real threads).
 
 mod claim;
 mod query;

@@ -5,16 +5,16 @@
 //! fresh set. Without a reservation of swap a map that is larger than memory and sparsely used is no error, and
 //! without huge pages one touched word costs 4 KiB rather than 2 MiB.
 //!
-//! Under loom the words are a `Vec` of loom's atomics, which are larger than the words they model.
+//! Under loom and shuttle the words are a `Vec` of their atomics, which are larger than the words they model.
 
 use std::io;
 use std::ops::Deref;
 
 use crate::sync::AtomicU64;
 
-#[cfg(not(loom))]
+#[cfg(not(any(loom, shuttle)))]
 pub(super) use self::mapped::Words;
-#[cfg(loom)]
+#[cfg(any(loom, shuttle))]
 pub(super) use self::modelled::Words;
 
 /// Tells one live set from another: where its words lie.
@@ -27,7 +27,7 @@ impl Words {
     }
 }
 
-#[cfg(not(loom))]
+#[cfg(not(any(loom, shuttle)))]
 mod mapped {
     use std::num::NonZeroUsize;
     use std::ptr::NonNull;
@@ -94,7 +94,7 @@ mod mapped {
     }
 }
 
-#[cfg(loom)]
+#[cfg(any(loom, shuttle))]
 mod modelled {
     use super::{AtomicU64, Deref, io};
 

@@ -25,7 +25,7 @@ pub struct Progress {
     pub uncovered: u64,
     /// Of `done`: bytes that an earlier run had copied.
     pub resumed: u64,
-    /// Bytes left out after their retries (policy `ignore`); not in `done`.
+    /// Bytes left out after their retries (policy `ignore`); not in `done`. Of a live disk a guest may have them copied after all.
     pub skipped: u64,
     /// Bytes read back and compared (`verify`).
     pub verified: u64,

@@ -2,11 +2,13 @@
 //!
 //! The two sides share the cell by counted reference and neither needs the other: an asker that goes away leaves a cell that the
 //! ring thread answers to nobody, and a ring thread that goes away answers what it still has (an [`Answer`] that is dropped
-//! says so). So whoever waits always wakes.
+//! says so). So whoever waits always wakes. An asker may leave word when it goes ([`ask_noting`]), so that what nobody waits for any
+//! more need not be done.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 
 use parking_lot::{Condvar, Mutex};
@@ -28,6 +30,14 @@ enum Listener<T> {
 struct Cell<T> {
     state: Mutex<State<T>>,
     answered: Condvar,
+    /// Set when the asker goes before it has its answer.
+    gone: Option<Arc<AtomicBool>>,
+}
+
+impl<T> Cell<T> {
+    fn new(listener: Listener<T>, gone: Option<Arc<AtomicBool>>) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::new(State::Open(listener)), answered: Condvar::new(), gone })
+    }
 }
 
 /// The side that answers, once. Dropped without an answer it gives `T::lost()`.
@@ -44,19 +54,29 @@ pub(super) trait Lost {
 
 /// A question with one who waits for the answer.
 pub(super) fn ask<T: Lost>() -> (Answer<T>, Asked<T>) {
-    let cell = Arc::new(Cell { state: Mutex::new(State::Open(Listener::Nobody)), answered: Condvar::new() });
+    let cell = Cell::new(Listener::Nobody, None);
+    (Answer(Some(Arc::clone(&cell))), Asked(cell))
+}
+
+/// The same, and `gone` is set if the one who waits goes before the answer is there.
+pub(super) fn ask_noting<T: Lost>(gone: &Arc<AtomicBool>) -> (Answer<T>, Asked<T>) {
+    let cell = Cell::new(Listener::Nobody, Some(Arc::clone(gone)));
     (Answer(Some(Arc::clone(&cell))), Asked(cell))
 }
 
 /// A question whose answer goes to a callback, on the ring thread.
 pub(super) fn ask_with<T: Lost>(call: impl FnOnce(T) + Send + 'static) -> Answer<T> {
-    let state = State::Open(Listener::Callback(Box::new(call)));
-    Answer(Some(Arc::new(Cell { state: Mutex::new(state), answered: Condvar::new() })))
+    Answer(Some(Cell::new(Listener::Callback(Box::new(call)), None)))
 }
 
 impl<T: Lost> Answer<T> {
     pub(super) fn give(mut self, answer: T) {
         self.put(answer);
+    }
+
+    /// Whether somebody waits for it, or may look for it.
+    pub(super) fn is_wanted(&self) -> bool {
+        self.0.as_ref().is_some_and(|cell| !matches!(*cell.state.lock(), State::Over))
     }
 
     fn put(&mut self, answer: T) {
@@ -135,6 +155,10 @@ impl<T> Future for Asked<T> {
 impl<T> Drop for Asked<T> {
     fn drop(&mut self) {
         let before = std::mem::replace(&mut *self.0.state.lock(), State::Over);
+        if let (State::Open(_), Some(gone)) = (&before, &self.0.gone) {
+            // After the state: whoever takes the word sees that nobody waits.
+            gone.store(true, Ordering::Release);
+        }
         // An answer that nobody took may do things when it is dropped (a permit goes back): outside the lock.
         drop(before);
     }
@@ -171,8 +195,25 @@ mod tests {
     #[test]
     fn one_who_went_away_harms_nothing() {
         let (answer, asked) = ask::<Option<u32>>();
+        assert!(answer.is_wanted());
         drop(asked);
+        assert!(!answer.is_wanted());
         answer.give(Some(1));
+    }
+
+    #[test]
+    fn one_who_goes_without_his_answer_leaves_word() {
+        let gone = Arc::new(AtomicBool::new(false));
+        let (answer, asked) = ask_noting::<Option<u32>>(&gone);
+        answer.give(Some(1));
+        drop(asked);
+        let (answer, asked) = ask_noting::<Option<u32>>(&gone);
+        answer.give(Some(1));
+        assert_eq!(asked.wait(), Some(1));
+        assert!(!gone.load(Ordering::Acquire), "both had their answers");
+        let (_answer, asked) = ask_noting::<Option<u32>>(&gone);
+        drop(asked);
+        assert!(gone.load(Ordering::Acquire));
     }
 
     #[test]

@@ -123,7 +123,8 @@ pub struct Backup {
     pub snapshot: Snapshot,
 }
 
-/// The disk as it was at the t0 of a job. Cheap to clone; may outlive the job, but tells then that it has ended.
+/// The disk as it was at the t0 of a job. Cheap to clone; may outlive the job, but tells then that it has ended. What sync `top` does not
+/// cover is an error once the sweep or a guest has come there.
 #[derive(Clone)]
 pub struct Snapshot {
     job: JobId,
@@ -296,7 +297,8 @@ pub(super) fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
         None => None,
     };
     let target = target.prepare()?;
-    if target.is_new_file() {
+    let space_reserved = target.is_new_file();
+    if space_reserved {
         reserve(source.storage().as_ref(), target.storage().as_ref());
     }
     let notices = target.warnings().to_vec();
@@ -337,6 +339,7 @@ pub(super) fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
             on_cbw_error: options.on_cbw_error,
             cbw_timeout: options.cbw_timeout,
             reserved_slots: (slots / u32::try_from(RESERVED_PART).expect("small")).max(1),
+            space_reserved,
         }),
         limits: Limits::default(),
         #[cfg(feature = "sim")]

@@ -10,7 +10,7 @@ use std::time::Duration;
 use crossbeam::queue::SegQueue;
 
 use super::DiskId;
-use super::ask::{Answer, Lost};
+use super::ask::{Answer, Asked, Lost, ask_noting};
 use super::carrier::{IoOutcome, IoRequest};
 use super::controller::SweepDepth;
 use super::disk::DiskShared;
@@ -134,12 +134,32 @@ pub(super) fn gone() -> Error {
 pub(super) struct Inbox<F, S> {
     commands: SegQueue<Command<F, S>>,
     closed: AtomicBool,
+    /// Somebody who waited for a copy has gone.
+    left: Arc<AtomicBool>,
     waker: Arc<dyn Wake>,
 }
 
 impl<F, S> Inbox<F, S> {
     pub(super) fn new(waker: Arc<dyn Wake>) -> Arc<Self> {
-        Arc::new(Self { commands: SegQueue::new(), closed: AtomicBool::new(false), waker })
+        Arc::new(Self {
+            commands: SegQueue::new(),
+            closed: AtomicBool::new(false),
+            left: Arc::default(),
+            waker,
+        })
+    }
+
+    /// Have `clusters` copied by `job`. Who goes before the answer is there does not want them copied any more.
+    pub(super) fn ask_copy(&self, job: JobId, clusters: ClusterRange) -> Asked<Result<(), Arc<Error>>> {
+        let (answer, asked) = ask_noting(&self.left);
+        self.send(Command::Copy { job, clusters, answer });
+        asked
+    }
+
+    /// Whether somebody who waited for a copy has gone since the last call. Nobody is woken for that: what has not begun by the next turn
+    /// does not begin.
+    pub(super) fn has_someone_left(&self) -> bool {
+        self.left.load(Ordering::Relaxed) && self.left.swap(false, Ordering::Acquire)
     }
 
     pub(super) fn send(&self, command: Command<F, S>) {

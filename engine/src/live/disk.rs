@@ -139,8 +139,7 @@ impl LiveDisk {
                     debug_assert!(lowered, "there is no timeout");
                 }
                 Attempt::Copy(job, clusters) => {
-                    let (answer, asked) = ask();
-                    self.inner.inbox.send(Command::Copy { job, clusters, answer });
+                    let asked = self.inner.inbox.ask_copy(job, clusters);
                     asked.wait().map_err(|error| Error::clone(&error))?;
                 }
             }
@@ -267,7 +266,7 @@ enum Waits {
     Copy(Asked<Result<(), Arc<Error>>>),
 }
 
-/// A permit to come. Dropped, nothing is left behind.
+/// A permit to come. Dropped, nothing is left behind: copies for it that have not begun are not made.
 #[must_use = "a future does nothing unless it is polled"]
 pub struct BeginWrite {
     disk: LiveDisk,
@@ -306,9 +305,7 @@ impl Future for BeginWrite {
                     }
                 }
                 Attempt::Copy(job, clusters) => {
-                    let (answer, asked) = ask();
-                    this.disk.inner.inbox.send(Command::Copy { job, clusters, answer });
-                    this.waits = Waits::Copy(asked);
+                    this.waits = Waits::Copy(this.disk.inner.inbox.ask_copy(job, clusters));
                 }
             }
         }

@@ -51,7 +51,8 @@
 //! time, so it is at most twice as long as the number of threads that used the gate at once, and a constant. A thread drops
 //! slots of gates that are gone when it enters a new one.
 //!
-//! The proofs: `tests/live_gate_loom.rs` (every interleaving of small cases), `tests/live_gate_stress.rs` (real threads).
+//! The proofs: `tests/live_gate_loom.rs` (every interleaving of small cases), `tests/shuttle` (larger cases in orders chosen at
+//! random), `tests/live_gate_stress.rs` (real threads).
 
 use std::fmt;
 use std::sync::Arc;
@@ -292,7 +293,7 @@ impl Gate {
     }
 
     /// How many slots it has listed.
-    #[cfg(all(test, not(loom)))]
+    #[cfg(all(test, not(any(loom, shuttle))))]
     pub(super) fn slots(&self) -> usize {
         self.state.lock().slots.len()
     }

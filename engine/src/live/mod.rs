@@ -59,7 +59,7 @@ mod reactor;
 pub mod sim;
 mod slot;
 mod starts;
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests;
 mod token;
 

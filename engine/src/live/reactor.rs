@@ -159,6 +159,9 @@ impl<R: Ring> Reactor<R> {
     pub(super) fn act(&mut self) -> Option<Wait> {
         let now = self.ring.now();
         self.take_commands(now);
+        if self.inbox.has_someone_left() {
+            self.forget_those_who_left();
+        }
         self.advance_start(now);
         self.serve(now);
         let mut more = self.poll_disks(now);
@@ -288,6 +291,20 @@ impl<R: Ring> Reactor<R> {
             }
         }
         any
+    }
+
+    /// Copies that nobody waits for any more are not begun.
+    fn forget_those_who_left(&mut self) {
+        for (_, job) in &mut self.jobs {
+            let copier = &mut job.runner.copier;
+            job.asks.retain(|&id, asker| {
+                let wanted = !matches!(asker, Asker::Guest(answer) if !answer.is_wanted());
+                if !wanted {
+                    copier.forget_cbw(id);
+                }
+                wanted
+            });
+        }
     }
 
     fn read_snapshot(&mut self, id: JobId, range: ByteRange, asker: IoAsker) {

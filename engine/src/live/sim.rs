@@ -313,9 +313,7 @@ impl SimEngine {
     /// Such a guest has clusters copied.
     #[must_use]
     pub fn copy(&self, job: JobId, clusters: ClusterRange) -> Pending<Result<(), Arc<Error>>> {
-        let (answer, asked) = ask();
-        self.send(Command::Copy { job, clusters, answer });
-        Pending(asked)
+        Pending(self.reactor().inbox().ask_copy(job, clusters))
     }
 
     /// Read a range as it was at the t0 of a job.

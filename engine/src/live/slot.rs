@@ -205,12 +205,16 @@ impl Drop for Here {
     }
 }
 
-#[cfg(not(loom))]
+#[cfg(not(any(loom, shuttle)))]
 std::thread_local! {
     static HERE: RefCell<Here> = const { RefCell::new(Here::new()) };
 }
 #[cfg(loom)]
 loom::thread_local! {
+    static HERE: RefCell<Here> = RefCell::new(Here::new());
+}
+#[cfg(shuttle)]
+shuttle::thread_local! {
     static HERE: RefCell<Here> = RefCell::new(Here::new());
 }
 
@@ -244,7 +248,7 @@ pub(super) fn keep(gate: GateId, slot: SharedSlot) {
 }
 
 /// How many slots this thread keeps.
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(any(loom, shuttle))))]
 pub(super) fn kept() -> usize {
     HERE.with(|here| here.borrow().slots.len())
 }

@@ -5,15 +5,15 @@
 //! that may have seen it has looked away. Replacing releases, looking acquires, and that is all the order it gives: a
 //! look may still see the old value *after* a replacement unless something else orders the two.
 //!
-//! Under loom the values are kept in a list until the end, and the pointer is the modelled number of the current one:
+//! Under loom and shuttle the values are kept in a list until the end, and the pointer is the modelled number of the current one:
 //! what is modelled is what a look may see. That memory is not freed too early is crossbeam's part.
 
-#[cfg(loom)]
+#[cfg(any(loom, shuttle))]
 pub(crate) use self::modelled::Published;
-#[cfg(not(loom))]
+#[cfg(not(any(loom, shuttle)))]
 pub(crate) use self::real::Published;
 
-#[cfg(not(loom))]
+#[cfg(not(any(loom, shuttle)))]
 mod real {
     use std::sync::atomic::Ordering;
 
@@ -77,7 +77,7 @@ mod real {
     }
 }
 
-#[cfg(loom)]
+#[cfg(any(loom, shuttle))]
 mod modelled {
     use std::sync::{Arc, Mutex};
 

@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use engine::copier::plan::{Limits, LivePlan, Plan, Side};
 use engine::error::Error;
-use engine::job::JobHandle;
+use engine::job::{JobHandle, TargetHolds};
 use engine::live::carrier::CarrierLimits;
 use engine::live::sim::{Pending, SimDisk, SimEngine, SimExport, SimJob, SimServer};
 use engine::live::{CbwErrorPolicy, GroupFailure, JobId, NbdOptions, Removal, SweepDepth};
 use engine::modes::{ErrorPolicy, SyncMode};
 use engine::ring::sim::{
-    Disk, DiskTraits, FaultPlan, Rates, SharedWorld, SimAddress, SimRing, SimSocket, World,
+    Disk, DiskTraits, FaultPlan, Rates, SharedWorld, SimAddress, SimRing, SimSocket, SocketRates, World,
 };
 use engine::ring::{BufferRange, FileId, Wait};
 use engine::units::{ClusterSize, Geometry, Length};
@@ -86,12 +86,12 @@ impl Scenario {
         let rates = Rates {
             short: rate(200),
             passing: rate(40),
-            reset: rate(6),
-            accept: rate(300),
             eio: rate(10),
             unsupported: rate(200),
             ..Rates::default()
         };
+        let sockets =
+            SocketRates { short: rate(200), passing: rate(40), reset: rate(6), accept: rate(300) };
         let stripe_bytes = rng.u64(1..40) * 16_384 + [0, 1, 511, 4097][rng.usize(..4)];
         let longest = [600, 5000, 100_000, 1 << 20][rng.usize(..4)];
         let count = rng.usize(1..5);
@@ -114,7 +114,7 @@ impl Scenario {
                 zeroes: rng.bool(),
                 fixed_length: rng.bool(),
             },
-            faults: FaultPlan { rates, ..FaultPlan::default() },
+            faults: FaultPlan { rates, sockets, ..FaultPlan::default() },
             pipe: [700, 9000, 200_000][rng.usize(..3)],
             memory: [256 << 10, 1 << 20, 64 << 20][rng.usize(..3)],
             most_clients: rng.usize(1..6),
@@ -345,6 +345,7 @@ impl<'a> Run<'a> {
             sync: SyncMode::Full,
             zero_detect: true,
             target_is_zero: true,
+            target_before: TargetHolds::Unknown,
             allocate_ahead: false,
             target_shows_holes: false,
             slots: SLOTS,
@@ -361,6 +362,7 @@ impl<'a> Run<'a> {
                 on_cbw_error: CbwErrorPolicy::BreakSnapshot,
                 cbw_timeout: None,
                 reserved_slots: 2,
+                space_reserved: false,
             }),
             limits: Limits { retries: 3, retry_pause: Duration::from_millis(2), ..Limits::default() },
             planted: None,

@@ -99,6 +99,7 @@ impl Setup {
                 on_cbw_error: self.on_cbw_error,
                 cbw_timeout: self.cbw_timeout,
                 reserved_slots: 6,
+                space_reserved: false,
             }),
             limits: Limits { retries: 2, retry_pause: Duration::from_millis(2), ..Limits::default() },
             planted: self.planted,

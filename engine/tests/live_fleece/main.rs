@@ -394,7 +394,6 @@ fn at_random(seed: u64, rng: &mut Rng) -> Setup {
         drop_cache: 0,
         publish: 0,
         unsupported: rate(300),
-        ..Rates::default()
     };
     let faults = FaultPlan { rates, quiet_from: Some(rng.u64(0..500)), ..FaultPlan::default() };
     Setup {

@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use engine::copy::ErrorPolicy;
 use engine::live::SweepDepth;
 use engine::modes::CbwErrorPolicy;
+use engine::units::ByteRange;
 
 use crate::run::{Ended, run};
 use crate::scenario::{JobSpec, Operator, Path, Scenario, Stuck};
@@ -154,4 +156,59 @@ fn what_a_reader_held_when_the_sweep_passed_is_copied() {
         scenario.starts[0].jobs[0].reads = 200;
         assert_eq!(ended(&scenario).seen.complete, 1);
     }
+}
+
+/// A disk, or a target, with bad sectors, a copy that pauses when it has left out some of them, and guests.
+fn blemished(seed: u64, source: bool, path: Path) -> Scenario {
+    let mut scenario = busy(seed, path);
+    scenario.disks[0].length = 128 * 8192;
+    scenario.disks[0].requests = 100;
+    scenario.disks[0].pace = Duration::from_micros(2500);
+    scenario.operator = Operator::PausesWithout(4 * 8192);
+    let job = &mut scenario.starts[0].jobs[0];
+    job.source_policy = ErrorPolicy::Ignore;
+    job.target_policy = ErrorPolicy::Ignore;
+    job.on_cbw_error = CbwErrorPolicy::BreakGuestWrite;
+    let bad = (0..10).map(|at| ByteRange::new(at * 4 * 8192 + 5000, 512)).collect();
+    if source {
+        scenario.disks[0].bad = bad
+    } else {
+        job.bad_target = bad
+    }
+    scenario
+}
+
+/// Some of the guests come after everything was mended.
+#[test]
+fn what_was_left_out_is_copied_for_a_guest_that_comes_later() {
+    let (mut tried, mut whole) = (0, 0);
+    for (seed, source) in (91..131).map(|seed| (seed, seed % 2 == 0)) {
+        let path = if source { Path::Own } else { Path::Both };
+        let mut scenario = blemished(seed, source, path);
+        scenario.mended_at = Duration::from_millis(25);
+        scenario.operator = Operator::PausesWithout(8192);
+        let ended = ended(&scenario);
+        assert_eq!(ended.seen.complete, 1, "{:?}", ended.seen);
+        tried += ended.seen.unskipped;
+        whole += u64::from(ended.seen.unskipped > 0 && ended.seen.skipped == 0);
+    }
+    assert!(tried > 8 && whole > 4, "{tried} were tried again, {whole} copies are whole after all");
+}
+
+/// Guests of their own write whether the disk can be read or not.
+#[test]
+fn a_guest_goes_on_where_what_was_left_out_fails_again() {
+    let (mut tried, mut changed, mut refused) = (0, 0, 0);
+    for seed in 131..171 {
+        let mut scenario = blemished(seed, seed % 2 == 0, Path::Own);
+        scenario.mended_at = Duration::from_secs(100);
+        let ended = ended(&scenario);
+        assert_eq!((ended.seen.complete, ended.seen.skipped), (1, 1), "{:?}", ended.seen);
+        assert!(ended.longest < Duration::from_millis(400), "{:?}", ended.longest);
+        tried += ended.seen.unskipped;
+        changed += ended.seen.complete_late;
+        refused += ended.seen.refused;
+    }
+    // One that comes before the sweep has given up is refused by a failure of its own, as anywhere.
+    assert!(tried > 40 && changed == 40 && refused < 40, "{tried} were tried again, {refused} refused");
 }

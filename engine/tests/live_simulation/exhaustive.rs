@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use engine::copy::ErrorPolicy;
+use engine::copy::{ErrorPolicy, SyncMode};
 use engine::modes::CbwErrorPolicy;
 use engine::ring::sim::{Fault, FaultPlan};
 use nix::errno::Errno;
 
 use crate::run::{Ended, Script, run, run_script};
-use crate::scenario::{Path, Scenario};
+use crate::scenario::{Layers, Path, Scenario};
 
 const FAULTS: [Fault; 7] = [
     Fault::Short,
@@ -31,12 +31,15 @@ fn small(path: Path, seed: u64) -> Scenario {
 }
 
 fn scenarios() -> Vec<Scenario> {
-    let mut all = vec![small(Path::Carried, 31), small(Path::Own, 32), small(Path::Both, 33)];
+    let mut all =
+        vec![small(Path::Carried, 31), small(Path::Own, 32), small(Path::Both, 33), small(Path::Both, 34)];
     all[0].starts[0].jobs[0].target_is_zero = false;
     all[0].starts[0].jobs[0].target.fixed_length = true;
     all[1].starts[0].jobs[0].target.direct_alignment = None;
     let second = all[2].starts[0].jobs[0].clone();
     all[2].starts[0].jobs.push(second);
+    all[3].disks[0].layers = Layers::Some;
+    all[3].starts[0].jobs[0].sync = SyncMode::Top;
     all
 }
 

@@ -9,7 +9,7 @@ use engine::live::{JobId, SweepDepth};
 use engine::ring::sim::{SharedWorld, World};
 use engine::units::{ByteRange, Timestamp};
 
-use crate::scenario::{JobSpec, Scenario};
+use crate::scenario::{BLOCK, JobSpec, Scenario};
 use crate::seen::Seen;
 
 /// A job that was asked for, and what is known of it.
@@ -22,6 +22,8 @@ pub(crate) struct Job {
     before: Vec<u8>,
     /// The disk at t0, once that was taken.
     pub(crate) t0: Option<Vec<u8>>,
+    /// Which of its clusters the job covers: all, or those of which something was allocated in the top layer at t0.
+    covered: Vec<bool>,
     pub(crate) ended: bool,
     /// How.
     pub(crate) ended_as: Option<Outcome>,
@@ -38,6 +40,9 @@ pub(crate) struct Job {
     /// Another of its group may take it along.
     pub(crate) may_be_taken_along: bool,
     done: u64,
+    skipped: u64,
+    /// How often something was taken off the list of what was left out.
+    unskipped: u64,
 }
 
 impl Job {
@@ -48,6 +53,7 @@ impl Job {
             target,
             before,
             t0: None,
+            covered: Vec::new(),
             ended: false,
             ended_as: None,
             ends: false,
@@ -57,7 +63,38 @@ impl Job {
             cancel_asked: false,
             may_be_taken_along: false,
             done: 0,
+            skipped: 0,
+            unskipped: 0,
         }
+    }
+
+    /// This is t0.
+    pub(crate) fn take_t0(&mut self, world: &SharedWorld) {
+        let mut world = world.borrow_mut();
+        let disk = world.disk(self.spec.disk);
+        let t0 = disk.view().to_vec();
+        let per_cluster = self.spec.cluster / BLOCK;
+        let blocks = (t0.len() as u64).div_ceil(BLOCK);
+        let holds = |cluster: u64| {
+            let end = blocks.min((cluster + 1) * per_cluster);
+            (cluster * per_cluster..end).any(|block| disk.top_layer_holds(block))
+        };
+        let clusters = blocks.div_ceil(per_cluster);
+        let top = self.spec.sync == SyncMode::Top;
+        self.covered = (0..clusters).map(|cluster| !top || holds(cluster)).collect();
+        self.t0 = Some(t0);
+    }
+
+    /// Whether the cluster of byte `at` is to be in the copy.
+    pub(crate) fn covers(&self, at: u64) -> bool {
+        self.covered[usize::try_from(at / self.spec.cluster).unwrap()]
+    }
+
+    /// Bytes that are not.
+    fn uncovered(&self) -> u64 {
+        let length = self.t0.as_ref().expect("it has started").len() as u64;
+        let starts = (0..length).step_by(usize::try_from(self.spec.cluster).unwrap());
+        starts.filter(|&at| !self.covers(at)).map(|at| self.spec.cluster.min(length - at)).sum()
     }
 
     /// Whether it is under way.
@@ -109,6 +146,8 @@ impl Job {
             return Err(format!("progress goes from {} to {progress:?}", self.done));
         }
         self.done = progress.done;
+        self.unskipped += u64::from(progress.skipped < self.skipped);
+        self.skipped = progress.skipped;
         match (&self.t0, world) {
             (Some(t0), Some(world)) if state.attached && progress.skipped == 0 => {
                 self.check_kept(t0, &mut world.borrow_mut())
@@ -124,7 +163,8 @@ impl Job {
             let now = &world.disk(self.spec.disk).view()[*at..];
             now[..now.len().min(size)] != t0[*at..t0.len().min(*at + size)]
         };
-        let changed: Vec<usize> = (0..t0.len()).step_by(size).filter(changed).collect();
+        let covered = |at: &usize| self.covers(*at as u64);
+        let changed: Vec<usize> = (0..t0.len()).step_by(size).filter(covered).filter(changed).collect();
         let target = world.disk(self.target).view();
         let lost = changed.into_iter().find(|&at| {
             let bytes = at..t0.len().min(at + size);
@@ -152,10 +192,16 @@ impl Job {
             return Ok(());
         }
         let cluster = self.spec.cluster;
-        let end = range.end().next_multiple_of(cluster).min(t0.len() as u64);
-        let bytes = usize::try_from(range.offset / cluster * cluster).unwrap()..usize::try_from(end).unwrap();
         let mut world = world.borrow_mut();
-        if world.disk(self.target).view().get(bytes.clone()) == Some(&t0[bytes]) {
+        let target = world.disk(self.target).view();
+        let first = range.offset / cluster * cluster;
+        let starts = (first..range.end().min(t0.len() as u64)).step_by(usize::try_from(cluster).unwrap());
+        let kept = |&at: &u64| {
+            let end = (at + cluster).min(t0.len() as u64);
+            let bytes = usize::try_from(at).unwrap()..usize::try_from(end).unwrap();
+            target.get(bytes.clone()) == Some(&t0[bytes])
+        };
+        if starts.filter(|&at| self.covers(at)).all(|at| kept(&at)) {
             return Ok(());
         }
         Err(format!("{range} is changed before it is on target {}", self.target))
@@ -209,6 +255,7 @@ impl Job {
                 }
                 seen.complete += 1;
                 seen.skipped += u64::from(listed > 0);
+                seen.unskipped += self.unskipped;
                 self.check_copy(scenario, world, result, seen)?;
             }
         }
@@ -235,18 +282,42 @@ impl Job {
                 let byte = ByteRange::new(at as u64, 1);
                 result.skipped.iter().any(|skipped| skipped.range.intersection(byte).is_some())
             };
-            let wrong = (0..t0.len()).find(|&at| bytes[at] != t0[at] && !skipped(at));
+            let wrong = (0..t0.len()).find(|&at| {
+                let copied = bytes[at] == t0[at] && (self.covers(at as u64) || !scenario.is_told());
+                let left_alone = bytes[at] == self.before[at] && !self.covers(at as u64);
+                !copied && !left_alone && !skipped(at)
+            });
             if let Some(at) = wrong {
                 let cluster = at as u64 / self.spec.cluster;
                 let (is, was) = (bytes[at], t0[at]);
+                let covered = if self.covers(at as u64) { "" } else { ", not in the top layer" };
                 return Err(format!(
-                    "byte {at} (cluster {cluster}) of the target's {name} is {is}, was {was} at t0"
+                    "byte {at} (cluster {cluster}) of the target's {name} is {is}, was {was} at t0{covered}"
                 ));
             }
             let beyond = if self.spec.target_is_zero { &[][..] } else { &self.before[t0.len()..] };
             if bytes[t0.len()..] != *beyond {
                 return Err(format!("the target's {name} has changed beyond the disk's end"));
             }
+        }
+        let uncovered = (result.progress.uncovered, self.uncovered());
+        if scenario.is_sound() && uncovered.0 != uncovered.1 {
+            return Err(format!("{uncovered:?} bytes are not covered"));
+        }
+        seen.uncovered += u64::from(uncovered.0 > 0 && world.disk(self.spec.disk).view() != *t0);
+        let target = world.disk(self.target);
+        // A cluster without data takes no space, but for what is left of the last one.
+        let size = usize::try_from(self.spec.cluster).unwrap();
+        let whole = (t0.len() / BLOCK as usize) as u64;
+        let idle = |block: &u64| {
+            let at = usize::try_from(block * BLOCK).unwrap() / size * size;
+            let zero = t0[at..t0.len().min(at + size)].iter().all(|&byte| byte == 0);
+            !self.covers(at as u64) || (zero && self.spec.zero_detect)
+        };
+        let gives_back = scenario.is_sound() && self.spec.target.unmaps && self.spec.target_is_zero;
+        let wasted = (0..whole).filter(idle).find(|&block| target.takes_space(block));
+        if let Some(block) = wasted.filter(|_| gives_back) {
+            return Err(format!("block {block} of the target takes space for nothing"));
         }
         // Where zeros can only be made by writing them they count as zeros all the same.
         let traits = self.spec.target;

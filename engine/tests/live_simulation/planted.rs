@@ -1,25 +1,48 @@
 //! Bugs put in on purpose: each is caught by the seeds that pass without it.
 
+use std::time::Duration;
+
 use engine::copier::plan::PlantedBug;
+use engine::copy::SyncMode;
 
 use crate::run::run;
-use crate::scenario::Scenario;
+use crate::scenario::{Layers, Path, Scenario};
 
 /// Those that `seeded` runs by default.
 const SEEDS: u64 = 1500;
 
 fn expect_caught(bug: PlantedBug) {
+    expect_caught_in(bug, Scenario::random, "");
+}
+
+/// By runs of `scenario`, one of which tells so of it.
+fn expect_caught_in(bug: PlantedBug, scenario: impl Fn(u64) -> Scenario, telling: &str) {
     let caught = (0..SEEDS).find_map(|seed| {
-        let scenario = Scenario { planted: Some(bug), ..Scenario::random(seed) };
+        let scenario = Scenario { planted: Some(bug), ..scenario(seed) };
         match std::panic::catch_unwind(|| run(&scenario)) {
             Ok(Ok(_)) => None,
             Ok(Err(wrong)) => Some((seed, wrong)),
             Err(_) => Some((seed, "it panicked".to_owned())),
         }
+        .filter(|(_, wrong)| wrong.contains(telling))
     });
     let (seed, wrong) = caught.unwrap_or_else(|| panic!("{bug:?} was not caught"));
-    run(&Scenario::random(seed)).unwrap_or_else(|wrong| panic!("without {bug:?}: {wrong}"));
+    run(&scenario(seed)).unwrap_or_else(|wrong| panic!("without {bug:?}: {wrong}"));
     println!("{bug:?} is caught by seed {seed}: {}", wrong.lines().next().unwrap_or_default());
+}
+
+#[test]
+fn an_allocation_asked_after_the_guests_write() {
+    expect_caught(PlantedBug::AllocationAskedLate);
+    // Little is allocated at t0, and what is allocated later is no part of the copy.
+    let empty = |seed| {
+        let mut scenario = Scenario::plain(seed, Path::Both);
+        scenario.disks[0].layers = Layers::Empty;
+        scenario.starts[0].at = Duration::ZERO;
+        scenario.starts[0].jobs[0].sync = SyncMode::Top;
+        scenario
+    };
+    expect_caught_in(PlantedBug::AllocationAskedLate, empty, "not in the top layer");
 }
 
 #[test]

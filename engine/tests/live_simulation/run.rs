@@ -293,6 +293,10 @@ impl<'a> Run<'a> {
                 perhaps(job.handle.resume());
             } else if fidgets {
                 self.fidget(number);
+            } else if let Operator::PausesWithout(skipped) = self.scenario.operator
+                && progress.skipped >= skipped
+            {
+                perhaps(job.handle.pause());
             }
         }
         if fidgets {
@@ -447,7 +451,7 @@ impl<'a> Run<'a> {
                     for (job, id) in self.jobs[start.jobs.clone()].iter_mut().zip(ids) {
                         job.id = Some(id);
                         job.attached = true;
-                        job.t0 = Some(self.world.borrow_mut().disk(job.spec.disk).view().to_vec());
+                        job.take_t0(&self.world);
                         if self.scenario.operator == Operator::Pauses {
                             perhaps(job.handle.pause());
                         }

@@ -29,6 +29,17 @@ pub(crate) enum Path {
     Both,
 }
 
+/// What the top layer of a disk holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layers {
+    /// There is one layer.
+    One,
+    /// Some blocks are in the top layer.
+    Some,
+    /// None is.
+    Empty,
+}
+
 /// A live disk and its guests.
 #[derive(Clone, Debug)]
 pub(crate) struct DiskSpec {
@@ -45,6 +56,8 @@ pub(crate) struct DiskSpec {
     pub(crate) hold: Duration,
     /// Every second block is a hole.
     pub(crate) crumbled: bool,
+    /// Of what its top layer holds at the start; what guests write comes to be there.
+    pub(crate) layers: Layers,
     /// Everybody waits for his answer.
     pub(crate) patient: bool,
     /// Its last handle goes as soon as its guests are gone, whatever its jobs do.
@@ -71,6 +84,8 @@ pub(crate) struct JobSpec {
     pub(crate) zero_detect: bool,
     /// A new file, which reads as zeros; else a device full of old data.
     pub(crate) target_is_zero: bool,
+    /// Space was reserved for all of it.
+    pub(crate) space_reserved: bool,
     pub(crate) target: DiskTraits,
     pub(crate) slowness: u64,
     pub(crate) stuck: Option<Stuck>,
@@ -104,6 +119,8 @@ pub(crate) enum Operator {
     Fidgets,
     /// Pauses every job when it has started, until the guests are gone.
     Pauses,
+    /// Pauses a job that has left out so many bytes, until the guests are gone.
+    PausesWithout(u64),
 }
 
 /// See the module's header.
@@ -145,6 +162,7 @@ impl DiskSpec {
             pace: Duration::from_micros(300),
             hold: Duration::from_micros(600),
             crumbled: false,
+            layers: Layers::One,
             patient: true,
             leaves_early: false,
         }
@@ -155,7 +173,11 @@ impl DiskSpec {
         let blocks = pick(rng, &[3, 20, 60, 120]);
         let length = rng.u64(0..blocks) * BLOCK + odd;
         let length = if length == 0 { BLOCK } else { length };
-        let pace = pick(rng, &[30, 300, 3000]);
+        let mut pace = pick(rng, &[30, 300, 3000]);
+        if faulty && rng.bool() {
+            // Some are there when the sweep has given up.
+            pace = 20_000;
+        }
         Self {
             length,
             traits: DiskTraits {
@@ -171,6 +193,7 @@ impl DiskSpec {
             pace: Duration::from_micros(rng.u64(1..pace)),
             hold: Duration::from_micros(pick(rng, &[1, 100, 1000, 30_000])),
             crumbled: rng.u8(..8) == 0,
+            layers: pick(rng, &[Layers::One, Layers::Some, Layers::Some, Layers::Empty]),
             patient: rng.bool(),
             leaves_early: rng.u8(..4) == 0,
         }
@@ -191,6 +214,11 @@ impl DiskSpec {
         } else {
             disk.punch(runs(rng, blocks));
         }
+        match self.layers {
+            Layers::One => {}
+            Layers::Some => disk.set_top_layer(runs(rng, blocks)),
+            Layers::Empty => disk.set_top_layer([]),
+        }
         for &range in &self.bad {
             disk.set_bad(range);
         }
@@ -209,6 +237,7 @@ impl JobSpec {
             depth: SweepDepth::Auto,
             zero_detect: true,
             target_is_zero: true,
+            space_reserved: true,
             target: DiskTraits::default(),
             slowness: 1,
             stuck: None,
@@ -232,6 +261,7 @@ impl JobSpec {
             ErrorPolicy::Auto,
             ErrorPolicy::Ignore,
         ];
+        let ignores = faulty && rng.u8(..3) == 0;
         let disk = rng.usize(..disks.len());
         let most_slots = pick(rng, &[3, 5, 12]);
         let slots = rng.u32(2..most_slots);
@@ -242,7 +272,11 @@ impl JobSpec {
         });
         let forever = stuck.is_some_and(|stuck| stuck.until.is_none());
         let timeouts = [None, Some(500_000), Some(100_000), Some(10_000), Some(300)];
-        let sync = if rng.u8(..8) == 0 { SyncMode::None } else { SyncMode::Full };
+        let sync = match rng.u8(..8) {
+            0 => SyncMode::None,
+            1..4 => SyncMode::Top,
+            _ => SyncMode::Full,
+        };
         let mut cancel_at = (rng.u8(..8) == 0).then(|| micros(rng, 60_000));
         if forever || sync == SyncMode::None {
             cancel_at = cancel_at.or(Some(micros(rng, 400_000)));
@@ -256,6 +290,7 @@ impl JobSpec {
             depth: if rng.bool() { SweepDepth::Auto } else { SweepDepth::Fixed(rng.u32(0..6)) },
             zero_detect: rng.u8(0..4) > 0,
             target_is_zero,
+            space_reserved: target_is_zero && rng.bool(),
             target: DiskTraits {
                 direct_alignment: pick(rng, &[None, Some(512), Some(4096)]),
                 unmaps: rng.u8(..4) > 0,
@@ -265,8 +300,8 @@ impl JobSpec {
             slowness: if rng.u8(..5) == 0 { rng.u64(2..40) } else { 1 },
             stuck,
             bad_target: if faulty { bad(rng, disks[disk].length) } else { Vec::new() },
-            source_policy: pick(rng, &policies),
-            target_policy: pick(rng, &policies),
+            source_policy: if ignores { ErrorPolicy::Ignore } else { pick(rng, &policies) },
+            target_policy: if ignores { ErrorPolicy::Ignore } else { pick(rng, &policies) },
             on_cbw_error: pick(rng, &[CbwErrorPolicy::BreakGuestWrite, CbwErrorPolicy::BreakSnapshot]),
             cbw_timeout: pick(rng, &timeouts).map(Duration::from_micros),
             speed: (rng.u8(..4) == 0).then(|| rng.u64(100_000..50_000_000)),
@@ -280,6 +315,11 @@ impl JobSpec {
         Geometry::new(Length(disks[self.disk].length), ClusterSize::new(self.cluster).unwrap())
     }
 
+    /// Whether it goes on without what cannot be copied.
+    fn leaves_out(&self) -> bool {
+        self.source_policy == ErrorPolicy::Ignore || self.target_policy == ErrorPolicy::Ignore
+    }
+
     /// Whether it may fail, or fail its guests, although no disk does.
     pub(crate) fn is_impatient(&self) -> bool {
         self.cbw_timeout.is_some()
@@ -288,7 +328,11 @@ impl JobSpec {
     pub(crate) fn target_disk(&self, rng: &mut Rng, length: u64) -> Disk {
         let length = usize::try_from(length).unwrap();
         let mut target = if self.target_is_zero {
-            Disk::sparse(length, self.target)
+            let mut target = Disk::sparse(length, self.target);
+            if self.space_reserved {
+                target.reserve();
+            }
+            target
         } else {
             let mut old = vec![0; length.next_multiple_of(4096) + 8192];
             rng.fill(&mut old);
@@ -334,6 +378,7 @@ impl JobSpec {
                 on_cbw_error: spec.on_cbw_error,
                 cbw_timeout: spec.cbw_timeout,
                 reserved_slots: spec.reserved,
+                space_reserved: spec.space_reserved && spec.target_is_zero,
             }),
             limits: Limits {
                 retries: 3,
@@ -396,10 +441,14 @@ impl Scenario {
         let disks: Vec<_> = (0..rng.usize(1..3)).map(|_| DiskSpec::random(rng, faulty)).collect();
         let starts: Vec<_> = (0..rng.usize(1..4)).map(|_| random_start(rng, &disks, faulty)).collect();
         let window = 4096 << rng.u32(0..3);
+        let mut operators = vec![Operator::Watches, Operator::Fidgets, Operator::Fidgets, Operator::Pauses];
+        if starts.iter().flat_map(|start| &start.jobs).any(JobSpec::leaves_out) {
+            operators.extend([Operator::PausesWithout(1); 4]);
+        }
         let stuck = starts.iter().flat_map(|start| &start.jobs).any(|job| job.stuck.is_some());
         Self {
             seed,
-            operator: pick(rng, &[Operator::Watches, Operator::Fidgets, Operator::Fidgets, Operator::Pauses]),
+            operator: pick(rng, &operators),
             // What never ends must leave room for the rest.
             capacity: if stuck { 1024 } else { pick(rng, &[2, 7, 30, 100, 500]) },
             tight: rng.u8(..20) == 0,
@@ -422,6 +471,11 @@ impl Scenario {
             starts,
             planted: None,
         }
+    }
+
+    /// Whether every question about a disk is answered.
+    pub(crate) fn is_told(&self) -> bool {
+        self.faults.rates.eio == 0 && self.faults.exact.is_empty()
     }
 
     pub(crate) fn jobs(&self) -> impl Iterator<Item = &JobSpec> {
@@ -489,7 +543,6 @@ fn random_faults(rng: &mut Rng) -> FaultPlan {
         unsupported: rate(300),
         drop_cache: rate(100),
         publish: 0,
-        ..Rates::default()
     };
     FaultPlan { rates, quiet_from: Some(rng.u64(0..600)), ..FaultPlan::default() }
 }

@@ -89,9 +89,12 @@ impl Disk {
         disk
     }
 
-    /// Declare blocks (of 4 KiB) to be holes; their contents must be zero.
+    /// Declare blocks (of 4 KiB) to be holes; they read as zeros. In a top layer that holds them.
     pub fn punch(&mut self, blocks: impl IntoIterator<Item = u64>) {
         for block in blocks {
+            if let Some(top) = &mut self.top_layer {
+                top.insert(block);
+            }
             self.allocated.remove(&block);
             self.space.remove(&block);
             let start = usize::try_from(block * BLOCK).expect("a small disk");
@@ -118,9 +121,16 @@ impl Disk {
         }
     }
 
-    /// Declare which blocks (of 4 KiB) are allocated in the top layer.
+    /// Declare which blocks (of 4 KiB) are allocated in the top layer. What is written from then on is allocated there, zeros and discards
+    /// included; the others stay those of the layers below.
     pub fn set_top_layer(&mut self, blocks: impl IntoIterator<Item = u64>) {
         self.top_layer = Some(blocks.into_iter().collect());
+    }
+
+    /// Whether a block (of 4 KiB) is allocated in the top layer, as all are without layers.
+    #[must_use]
+    pub fn top_layer_holds(&self, block: u64) -> bool {
+        self.top_layer.as_ref().is_none_or(|top| top.contains(&block))
     }
 
     /// Sectors in `range` fail from now on.
@@ -190,6 +200,17 @@ impl Disk {
         self.space.len() as u64 * BLOCK
     }
 
+    /// Whether a block (of 4 KiB) takes space.
+    #[must_use]
+    pub fn takes_space(&self, block: u64) -> bool {
+        self.space.contains(&block)
+    }
+
+    /// Reserve space for all of it.
+    pub fn reserve(&mut self) {
+        self.space.extend(0..(self.view.len() as u64).div_ceil(BLOCK));
+    }
+
     /// Where the last block that takes space ends.
     #[must_use]
     pub fn space_end(&self) -> u64 {
@@ -255,6 +276,9 @@ impl Disk {
         self.writes += 1;
         self.unflushed.push((self.writes, start, bytes.to_vec()));
         let blocks = offset / BLOCK..(end as u64).div_ceil(BLOCK);
+        if let Some(top) = &mut self.top_layer {
+            top.extend(blocks.clone());
+        }
         self.allocated.extend(blocks.clone());
         self.space.extend(blocks);
     }
@@ -343,7 +367,7 @@ impl Disk {
     pub(super) fn extents(&self, range: ByteRange, query: ExtentQuery, limit: usize) -> Vec<Extent> {
         let present = |block: u64| match query {
             ExtentQuery::Data => self.allocated.contains(&block),
-            ExtentQuery::TopLayer => self.top_layer.as_ref().is_none_or(|top| top.contains(&block)),
+            ExtentQuery::TopLayer => self.top_layer_holds(block),
         };
         let mut extents: Vec<Extent> = Vec::new();
         let mut at = range.offset;

@@ -1,0 +1,184 @@
+//! An engine turned by hand: who asks what in which order is told, and each answer looked at.
+
+use std::num::NonZeroU64;
+use std::sync::Arc;
+
+use engine::copy::SyncMode;
+use engine::error::Error;
+use engine::job::JobHandle;
+use engine::live::JobId;
+use engine::live::sim::{Pending, SimDisk, SimEngine};
+use engine::ring::Wait;
+use engine::ring::sim::{SharedWorld, SimRing};
+use engine::units::{ByteRange, ClusterRange, Length, Speed};
+
+use crate::scenario::{BLOCK, JobSpec, Path, Scenario};
+
+const CLUSTER: u64 = 8192;
+/// The first disk of a world is the live one, the next its copy's target.
+const SOURCE: usize = 0;
+const TARGET: usize = 1;
+
+/// An engine with a disk, of which a copy has just started that its sweep does nothing for.
+struct Hand {
+    world: SharedWorld,
+    engine: SimEngine,
+    _disk: SimDisk,
+    job: JobId,
+    handle: JobHandle,
+}
+
+/// Of a disk of 64 clusters; `prepare` has the last word on its contents.
+fn start(spec: JobSpec, prepare: impl FnOnce(&SharedWorld)) -> Hand {
+    let mut scenario = Scenario::plain(7, Path::Own);
+    scenario.disks[0].length = 64 * CLUSTER;
+    scenario.starts[0].jobs = vec![spec];
+    let world = scenario.world();
+    prepare(&world);
+    let faults = scenario.faults.clone();
+    let ring = SimRing::new(world.clone(), scenario.arena(), scenario.capacity, 7, faults);
+    let mut engine = SimEngine::new(ring);
+    engine.set_carrier(scenario.carrier, scenario.carrier_bytes);
+    let (disk, _) = engine.add_disk(SOURCE, Length(scenario.disks[0].length), Some(512));
+    let start = &scenario.starts[0];
+    let job = start.jobs[0].job(&scenario, disk.clone(), TARGET);
+    let (mut handles, pending) = engine.start(vec![job], start.on_failure, start.timeout);
+    let handle = handles.remove(0);
+    // A cluster every 80 s.
+    handle.set_speed(NonZeroU64::new(100).map(Speed)).unwrap();
+    assert!(engine.act().is_some(), "it is in use");
+    let job = pending.take().expect("nobody holds a permit").expect("there is room")[0];
+    Hand { world, engine, _disk: disk, job, handle }
+}
+
+impl Hand {
+    fn turn(&mut self, times: u32) {
+        for _ in 0..times {
+            let wait = self.engine.act().expect("it is in use");
+            // Nothing is due but what is in flight.
+            self.engine.wait(if matches!(wait, Wait::Until(_)) && self.engine.in_flight() == 0 {
+                Wait::Poll
+            } else {
+                wait
+            });
+        }
+    }
+
+    fn copy(&self, start: u64, end: u64) -> Pending<Result<(), Arc<Error>>> {
+        self.engine.copy(self.job, ClusterRange::new(start, end))
+    }
+
+    fn answered(&mut self, pending: &Pending<Result<(), Arc<Error>>>) {
+        for _ in 0..1000 {
+            if let Some(answer) = pending.take() {
+                return answer.expect("nothing fails");
+            }
+            self.turn(1);
+        }
+        panic!("no answer: {:?}", self.handle);
+    }
+
+    fn target_holds(&self, cluster: u64) -> bool {
+        let bytes =
+            usize::try_from(cluster * CLUSTER).unwrap()..usize::try_from((cluster + 1) * CLUSTER).unwrap();
+        let mut world = self.world.borrow_mut();
+        let source = world.disk(SOURCE).view()[bytes.clone()].to_vec();
+        world.disk(TARGET).view().get(bytes) == Some(&source)
+    }
+
+    fn written(&self) -> u64 {
+        self.world.borrow_mut().disk(TARGET).written_bytes()
+    }
+}
+
+/// No holes, no zeros.
+fn dense(world: &SharedWorld) {
+    let mut world = world.borrow_mut();
+    let bytes: Vec<u8> = (0..64 * CLUSTER).map(|at| u8::try_from(at % 251).unwrap() | 1).collect();
+    world.disk(SOURCE).fill(0, &bytes);
+}
+
+#[test]
+fn what_nobody_waits_for_any_more_is_not_copied() {
+    let spec = JobSpec { sync: SyncMode::None, slots: 2, max_run: 1, ..JobSpec::plain(0, CLUSTER) };
+    let mut hand = start(spec, dense);
+    hand.world.borrow_mut().disk(TARGET).set_stuck();
+    let first = hand.copy(0, 2);
+    let (dropped, kept) = (hand.copy(5, 9), hand.copy(20, 21));
+    hand.turn(20);
+    assert!(first.take().is_none() && dropped.take().is_none() && kept.take().is_none());
+    // One that begins and goes at once, one that has waited, and one under way.
+    drop(hand.copy(30, 31));
+    drop(dropped);
+    drop(first);
+    hand.world.borrow_mut().disk(TARGET).set_free();
+    hand.answered(&kept);
+    hand.turn(20);
+    assert_eq!(hand.written(), 3 * CLUSTER, "what had begun, and what is wanted");
+    assert!([0, 1, 20].into_iter().all(|cluster| hand.target_holds(cluster)));
+}
+
+#[test]
+fn a_guest_has_no_more_copied_than_the_top_layer_holds() {
+    let spec = JobSpec { sync: SyncMode::Top, ..JobSpec::plain(0, CLUSTER) };
+    // A block of every third cluster: an answer has room for a few of them only.
+    let held = |cluster: u64| cluster.is_multiple_of(3);
+    let mut hand = start(spec, |world| {
+        dense(world);
+        world
+            .borrow_mut()
+            .disk(SOURCE)
+            .set_top_layer((0..64).filter(|&cluster| held(cluster)).map(|cluster| 2 * cluster + 1));
+    });
+    hand.turn(20);
+    let before = (hand.written(), hand.handle.progress());
+    let clusters = 40..52;
+    let copied = hand.copy(clusters.start, clusters.end);
+    hand.answered(&copied);
+    hand.turn(1);
+    let progress = hand.handle.progress();
+    let wanted = clusters.clone().filter(|&cluster| held(cluster)).count() as u64;
+    assert_eq!(hand.written() - before.0, wanted * CLUSTER);
+    assert_eq!(progress.uncovered - before.1.uncovered, (12 - wanted) * CLUSTER);
+    for cluster in clusters.clone() {
+        assert_eq!(hand.target_holds(cluster), held(cluster), "{cluster}");
+    }
+    // A guest's write allocates: what is asked later is too late.
+    hand.world.borrow_mut().disk(SOURCE).fill(41 * CLUSTER, &[7; 512]);
+    assert!(hand.world.borrow_mut().disk(SOURCE).top_layer_holds(82));
+    let again = hand.copy(clusters.start, clusters.end);
+    hand.answered(&again);
+    assert_eq!(hand.written() - before.0, wanted * CLUSTER);
+}
+
+#[test]
+fn the_snapshot_tells_what_the_top_layer_does_not_hold() {
+    let spec = JobSpec { sync: SyncMode::Top, ..JobSpec::plain(0, CLUSTER) };
+    let mut hand = start(spec, |world| {
+        dense(world);
+        world.borrow_mut().disk(SOURCE).set_top_layer(80..84);
+    });
+    let t0 = hand.world.borrow_mut().disk(SOURCE).view().to_vec();
+    let read = |hand: &mut Hand, cluster: u64| {
+        let pending = hand.engine.read_snapshot(hand.job, ByteRange::new(cluster * CLUSTER, CLUSTER));
+        for _ in 0..1000 {
+            if let Some(outcome) = pending.take() {
+                return outcome.result;
+            }
+            hand.turn(1);
+        }
+        panic!("no answer");
+    };
+    let bytes = |cluster: u64| {
+        let start = usize::try_from(cluster * CLUSTER).unwrap();
+        &t0[start..start + usize::try_from(CLUSTER).unwrap()]
+    };
+    let copied = hand.copy(39, 42);
+    hand.answered(&copied);
+    for cluster in [39, 40] {
+        hand.world.borrow_mut().disk(SOURCE).fill(cluster * CLUSTER + BLOCK, &[7; 512]);
+    }
+    assert_eq!(read(&mut hand, 40).unwrap(), bytes(40), "from the target");
+    let error = read(&mut hand, 39).unwrap_err().to_string();
+    assert!(error.contains("top layer") && error.contains("layers below"), "{error}");
+}
