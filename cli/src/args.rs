@@ -3,6 +3,8 @@
 //! Values are understood here, by the engine's own parsers, so that a mistake is refused (exit code 2) before anything
 //! is opened. What an option *means* is the engine's business: this file only translates.
 
+mod daemon;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -13,6 +15,9 @@ use engine::storage::locator;
 use engine::units::{ClusterSize, Length, Speed};
 
 use crate::demo::BLOCK;
+
+use daemon::DAEMON_HELP;
+pub(crate) use daemon::DaemonArgs;
 
 /// Exit codes, as `--help` of every command that does work shows them.
 const COPY_EXIT_CODES: &str = "\
@@ -144,6 +149,9 @@ pub(crate) enum Command {
     /// Back up a disk while a guest writes to it, and prove that the backup shows one instant
     #[command(after_help = DEMO_HELP)]
     Demo(DemoArgs),
+    /// Serve disks to guests over NBD, with backups of them, and take commands over QMP
+    #[command(after_help = DAEMON_HELP)]
+    Daemon(DaemonArgs),
     /// Print a completion script for a shell
     #[command(after_help = COMPLETIONS_HELP)]
     Completions(CompletionsArgs),
@@ -322,7 +330,7 @@ enum Policy {
 
 /// `--io-engine`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Carrier {
+pub(crate) enum Carrier {
     /// io_uring where the system allows it, else threads
     Auto,
     /// io_uring, or refused
@@ -330,6 +338,17 @@ enum Carrier {
     IoUring,
     /// A pool of threads
     Threads,
+}
+
+impl Carrier {
+    /// As the engine takes it.
+    fn engine(self) -> IoEngine {
+        match self {
+            Self::Auto => IoEngine::Auto,
+            Self::IoUring => IoEngine::IoUring,
+            Self::Threads => IoEngine::Threads,
+        }
+    }
 }
 
 /// `--source-format`, `--target-format`, `--format`.
@@ -396,11 +415,7 @@ impl CopyArgs {
             zero_detect: !self.no_zero_detect,
             target_is_zero: self.target_is_zero,
             force: self.force,
-            io_engine: match self.io_engine {
-                Carrier::Auto => IoEngine::Auto,
-                Carrier::IoUring => IoEngine::IoUring,
-                Carrier::Threads => IoEngine::Threads,
-            },
+            io_engine: self.io_engine.engine(),
             ..CopyOptions::new(self.source.as_str(), self.target.as_str())
         }
     }

@@ -1,12 +1,13 @@
 //! `engine-cli`: copies disks and images.
 //!
-//! A clean cut: `args` says what users may write, `copy`, `compare`, `info` and `demo` do the work through the engine,
-//! `progress` shows how far it is, `report` how it ended, `signals` brings in the outside. Here the parts meet, and each
+//! A clean cut: `args` says what users may write, `copy`, `compare`, `info` and `demo` do the work through the engine, `daemon` serves
+//! others, who speak `qmp`; `progress` shows how far it is, `report` how it ended, `signals` brings in the outside. Here the parts meet, and each
 //! way to end becomes an exit code.
 
 mod args;
 mod compare;
 mod copy;
+mod daemon;
 mod demo;
 mod generate;
 mod info;
@@ -56,6 +57,7 @@ fn run(cli: &Cli, command_line: &[String]) -> u8 {
         Command::Compare(args) => compare::run(args, logging),
         Command::Info(args) => info::run(args),
         Command::Demo(args) => demo::run(args, logging),
+        Command::Daemon(args) => daemon::run(args),
         Command::Completions(args) => generate::completions(args),
         Command::Man(args) => generate::man(args),
     }

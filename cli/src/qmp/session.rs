@@ -81,7 +81,7 @@ impl Session {
 
     /// The next command to carry out; to be answered before the next one is taken.
     pub fn next_request(&mut self) -> Option<Request> {
-        while self.output.len() < MAX_REPLIES {
+        while self.takes_requests() {
             let mut rest = &self.input[self.taken..];
             let message = self.reader.next(&mut rest);
             self.taken = self.input.len() - rest.len();
@@ -175,6 +175,12 @@ impl Session {
     #[must_use]
     pub fn has_input(&self) -> bool {
         self.taken < self.input.len()
+    }
+
+    /// Whether requests may be taken out: not while too many replies wait to be sent.
+    #[must_use]
+    pub fn takes_requests(&self) -> bool {
+        self.output.len() < MAX_REPLIES
     }
 
     /// What is to be sent.

@@ -197,6 +197,7 @@ impl<R: Ring> Reactor<R> {
         self.advance_start(now);
         let mut more = self.poll_disks(now);
         more |= self.poll_jobs(now);
+        more |= self.settle_groups();
         self.conclude_jobs(now);
         more |= self.remove_closed_disks();
         if self.quit && self.jobs.is_empty() && self.disks.is_empty() {
