@@ -4,6 +4,7 @@
 //! is opened. What an option *means* is the engine's business: this file only translates.
 
 mod daemon;
+mod operate;
 
 use std::path::PathBuf;
 
@@ -18,6 +19,8 @@ use crate::demo::BLOCK;
 
 use daemon::DAEMON_HELP;
 pub(crate) use daemon::DaemonArgs;
+use operate::{BACKUP_HELP, JOB_HELP};
+pub(crate) use operate::{BackupArgs, JobAction, JobArgs};
 
 /// Exit codes, as `--help` of every command that does work shows them.
 const COPY_EXIT_CODES: &str = "\
@@ -152,6 +155,12 @@ pub(crate) enum Command {
     /// Serve disks to guests over NBD, with backups of them, and take commands over QMP
     #[command(after_help = DAEMON_HELP)]
     Daemon(DaemonArgs),
+    /// Back up a disk of a running daemon while guests write to it
+    #[command(after_help = BACKUP_HELP)]
+    Backup(BackupArgs),
+    /// Show, steer and watch the jobs of a running daemon
+    #[command(after_help = JOB_HELP, disable_help_subcommand = true)]
+    Job(JobArgs),
     /// Print a completion script for a shell
     #[command(after_help = COMPLETIONS_HELP)]
     Completions(CompletionsArgs),
@@ -379,6 +388,17 @@ impl ImageFormat {
 }
 
 impl Policy {
+    /// As QMP spells it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Report => "report",
+            Self::Stop => "stop",
+            Self::Enospc => "enospc",
+            Self::Auto => "auto",
+            Self::Ignore => "ignore",
+        }
+    }
+
     fn policy(self) -> ErrorPolicy {
         match self {
             Self::Report => ErrorPolicy::Report,

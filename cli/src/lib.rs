@@ -1,10 +1,11 @@
 //! `engine-cli`: copies disks and images.
 //!
 //! A clean cut: `args` says what users may write, `copy`, `compare`, `info` and `demo` do the work through the engine, `daemon` serves
-//! others, who speak `qmp`; `progress` shows how far it is, `report` how it ended, `signals` brings in the outside. Here the parts meet, and each
+//! others, who speak `qmp`, as `client` does; `progress` shows how far it is, `report` how it ended, `signals` brings in the outside. Here the parts meet, and each
 //! way to end becomes an exit code.
 
 mod args;
+mod client;
 mod compare;
 mod copy;
 mod daemon;
@@ -58,6 +59,8 @@ fn run(cli: &Cli, command_line: &[String]) -> u8 {
         Command::Info(args) => info::run(args),
         Command::Demo(args) => demo::run(args, logging),
         Command::Daemon(args) => daemon::run(args),
+        Command::Backup(args) => client::backup::run(args, logging),
+        Command::Job(args) => client::job::run(args, logging),
         Command::Completions(args) => generate::completions(args),
         Command::Man(args) => generate::man(args),
     }

@@ -113,7 +113,8 @@ fn one_that_never_reads_is_not_listened_to_and_given_up_at_last() {
     assert_eq!(session.output().len(), waiting);
     session.sent(waiting);
     assert_eq!(session.next_request(), None);
-    assert_eq!(lines(&session).len(), 100);
+    let told = lines(&session).len();
+    assert!((100..120).contains(&told), "{told}: those that waited, and a few from before");
 
     let event = json!({ "event": "x".repeat(1000) });
     for _ in 0..=MAX_OUTPUT / 1000 {
