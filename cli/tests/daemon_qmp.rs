@@ -144,13 +144,12 @@ fn tells_the_service_manager() {
 /// Hands `socket` over as descriptor 3, as service managers do.
 fn hand_over(command: &mut std::process::Command, socket: &UnixListener) {
     let fd = socket.as_raw_fd();
-    // SAFETY: between fork and exec only async-signal-safe calls are made: dup2, and setenv's stand-in of the shell below.
+    // SAFETY: between fork and exec nothing but two system calls is made.
     unsafe {
         command.pre_exec(move || {
-            if libc::dup2(fd, 3) == -1 {
-                return Err(std::io::Error::last_os_error());
-            }
-            Ok(())
+            // Where it has that number already, it must only not be closed.
+            let done = if fd == 3 { libc::fcntl(3, libc::F_SETFD, 0) } else { libc::dup2(fd, 3) };
+            if done == -1 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
         });
     }
 }
@@ -173,6 +172,13 @@ fn a_socket_that_is_handed_over_must_be_one_and_listen() {
     let both = start("1", "--nbd unix:other");
     assert_eq!((code(&both), told(&both).contains("choose one")), (2, true), "{}", told(&both));
     assert!(!there.path().join("other").exists());
+    // Told of a socket that nobody has handed over.
+    let script = format!("exec 3<&-; LISTEN_PID=$$ LISTEN_FDS=1 exec {} daemon", program.display());
+    let none = std::process::Command::new("sh").arg("-c").arg(script).output().expect("runs");
+    assert_eq!((code(&none), told(&none).contains("descriptor 3 (LISTEN_FDS) is not open")), (2, true), "{}", told(&none));
+    let script = format!("exec 3</dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec {} daemon", program.display());
+    let file = std::process::Command::new("sh").arg("-c").arg(script).output().expect("runs");
+    assert_eq!((code(&file), told(&file).contains("is no listening socket")), (2, true), "{}", told(&file));
 }
 
 #[test]

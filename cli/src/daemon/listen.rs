@@ -8,11 +8,12 @@
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, ToSocketAddrs};
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname};
 use nix::sys::stat::{Mode, umask};
 
@@ -170,7 +171,8 @@ fn listen_tcp(host: &str, port: u16) -> Result<TcpListener, String> {
 /// The first descriptor that a service manager hands over.
 const FIRST_DESCRIPTOR: RawFd = 3;
 
-/// The listening socket that whoever started this process made for it (`LISTEN_PID`, `LISTEN_FDS`), if there is one.
+/// The listening socket that whoever started this process made for it (`LISTEN_PID`, `LISTEN_FDS`), if there is one. To be called before
+/// anything else is opened, which might take its number.
 ///
 /// # Errors
 /// When what was handed over cannot be used.
@@ -180,17 +182,18 @@ pub(crate) fn activated() -> Result<Option<Listener>, String> {
     if count != 1 {
         return Err(format!("{count} sockets were handed over (LISTEN_FDS); one is wanted, for NBD"));
     }
-    // SAFETY: by the protocol of LISTEN_FDS the descriptor was opened for this process, and nobody else in it takes it: this is called once,
-    // by the thread that starts everything else.
-    let fd = unsafe { OwnedFd::from_raw_fd(FIRST_DESCRIPTOR) };
     let refused = |what: &str| format!("descriptor {FIRST_DESCRIPTOR} (LISTEN_FDS) {what}");
-    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
-        .map_err(|errno| refused(&format!("cannot be used: {errno}")))?;
+    // SAFETY: a number is asked about, whatever it means; nothing is kept.
+    let there = unsafe { BorrowedFd::borrow_raw(FIRST_DESCRIPTOR) };
+    fcntl(there, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|_| refused("is not open"))?;
+    // SAFETY: it is open, and by the protocol of LISTEN_FDS it was opened for this process before that started; nothing else in it has opened
+    // anything yet, since this is called once and first of all.
+    let fd = unsafe { OwnedFd::from_raw_fd(FIRST_DESCRIPTOR) };
     let listens = nix::sys::socket::getsockopt(&fd, nix::sys::socket::sockopt::AcceptConn);
     if listens != Ok(true) {
         return Err(refused("is no listening socket"));
     }
-    let address: SockaddrStorage = getsockname(std::os::fd::AsRawFd::as_raw_fd(&fd))
+    let address: SockaddrStorage = getsockname(fd.as_raw_fd())
         .map_err(|errno| refused(&format!("cannot be asked for its address: {errno}")))?;
     match address.family() {
         Some(AddressFamily::Unix) => Ok(Some(Listener::Unix(fd.into()))),

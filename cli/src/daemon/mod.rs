@@ -86,9 +86,9 @@ pub(crate) fn run(args: &DaemonArgs) -> u8 {
 }
 
 fn serve(args: &DaemonArgs) -> Result<(), NotStarted> {
-    let signals = Signals::install().map_err(|error| format!("cannot take signals: {error}"))?;
     // First of all: what is handed over has a number that others might take.
     let handed_over = activated()?;
+    let signals = Signals::install().map_err(|error| format!("cannot take signals: {error}"))?;
     let nbd = match (&args.nbd, handed_over) {
         (Some(endpoint), None) => Some(listen(endpoint)?),
         (None, Some(listener)) => Some((listener, None)),
