@@ -3,6 +3,9 @@
 //! Values are understood here, by the engine's own parsers, so that a mistake is refused (exit code 2) before anything
 //! is opened. What an option *means* is the engine's business: this file only translates.
 
+mod daemon;
+mod operate;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -13,6 +16,11 @@ use engine::storage::locator;
 use engine::units::{ClusterSize, Length, Speed};
 
 use crate::demo::BLOCK;
+
+use daemon::DAEMON_HELP;
+pub(crate) use daemon::DaemonArgs;
+use operate::{BACKUP_HELP, JOB_HELP};
+pub(crate) use operate::{BackupArgs, JobAction, JobArgs};
 
 /// Exit codes, as `--help` of every command that does work shows them.
 const COPY_EXIT_CODES: &str = "\
@@ -144,6 +152,15 @@ pub(crate) enum Command {
     /// Back up a disk while a guest writes to it, and prove that the backup shows one instant
     #[command(after_help = DEMO_HELP)]
     Demo(DemoArgs),
+    /// Serve disks to guests over NBD, with backups of them, and take commands over QMP
+    #[command(after_help = DAEMON_HELP)]
+    Daemon(DaemonArgs),
+    /// Back up a disk of a running daemon while guests write to it
+    #[command(after_help = BACKUP_HELP)]
+    Backup(BackupArgs),
+    /// Show, steer and watch the jobs of a running daemon
+    #[command(after_help = JOB_HELP, disable_help_subcommand = true)]
+    Job(JobArgs),
     /// Print a completion script for a shell
     #[command(after_help = COMPLETIONS_HELP)]
     Completions(CompletionsArgs),
@@ -159,7 +176,8 @@ impl Command {
             Self::Copy(args) => Some(args.output.progress),
             Self::Compare(args) => Some(args.output.progress),
             Self::Demo(args) => Some(args.output.progress),
-            Self::Info(_) | Self::Completions(_) | Self::Man(_) => None,
+            Self::Backup(args) => Some(args.output.progress),
+            Self::Info(_) | Self::Daemon(_) | Self::Job(_) | Self::Completions(_) | Self::Man(_) => None,
         }
     }
 }
@@ -342,7 +360,7 @@ enum Policy {
 
 /// `--io-engine`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Carrier {
+pub(crate) enum Carrier {
     /// io_uring where the system allows it, else threads
     Auto,
     /// io_uring, or refused
@@ -350,6 +368,17 @@ enum Carrier {
     IoUring,
     /// A pool of threads
     Threads,
+}
+
+impl Carrier {
+    /// As the engine takes it.
+    fn engine(self) -> IoEngine {
+        match self {
+            Self::Auto => IoEngine::Auto,
+            Self::IoUring => IoEngine::IoUring,
+            Self::Threads => IoEngine::Threads,
+        }
+    }
 }
 
 /// `--source-format`, `--target-format`, `--format`.
@@ -380,6 +409,17 @@ impl ImageFormat {
 }
 
 impl Policy {
+    /// As QMP spells it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Report => "report",
+            Self::Stop => "stop",
+            Self::Enospc => "enospc",
+            Self::Auto => "auto",
+            Self::Ignore => "ignore",
+        }
+    }
+
     fn policy(self) -> ErrorPolicy {
         match self {
             Self::Report => ErrorPolicy::Report,
@@ -417,11 +457,7 @@ impl CopyArgs {
             target_is_zero: self.target_is_zero,
             force: self.force,
             force_share: self.force_share,
-            io_engine: match self.io_engine {
-                Carrier::Auto => IoEngine::Auto,
-                Carrier::IoUring => IoEngine::IoUring,
-                Carrier::Threads => IoEngine::Threads,
-            },
+            io_engine: self.io_engine.engine(),
             ..CopyOptions::new(self.source.as_str(), self.target.as_str())
         }
     }

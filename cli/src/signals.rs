@@ -140,7 +140,7 @@ impl State {
 }
 
 /// Whether `signal` was ignored when the program started, from `SigIgn` of `/proc/self/status`.
-fn is_ignored(signal: i32) -> bool {
+pub(crate) fn is_ignored(signal: i32) -> bool {
     std::fs::read_to_string("/proc/self/status")
         .is_ok_and(|status| ignored_mask(&status).is_some_and(|mask| mask >> (signal - 1) & 1 == 1))
 }

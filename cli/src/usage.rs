@@ -60,7 +60,7 @@ fn mistake(error: &clap::Error) -> String {
     };
     let mut line = match error.kind() {
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => {
-            "a command is missing: copy, compare, info, demo, completions or man".to_owned()
+            "a command is missing: copy, compare, info, demo, daemon, backup, job, completions or man".to_owned()
         }
         ErrorKind::MissingRequiredArgument => {
             let missing = text(ContextKind::InvalidArg).unwrap_or_default();
@@ -94,7 +94,7 @@ fn first_paragraph(text: &str) -> String {
 
 /// Where to read on: the help of the command that was tried.
 fn hint(arguments: &[String]) -> String {
-    let known = ["copy", "compare", "info", "demo", "completions", "man"];
+    let known = ["copy", "compare", "info", "demo", "daemon", "backup", "job", "completions", "man"];
     let command = arguments.iter().skip(1).find(|text| known.contains(&text.as_str()));
     let name = command.map(|name| format!(" {name}")).unwrap_or_default();
     let usage = match name.trim() {

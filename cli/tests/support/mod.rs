@@ -1,6 +1,8 @@
 //! What the tests of the program share: running it, making disks, reading its output.
 #![allow(dead_code, reason = "every test program uses its own part of this")]
 
+pub(crate) mod qmp;
+
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -212,7 +214,7 @@ impl Running {
         self.child.kill().expect("killed");
         let status = self.child.wait().expect("waited");
         self.seen.extend(self.lines.iter());
-        (status.signal() == Some(9), self.seen)
+        (status.signal() == Some(9), std::mem::take(&mut self.seen))
     }
 
     /// Whether it has not ended.
@@ -238,6 +240,14 @@ impl Running {
         self.seen.extend(self.lines.iter());
         let messages = self.seen.join("\n");
         (exit_code(status, &messages), output, messages)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail where it has ended.
+        self.child.kill().ok();
+        self.child.wait().ok();
     }
 }
 

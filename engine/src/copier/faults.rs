@@ -11,7 +11,7 @@ use super::transfer::{Expected, Failure};
 use super::verify::Unverified;
 use super::{Copier, Ending, Event, one};
 use crate::error::{Error, ErrorKind, Operation};
-use crate::job::IoStatus;
+use crate::job::{ErrorAction, IoStatus};
 use crate::modes::ErrorPolicy;
 use crate::units::{ClusterIndex, ClusterRange, Timestamp};
 
@@ -89,6 +89,7 @@ impl Copier {
         let verdict = verdict(policy, failure.fault, attempts, &self.plan.limits);
         let error = Arc::new(self.error_of(failure));
         tracing::info!(%error, ?policy, ?verdict, attempts, "cluster failed");
+        self.tell_error(&error, verdict);
         match verdict {
             Verdict::Fail => self.end_with(Ending::Failed(error)),
             Verdict::Pause(io_status) => {
@@ -99,6 +100,19 @@ impl Copier {
             Verdict::Retry(pause) => self.retries.add(cluster, attempts + 1, now.after(pause)),
             Verdict::Skip => self.skip(cluster, error),
         }
+    }
+
+    /// Tell of an error and of what its policy makes of it, unless the copy ends for another reason already.
+    pub(super) fn tell_error(&mut self, error: &Arc<Error>, verdict: Verdict) {
+        if self.ending.is_some() {
+            return;
+        }
+        let action = match verdict {
+            Verdict::Fail => ErrorAction::Report,
+            Verdict::Pause(_) => ErrorAction::Stop,
+            Verdict::Retry(_) | Verdict::Skip => ErrorAction::Ignore,
+        };
+        self.events.push(Event::Error { error: Arc::clone(error), action });
     }
 
     /// Pause on `error`.

@@ -49,7 +49,7 @@ use slab::Slab;
 
 use crate::error::Error;
 use crate::interval_set::{Claim, IntervalSet};
-use crate::job::{IoStatus, SkippedRange};
+use crate::job::{ErrorAction, IoStatus, SkippedRange};
 use crate::piece::{self, Piece};
 use crate::ring::{Op, Token, ZeroMethod};
 use crate::units::{ByteRange, ClusterIndex, ClusterRange, Speed, Timestamp};
@@ -74,6 +74,13 @@ use verify::Window;
 /// What the copier tells the job.
 #[derive(Clone, Debug)]
 pub enum Event {
+    /// The sweep has met an error; what becomes of the copy is told besides.
+    Error {
+        /// The error.
+        error: Arc<Error>,
+        /// What its policy makes of it.
+        action: ErrorAction,
+    },
     /// An error has paused the sweep.
     Stopped {
         /// What kind of error.

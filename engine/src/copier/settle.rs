@@ -222,6 +222,7 @@ impl Copier {
         let verdict = verdict(self.plan.on_target_error, Fault::Errno(errno), attempts, &self.plan.limits);
         let error = Arc::new(Error::io(Operation::Flush, self.plan.target.name.to_string(), None, errno));
         tracing::info!(%error, ?verdict, "flush failed");
+        self.tell_error(&error, verdict);
         self.withdraw();
         self.checkpoints.failed_flushes += 1;
         self.salvaged = true;
@@ -247,6 +248,7 @@ impl Copier {
     fn live_flush_failed(&mut self, errno: Errno) {
         let error = Arc::new(Error::io(Operation::Flush, self.plan.target.name.to_string(), None, errno));
         tracing::info!(%error, "flush failed");
+        self.tell_error(&error, Verdict::Fail);
         self.checkpoints.stage = Stage::Idle;
         if self.ending.is_some() {
             self.events.push(Event::Notice(format!("what was copied may be lost: {error}")));

@@ -122,6 +122,7 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
     let target_options = TargetOptions {
         format: options.target_format,
         force: options.force,
+        in_place: false,
         target_is_zero: options.target_is_zero,
         verify: options.verify,
         take_over_blank: map.is_some(),

@@ -32,7 +32,8 @@ impl<R: Ring> Driver<R> {
     /// A driver for a job whose handle was given out already.
     pub(crate) fn attached(ring: R, copier: Copier, shared: Arc<Shared>, at_end: Option<AtEnd>) -> Self {
         shared.set_waker(ring.waker());
-        let runner = Runner::new(copier, shared, at_end, ring.now());
+        let mut runner = Runner::new(copier, shared, at_end, ring.now());
+        runner.start(ring.now());
         Self { ring, runner, completions: Vec::new(), ops: Vec::new() }
     }
 

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 
 use super::lifecycle::{IoStatus, Lifecycle, Refusal, Verb};
+use super::observer::{JobEvent, Observer};
 use super::progress::Progress;
 use super::{JobResult, Outcome, Status};
 use crate::error::Error;
@@ -49,7 +50,20 @@ struct State {
     notices: Vec<String>,
     result: Option<Arc<JobResult>>,
     callback: Option<CompletionCallback>,
+    observer: Option<Observer>,
     waker: Option<Arc<dyn Wake>>,
+}
+
+impl State {
+    /// After the lifecycle has changed: the progress shows it, and the observer hears of it.
+    fn tell_changes(&mut self) {
+        self.progress.status = self.lifecycle.status();
+        self.progress.io_status = self.lifecycle.io_status();
+        let changes = self.lifecycle.take_changes();
+        if let Some(observer) = &self.observer {
+            changes.into_iter().for_each(|status| observer.tell(JobEvent::Status(status)));
+        }
+    }
 }
 
 /// What the handle and the ring thread share.
@@ -71,6 +85,7 @@ impl Shared {
                 notices: Vec::new(),
                 result: None,
                 callback: None,
+                observer: None,
                 waker: None,
             }),
             ended: Condvar::new(),
@@ -87,6 +102,18 @@ impl Shared {
         self.state.lock().waker = Some(waker);
     }
 
+    /// From now on `observer` hears of what happens.
+    pub(crate) fn set_observer(&self, observer: Observer) {
+        self.state.lock().observer = Some(observer);
+    }
+
+    /// Something other than a change of state has happened.
+    pub(crate) fn tell(&self, event: JobEvent<'_>) {
+        if let Some(observer) = &self.state.lock().observer {
+            observer.tell(event);
+        }
+    }
+
     pub(crate) fn set_callback(&self, callback: CompletionCallback) {
         self.state.lock().callback = Some(callback);
     }
@@ -101,8 +128,7 @@ impl Shared {
     pub(crate) fn with_lifecycle<T>(&self, change: impl FnOnce(&mut Lifecycle) -> T) -> T {
         let mut state = self.state.lock();
         let result = change(&mut state.lifecycle);
-        state.progress.status = state.lifecycle.status();
-        state.progress.io_status = state.lifecycle.io_status();
+        state.tell_changes();
         result
     }
 
@@ -141,6 +167,7 @@ impl Shared {
                 return;
             }
             state.lifecycle.abort();
+            state.tell_changes();
             state.progress.clone()
         };
         let mut result = JobResult {
@@ -181,8 +208,12 @@ impl Shared {
             result.notices.push(format!("the completion callback panicked: {text}"));
         }
         let mut state = self.state.lock();
+        if let Some(observer) = &state.observer {
+            observer.tell(JobEvent::Ended(&result));
+        }
         state.lifecycle.conclude();
-        state.progress = Progress { status: state.lifecycle.status(), ..result.progress.clone() };
+        state.progress = result.progress.clone();
+        state.tell_changes();
         state.result = Some(Arc::new(result));
         state.waker = None;
         self.ended.notify_all();
@@ -222,6 +253,12 @@ impl JobHandle {
     #[must_use]
     pub fn status(&self) -> Status {
         self.shared.state.lock().lifecycle.status()
+    }
+
+    /// Whether it is paused, or will be once nothing is in flight any more: a user has asked, or an error stops it.
+    #[must_use]
+    pub fn wants_pause(&self) -> bool {
+        self.shared.state.lock().lifecycle.wants_pause()
     }
 
     /// Ask for a pause; the job is [`Status::Paused`] once nothing is in flight any more.
@@ -272,6 +309,14 @@ impl JobHandle {
         self.request(|state| state.lifecycle.finalize())
     }
 
+    /// For mirrors, which a copy is not.
+    ///
+    /// # Errors
+    /// Always.
+    pub fn complete(&self) -> Result<(), Refusal> {
+        self.request(|state| state.lifecycle.check(Verb::Complete))
+    }
+
     /// Forget a job in `concluded`.
     ///
     /// # Errors
@@ -309,8 +354,7 @@ impl JobHandle {
         let waker = {
             let mut state = self.shared.state.lock();
             change(&mut state)?;
-            state.progress.status = state.lifecycle.status();
-            state.progress.io_status = state.lifecycle.io_status();
+            state.tell_changes();
             self.shared.version.fetch_add(1, Ordering::Release);
             state.waker.clone()
         };

@@ -8,6 +8,9 @@
 //! ```
 //! `waiting` is left once the work of a group is done (a job alone does not stay), `pending` by `finalize` (at once with
 //! auto-finalize), `concluded` by `dismiss` (at once with auto-dismiss). The verbs allowed in each state are QEMU's.
+//!
+//! Jobs of a group that stands and falls together wait for each other twice: in `waiting` until the work of all is done, and in `pending`
+//! until all may conclude. Each change of state is kept until it was told ([`Lifecycle::take_changes`]).
 
 use std::fmt;
 
@@ -97,6 +100,12 @@ impl Status {
         }
     }
 
+    /// Whether nothing happens any more: `concluded` or `null`.
+    #[must_use]
+    pub fn is_over(self) -> bool {
+        matches!(self, Self::Concluded | Self::Null)
+    }
+
     /// Whether `verb` is allowed here.
     #[must_use]
     pub fn allows(self, verb: Verb) -> bool {
@@ -159,6 +168,11 @@ pub struct Lifecycle {
     auto_finalize: bool,
     auto_dismiss: bool,
     finalize_asked: bool,
+    /// Whether it concludes with its group only, and whether that may conclude.
+    grouped: bool,
+    group_concludes: bool,
+    /// States that were entered and not told yet.
+    changes: Vec<Status>,
 }
 
 impl Lifecycle {
@@ -172,7 +186,20 @@ impl Lifecycle {
             auto_finalize,
             auto_dismiss,
             finalize_asked: false,
+            grouped: false,
+            group_concludes: false,
+            changes: Vec::new(),
         }
+    }
+
+    /// It concludes together with others, or not at all.
+    pub fn join_group(&mut self) {
+        self.grouped = true;
+    }
+
+    /// The states that were entered since this was last called, in order.
+    pub fn take_changes(&mut self) -> Vec<Status> {
+        std::mem::take(&mut self.changes)
     }
 
     /// Where the job stands.
@@ -249,14 +276,38 @@ impl Lifecycle {
         self.become_(Status::Running);
     }
 
-    /// The work is done, and flushed. Goes to `pending`.
+    /// The work is done, and flushed. Goes to `waiting`, and on to `pending` unless there is a group to wait for.
     pub fn finished(&mut self) {
         self.user_paused = false;
         if self.status == Status::Paused {
             self.become_(Status::Running);
         }
         self.become_(Status::Waiting);
+        if !self.grouped {
+            self.become_(Status::Pending);
+        }
+    }
+
+    /// The work of the whole group is done. Goes to `pending`.
+    pub fn group_finished(&mut self) {
         self.become_(Status::Pending);
+    }
+
+    /// Whether it would conclude if it were alone: automatically, or on request.
+    #[must_use]
+    pub fn is_finalized(&self) -> bool {
+        self.auto_finalize || self.finalize_asked
+    }
+
+    /// Whether `finalize` was asked for, which is for the whole group.
+    #[must_use]
+    pub fn finalize_asked(&self) -> bool {
+        self.finalize_asked
+    }
+
+    /// The whole group may conclude.
+    pub fn conclude_with_group(&mut self) {
+        self.group_concludes = true;
     }
 
     /// `finalize`: a job in `pending` may conclude; it does when [`Self::conclude`] is told.
@@ -281,7 +332,8 @@ impl Lifecycle {
     pub fn may_conclude(&self) -> bool {
         match self.status {
             Status::Aborting => true,
-            Status::Pending => self.auto_finalize || self.finalize_asked,
+            Status::Pending if self.grouped => self.group_concludes,
+            Status::Pending => self.is_finalized(),
             _ => false,
         }
     }
@@ -308,6 +360,7 @@ impl Lifecycle {
         assert!(self.status.may_become(next), "a job cannot go from {} to {next}", self.status);
         tracing::debug!(from = self.status.as_str(), to = next.as_str(), "job state");
         self.status = next;
+        self.changes.push(next);
     }
 }
 
@@ -377,6 +430,24 @@ mod tests {
         assert!(job.finalize().is_err());
         job.dismiss().unwrap();
         assert_eq!(job.status(), Status::Null);
+    }
+
+    #[test]
+    fn one_of_a_group_waits_for_the_others() {
+        let mut job = Lifecycle::new(true, true);
+        job.join_group();
+        job.start();
+        job.finished();
+        assert_eq!((job.status(), job.may_conclude()), (Status::Waiting, false));
+        job.group_finished();
+        assert_eq!((job.status(), job.may_conclude()), (Status::Pending, false));
+        assert!(job.is_finalized() && !job.finalize_asked());
+        job.conclude_with_group();
+        assert!(job.may_conclude());
+        job.conclude();
+        let told = [Status::Running, Status::Waiting, Status::Pending, Status::Concluded, Status::Null];
+        assert_eq!(job.take_changes(), told);
+        assert!(job.take_changes().is_empty(), "each is told once");
     }
 
     #[test]

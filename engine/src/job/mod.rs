@@ -2,16 +2,18 @@
 //!
 //! [`Lifecycle`] is the state machine (QEMU's, so that the library, the command line and QMP tell the same story).
 //! [`JobHandle`] steers and watches from any thread: it never waits for the ring thread, which looks at the requests when it is
-//! woken. [`JobResult`] is how it ended.
+//! woken. [`JobResult`] is how it ended. An [`Observer`] hears of everything on the way.
 
 pub mod driver;
 pub mod handle;
 pub mod lifecycle;
+pub mod observer;
 pub mod progress;
 pub(crate) mod runner;
 
 pub use handle::JobHandle;
 pub use lifecycle::{IoStatus, Lifecycle, Refusal, Status, Verb};
+pub use observer::{ErrorAction, JobEvent, Observer};
 pub use progress::Progress;
 
 use std::sync::Arc;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::handle::Shared;
-use super::{IoStatus, JobResult, Lifecycle, Outcome, Progress, Status};
+use super::{IoStatus, JobEvent, JobResult, Lifecycle, Outcome, Progress, Status};
 use crate::copier::{Copier, Ending, Event};
 use crate::ring::{Arena, Completion, Op, Token};
 use crate::units::Timestamp;
@@ -31,9 +31,8 @@ pub(crate) struct Runner {
 }
 
 impl Runner {
-    /// A runner for a job whose handle was given out already.
+    /// A runner for a job whose handle was given out already; to be started.
     pub(crate) fn new(copier: Copier, shared: Arc<Shared>, at_end: Option<AtEnd>, now: Timestamp) -> Self {
-        shared.with_lifecycle(Lifecycle::start);
         Self {
             copier,
             shared,
@@ -45,6 +44,12 @@ impl Runner {
             at_end,
             over: false,
         }
+    }
+
+    /// The copy begins.
+    pub(crate) fn start(&mut self, now: Timestamp) {
+        self.started = now;
+        self.shared.with_lifecycle(Lifecycle::start);
     }
 
     /// What the job shares with its handles.
@@ -76,11 +81,18 @@ impl Runner {
         more
     }
 
-    /// End the job without a result, as if its handle had asked for it.
-    pub(crate) fn cancel(&mut self) {
-        if self.copier.cancel() {
+    /// End the job without a result, as if its handle had asked for it; also when only the others of its group are not done. `false`: its end is
+    /// being written down, or it is ending already.
+    pub(crate) fn cancel(&mut self) -> bool {
+        let done = matches!(self.ending, Some(Ending::Complete)) && !self.over;
+        if done {
+            self.ending = Some(Ending::Cancelled);
+        }
+        let cancelled = self.copier.cancel() || done;
+        if cancelled {
             self.shared.with_lifecycle(Lifecycle::abort);
         }
+        cancelled
     }
 
     /// Hand a completion to the copier.
@@ -123,6 +135,7 @@ impl Runner {
                     self.paused_on = Some(error.to_string());
                     self.shared.stopped(io_status, error.to_string());
                 }
+                Event::Error { error, action } => self.shared.tell(JobEvent::Error { error: &error, action }),
                 Event::Drained => self.shared.with_lifecycle(Lifecycle::drained),
                 Event::Notice(notice) => self.shared.notice(notice),
                 Event::Finished(ending) => {

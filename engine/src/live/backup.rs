@@ -16,7 +16,7 @@ use crate::error::{Error, Operation, Refusal};
 use crate::interval_set::IntervalSet;
 use crate::job::handle::Shared;
 use crate::job::runner::{AtEnd, empty_progress};
-use crate::job::{JobHandle, JobResult, Lifecycle, Outcome};
+use crate::job::{JobHandle, JobResult, Lifecycle, Observer, Outcome};
 use crate::modes::{CbwErrorPolicy, ErrorPolicy, Format, SyncMode};
 use crate::ring::{ExtentQuery, FileId};
 use crate::storage::{
@@ -84,6 +84,16 @@ pub struct BackupOptions {
     pub target_is_zero: bool,
     /// Overwrite an existing file.
     pub force: bool,
+    /// Overwrite what exists where it is, without emptying it first: a file keeps its length and what is not copied. It must exist.
+    pub in_place: bool,
+    /// Largest request of the sweep in bytes; at least a cluster is one all the same.
+    pub max_request: u64,
+    /// Conclude without being asked to.
+    pub auto_finalize: bool,
+    /// Go to [`crate::job::Status::Null`] at the end without being asked to.
+    pub auto_dismiss: bool,
+    /// Who hears of what happens to the job.
+    pub observer: Option<Observer>,
     /// Copy what guests are about to change to a fleece file first.
     pub fleece: Option<FleeceOptions>,
 }
@@ -107,6 +117,11 @@ impl BackupOptions {
             zero_detect: true,
             target_is_zero: false,
             force: false,
+            in_place: false,
+            max_request: MAX_REQUEST_BYTES,
+            auto_finalize: true,
+            auto_dismiss: false,
+            observer: None,
             fleece: None,
         }
     }
@@ -232,6 +247,7 @@ pub(super) fn check<'a>(disk: &'a LiveDisk, options: &'a BackupOptions) -> Resul
     let target_options = TargetOptions {
         format: Format::Raw,
         force: options.force,
+        in_place: options.in_place,
         target_is_zero: options.target_is_zero,
         verify: false,
         take_over_blank: false,
@@ -304,10 +320,13 @@ pub(super) fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
     let notices = target.warnings().to_vec();
     let target = Arc::new(target);
     let shared = Shared::new(
-        Lifecycle::new(true, false),
+        Lifecycle::new(options.auto_finalize, options.auto_dismiss),
         empty_progress(geometry.length().0),
         options.speed.map(Speed),
     );
+    if let Some(observer) = &options.observer {
+        shared.set_observer(observer.clone());
+    }
     let handle = JobHandle::new(Arc::clone(&shared));
     let storage = target.storage();
     let name: Arc<str> = Arc::from(storage.name());
@@ -327,7 +346,7 @@ pub(super) fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
         target_before,
         slots,
         arena_start: memory.start,
-        max_run: u32::try_from((MAX_REQUEST_BYTES / cluster).max(1)).expect("small").min(slots.div_ceil(4)),
+        max_run: u32::try_from((options.max_request.min(MAX_REQUEST_BYTES) / cluster).max(1)).expect("small").min(slots.div_ceil(4)),
         on_source_error: options.on_source_error,
         on_target_error: options.on_target_error,
         speed: options.speed.map(Speed),

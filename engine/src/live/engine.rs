@@ -29,7 +29,7 @@ pub struct EngineOptions {
     /// Bytes of all buffers together, 16 MiB to 1 GiB: each disk that the engine carries takes 4 MiB of it, each job 5 MiB (with clusters of
     /// 64 KiB). What finds no room is refused when it is started.
     pub memory: u64,
-    /// Most clients of exports at a time, 0 to 1,000. Each takes a descriptor of the process: see [`RingConfig::descriptors`].
+    /// Most clients of exports at a time, 0 to 1,024. Each takes a descriptor of the process: see [`RingConfig::descriptors`].
     pub clients: usize,
 }
 

@@ -30,7 +30,7 @@
 //! | `jobs` | The list of the disk's jobs, which tells a guest what is still to be copied. |
 //! | `admission` | Asks the two in the order that makes t0 an instant. |
 //! | `carrier` | Guest I/O that the engine carries: a state machine on the ring thread. |
-//! | `reactor`, `starts` | The loop of the ring thread over many disks and jobs; the start of jobs. |
+//! | `reactor`, `starts`, `groups` | The loop of the ring thread over many disks and jobs; how jobs start, and end, together. |
 //! | `controller` | How much of the sweep is in flight. |
 //! | `command`, `ask`, `memory` | What other threads ask for, how they get answers, who has which part of the arena. |
 //! | `exports` | Disks and snapshots served over NBD. |
@@ -47,6 +47,7 @@ mod disk;
 mod engine;
 mod exports;
 mod gate;
+mod groups;
 mod host;
 mod hosted;
 mod jobs;

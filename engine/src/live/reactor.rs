@@ -166,6 +166,7 @@ impl<R: Ring> Reactor<R> {
         self.serve(now);
         let mut more = self.poll_disks(now);
         more |= self.poll_jobs(now);
+        more |= self.settle_groups();
         // What has just ended is told at once.
         more |= self.serve(now);
         more |= self.exports.has_news();

@@ -261,6 +261,7 @@ impl SimEngine {
             description: String::new(),
             length: disk.0.length(),
             writable: snapshot.is_none(),
+            trim: true,
             backend: snapshot.map_or(Backend::Disk(disk.0.id()), Backend::Snapshot),
             hold: None,
             on_gone: Some(on_gone),

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::DiskId;
-use super::command::{NewFleece, NewGroup, NewJob};
+use super::command::{GroupFailure, NewFleece, NewGroup, NewJob};
 use super::controller::Controller;
 use super::jobs::{JobId, Watch};
 use super::reactor::{NewlyMade, Reactor};
@@ -21,6 +21,7 @@ use crate::copier::Copier;
 use crate::copier::fleece::FleecePlan;
 use crate::copier::plan::Side;
 use crate::error::{Error, ErrorKind, Operation, Refusal};
+use crate::job::Lifecycle;
 use crate::job::runner::Runner;
 use crate::ring::{Ring, RingFailure};
 use crate::units::Timestamp;
@@ -55,7 +56,7 @@ impl<R: Ring> Reactor<R> {
                 #[cfg(feature = "sim")]
                 let drained = drained || self.planted.has(crate::copier::plan::PlantedBug::PermitOutAtT0);
                 if drained {
-                    self.take_t0(raised);
+                    self.take_t0(raised, now);
                 } else if now >= raised.deadline {
                     self.give_up(raised);
                 } else {
@@ -97,7 +98,7 @@ impl<R: Ring> Reactor<R> {
         &mut self,
         job: NewJob<R::File>,
         group: u64,
-        on_failure: super::GroupFailure,
+        on_failure: GroupFailure,
         now: Timestamp,
     ) -> Result<NewlyMade, Error> {
         let NewJob { disk: id, target, fleece, geometry, set, shared, memory, depth, plan, at_end } = job;
@@ -159,11 +160,16 @@ impl<R: Ring> Reactor<R> {
     }
 
     /// Every permit is back: this is t0.
-    fn take_t0(&mut self, raised: Raised) {
+    fn take_t0(&mut self, raised: Raised, now: Timestamp) {
         let Raised { jobs, disks, answer, .. } = raised;
         let numbers = jobs.iter().map(|job| job.watch.id()).collect();
-        for job in jobs {
+        let together = jobs.len() > 1;
+        for mut job in jobs {
             let watch = Arc::clone(&job.watch);
+            if together && job.on_failure == GroupFailure::FailAll {
+                job.runner.shared().with_lifecycle(Lifecycle::join_group);
+            }
+            job.runner.start(now);
             self.disks[&job.disk].shared.jobs().attach(watch);
             self.put_job(job);
         }

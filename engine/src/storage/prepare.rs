@@ -96,6 +96,19 @@ fn empty_by(
     set_length(length).map_err(failed)
 }
 
+/// Make the last sector of a file that stays where it is whole, if that is missing.
+pub(super) fn lengthen(locator: &Locator, pair: &mut OpenedPair, length: Length) -> Result<()> {
+    if !pair.metadata.is_file() || pair.metadata.len() >= length.0 {
+        return Ok(());
+    }
+    let refused = |error: std::io::Error| {
+        Error::refused_by_system(Operation::Resize, locator.as_str(), errno_of(&error))
+    };
+    pair.buffered.set_len(length.0).and_then(|()| pair.buffered.sync_all()).map_err(refused)?;
+    pair.metadata = pair.buffered.metadata().map_err(refused)?;
+    Ok(())
+}
+
 /// The identity of a file whose length has just been set.
 pub(super) fn identify(
     locator: &Locator,

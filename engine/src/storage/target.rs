@@ -31,7 +31,7 @@ use super::open::{
     Access, OpenedPair, OpenedSource, errno_of, length_of, open_both, refuse_format, refuse_non_disk,
     warn_of_buffered,
 };
-use super::prepare::{NewFile, NewPlace, create, empty, identify, open_directory};
+use super::prepare::{NewFile, NewPlace, create, empty, identify, lengthen, open_directory};
 use super::sharing::{self, Role, Taken};
 use super::topology::{self, Node};
 use super::{NullStorage, Storage, place, sys};
@@ -41,6 +41,9 @@ use crate::map::MapHeader;
 use crate::modes::Format;
 use crate::units::Length;
 
+/// What lengths of disks are multiples of, if their last sector is made whole.
+const SECTOR: u64 = 512;
+
 /// How to open a target.
 #[derive(Clone, Copy, Debug)]
 pub struct TargetOptions<'a> {
@@ -48,6 +51,9 @@ pub struct TargetOptions<'a> {
     pub format: Format,
     /// Overwrite an existing file.
     pub force: bool,
+    /// Overwrite what exists where it is, as on a device: a file keeps its length, its place on the disk, and what is not copied. It must
+    /// exist.
+    pub in_place: bool,
     /// The user says that the target reads as zeros. A new file does in any case.
     pub target_is_zero: bool,
     /// It will be read back.
@@ -64,6 +70,7 @@ impl Default for TargetOptions<'_> {
         Self {
             format: Format::Raw,
             force: false,
+            in_place: false,
             target_is_zero: false,
             verify: false,
             take_over_blank: false,
@@ -207,7 +214,8 @@ impl TargetPlan {
                 let storage: Arc<dyn Storage> = Arc::new(NullStorage::new(locator.as_str(), capacity));
                 (storage, Identity::null(capacity), true, None)
             }
-            Planned::Existing { pair, identity, empty_it: false, .. } => {
+            Planned::Existing { mut pair, identity, empty_it: false, .. } => {
+                lengthen(&locator, &mut pair, length)?;
                 (pair.into_storage(Operation::OpenTarget, &locator)?, identity, known_zero, None)
             }
             Planned::Existing { path, mut pair, empty_it: true, .. } => {
@@ -250,7 +258,10 @@ impl TargetPlan {
         let is_device = seen.file_type().is_block_device();
         let blank =
             seen.blocks() == 0 && (seen.len() == 0 || seen.len() == self.length.0) && holds_nothing(path);
-        let may_take = options.force || options.resume.is_some() || options.take_over_blank && blank;
+        let may_take = options.force
+            || options.in_place
+            || options.resume.is_some()
+            || options.take_over_blank && blank;
         if !is_device && !may_take {
             return Err(self
                 .refused(Refusal::Exists, "it exists already")
@@ -274,6 +285,10 @@ impl TargetPlan {
         self.check_unused(&mut pair, is_device)?;
         let size =
             length_of(&pair.buffered, &pair.metadata).map_err(|errno| self.refused_by_system(errno))?;
+        if options.in_place && !is_device {
+            self.check_length_in_place(size)?;
+            self.known_zero |= blank && size == self.length.0;
+        }
         let identity = Identity::of(path, &pair.buffered, &pair.metadata, Length(size), is_device);
         if let Some(resume) = &options.resume {
             check_same_pair(resume, source.identity(), &identity)?;
@@ -282,7 +297,7 @@ impl TargetPlan {
             let taken = seen.blocks() * 512;
             self.warn_of_space(source, &pair.buffered, taken);
         }
-        let empty_it = !is_device && options.resume.is_none();
+        let empty_it = !is_device && options.resume.is_none() && !options.in_place;
         self.state = Planned::Existing { path: path.to_owned(), pair: Box::new(pair), identity, empty_it };
         Ok(())
     }
@@ -304,6 +319,19 @@ impl TargetPlan {
                 self.locator,
                 Length(size - self.length.0)
             ));
+        }
+        Ok(())
+    }
+
+    /// A last sector that is not all there counts: it is made whole when the target is prepared.
+    fn check_length_in_place(&mut self, size: u64) -> Result<()> {
+        if size.next_multiple_of(SECTOR) < self.length.0 {
+            return Err(self.too_small(size));
+        }
+        if size > self.length.0 {
+            let rest = Length(size - self.length.0);
+            let path = &self.locator;
+            self.warnings.push(format!("{path}: it is larger than the source; its last {rest} stay as they are"));
         }
         Ok(())
     }
@@ -355,6 +383,9 @@ impl TargetPlan {
     fn plan_new(&mut self, path: &Path, source: &OpenedSource, options: &TargetOptions<'_>) -> Result<()> {
         if let Some(resume) = &options.resume {
             return Err(map_refused(resume, format!("its target {} does not exist any more", self.locator)));
+        }
+        if options.in_place {
+            return Err(self.refused(Refusal::NotFound, "it does not exist"));
         }
         if std::fs::symlink_metadata(path).is_ok() {
             return Err(self

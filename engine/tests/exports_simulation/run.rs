@@ -182,7 +182,11 @@ impl<'a> Run<'a> {
         engine.set_carrier(CarrierLimits::default(), 2 << 20);
         let (disk, added) = engine.add_disk(0, Length(length), scenario.traits.direct_alignment);
         let (listener, address) = SimSocket::listen(&world);
-        let options = NbdOptions { clients: scenario.most_clients, memory: scenario.memory };
+        let options = NbdOptions {
+            clients: scenario.most_clients,
+            memory: scenario.memory,
+            default_export: None,
+        };
         let (server, listens) = engine.listen(listener, options);
         let gone = Arc::new(AtomicU32::new(0));
         let (export, exported) = engine.export(server, "disk", &disk, None, counts(&gone));

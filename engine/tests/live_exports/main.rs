@@ -59,6 +59,7 @@ impl Fixture {
             description: "a disk of random bytes".to_owned(),
             source,
             writable,
+            trim: true,
             on_gone: Some(Box::new(move || sender.send(()).unwrap_or_default())),
         };
         (self.server.add_export(options).unwrap(), gone)
@@ -201,6 +202,7 @@ fn a_name_is_taken_once_and_found_when_it_is_the_only_one() {
         description: String::new(),
         source: ExportSource::Disk(fixture.disk.clone()),
         writable: false,
+        trim: true,
         on_gone: None,
     };
     let error = fixture.server.add_export(again).unwrap_err();
@@ -228,6 +230,7 @@ fn a_server_that_stops_lets_its_clients_finish() {
         description: String::new(),
         source: ExportSource::Disk(fixture.disk.clone()),
         writable: true,
+        trim: true,
         on_gone: None,
     });
     assert!(refused.is_err());

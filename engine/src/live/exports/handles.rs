@@ -26,19 +26,21 @@ pub(in crate::live) struct ServerId(pub(in crate::live) u64);
 pub(in crate::live) struct ExportId(pub(in crate::live) u64);
 
 /// Bounds of a server.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct NbdOptions {
-    /// Most clients at a time, 1 to 1,000. Whoever comes then waits in the listener's backlog until one leaves.
+    /// Most clients at a time, 1 to 1,024. Whoever comes then waits in the listener's backlog until one leaves.
     pub clients: usize,
     /// Bytes that the clients' payloads may take together, at least 1 MiB. Each client has its equal part of that, but at least
     /// 256 KiB; an idle one takes next to nothing.
     pub memory: u64,
+    /// The export for those who ask for none by name. `None`: the one without a name, or the only one.
+    pub default_export: Option<String>,
 }
 
 impl Default for NbdOptions {
-    /// 1,000 clients, 64 MiB.
+    /// 1,024 clients, 64 MiB.
     fn default() -> Self {
-        Self { clients: 1000, memory: 64 << 20 }
+        Self { clients: 1024, memory: 64 << 20, default_export: None }
     }
 }
 
@@ -79,6 +81,8 @@ pub struct ExportOptions {
     pub source: ExportSource,
     /// Clients may write to it. Needs a disk that was opened writable.
     pub writable: bool,
+    /// Clients may give space back.
+    pub trim: bool,
     /// Called on the ring thread once the export is gone, for whatever reason.
     pub on_gone: Option<Box<dyn FnOnce() + Send>>,
 }
@@ -107,6 +111,7 @@ pub(in crate::live) struct NewExport {
     pub(in crate::live) description: String,
     pub(in crate::live) length: Length,
     pub(in crate::live) writable: bool,
+    pub(in crate::live) trim: bool,
     pub(in crate::live) backend: Backend,
     /// Keeps the disk open.
     pub(in crate::live) hold: Option<Arc<dyn Any + Send + Sync>>,
@@ -183,7 +188,7 @@ impl NbdServer {
     /// # Errors
     /// Refusals: a name that is taken or too long, a writable export of something that takes no writes.
     pub fn add_export(&self, options: ExportOptions) -> Result<Export, Error> {
-        let ExportOptions { name, description, source, writable, on_gone } = options;
+        let ExportOptions { name, description, source, writable, trim, on_gone } = options;
         super::check(&name, &description, &source, writable)?;
         let id = ExportId(self.0.next_export.fetch_add(1, Ordering::Relaxed));
         let (length, backend, hold): (_, _, Option<Arc<dyn Any + Send + Sync>>) = match source {
@@ -192,7 +197,7 @@ impl NbdServer {
             }
             ExportSource::Snapshot(snapshot) => (snapshot.length(), Backend::Snapshot(snapshot.job()), None),
         };
-        let export = NewExport { id, name, description, length, writable, backend, hold, on_gone };
+        let export = NewExport { id, name, description, length, writable, trim, backend, hold, on_gone };
         self.0.ask(|answer| ExportCommand::Add { server: self.0.server, export, answer })?;
         Ok(Export { server: self.clone(), id })
     }

@@ -53,7 +53,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Most listeners of an engine.
 pub(super) const MAX_SERVERS: usize = 8;
 /// Most clients of an engine.
-pub(super) const MAX_CLIENTS: usize = 1000;
+pub(super) const MAX_CLIENTS: usize = 1024;
 /// Most questions for holes that are in flight: they take the places of guests' requests on the ring.
 const MAX_QUERIES: usize = 8;
 
@@ -146,7 +146,7 @@ impl Hub {
         options: NbdOptions,
         ring: &mut R,
     ) -> Result<(), Error> {
-        let NbdOptions { clients, memory } = options;
+        let NbdOptions { clients, memory, default_export } = options;
         let limits = ConnectionLimits::default();
         if !(1..=MAX_CLIENTS).contains(&clients) || memory < limits.piece_bytes as u64 {
             let reason = format!("{clients} clients with {memory} bytes");
@@ -167,7 +167,7 @@ impl Hub {
             listener,
             accepting: false,
             accept_after: Timestamp::default(),
-            table: Table::default(),
+            table: Table::new(default_export),
             clients: 0,
             most_clients: clients,
             shared: SharedBytes::new(usize::try_from(memory).unwrap_or(usize::MAX)),

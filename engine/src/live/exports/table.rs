@@ -35,19 +35,26 @@ impl Drop for OnGone {
 }
 
 /// See the module's header.
-#[derive(Default)]
 pub(super) struct Table {
     entries: BTreeMap<Arc<str>, Entry>,
+    /// The export for those who ask for none by name.
+    default: Option<String>,
 }
 
 impl Table {
+    /// An empty one.
+    pub(super) fn new(default: Option<String>) -> Self {
+        Self { entries: BTreeMap::new(), default }
+    }
+
     /// Add one.
     ///
     /// # Errors
     /// When its name is taken, or no name.
     pub(super) fn add(&mut self, new: NewExport) -> Result<(), Error> {
-        let NewExport { id, name, description, length, writable, backend, hold, on_gone } = new;
-        let export = Export::new(name, length, !writable)?.describe(description)?;
+        let NewExport { id, name, description, length, writable, trim, backend, hold, on_gone } = new;
+        let mut export = Export::new(name, length, !writable)?.describe(description)?;
+        export.features.trim = trim;
         let name = Arc::clone(export.name());
         if self.entries.contains_key(&name) {
             let reason = "an export of that name is there already";
@@ -111,9 +118,10 @@ impl Table {
 }
 
 impl Exports for Table {
-    /// By name; the empty name means the one of that name, or the only one.
+    /// By name; the empty name means the default one, the one of that name, or the only one.
     fn find(&self, name: &str) -> Option<Arc<Export>> {
-        let named = self.entries.get(name);
+        let default = self.default.as_deref().filter(|_| name.is_empty());
+        let named = self.entries.get(default.unwrap_or(name));
         let entry = match named {
             None if name.is_empty() && self.entries.len() == 1 => self.entries.values().next(),
             other => other,

@@ -1,0 +1,234 @@
+//! What the operator's side of a daemon takes.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use engine::units::{Length, Speed};
+use serde_json::{Value, json};
+
+use super::daemon::qmp_socket;
+use super::{OutputArgs, Policy, ProgressKind, speed, why};
+
+pub(super) const BACKUP_HELP: &str = "\
+The backup shows the disk as it is when the command starts, although guests go on writing. A new target file is made as long \
+as the disk; it is removed again when the backup does not succeed.
+
+Examples:
+  engine-cli backup --qmp unix:/run/engine.qmp --disk vda --target /backup/vda.img
+  engine-cli backup --qmp unix:/run/engine.qmp --disk vda --target /mnt/nas/vda.img \\
+      --fleece /var/tmp/vda.fleece --speed 100M
+
+Exit codes:
+  0    the backup is complete and on stable storage
+  1    it failed, or somebody else cancelled it
+  2    wrong usage, or refused by the daemon
+  3    complete, but for ranges that were skipped (policy ignore)
+  129, 130, 143
+       interrupted by SIGHUP, SIGINT (Ctrl-C), SIGTERM; the job is cancelled";
+
+pub(super) const JOB_HELP: &str = "\
+Examples:
+  engine-cli job list --qmp unix:/run/engine.qmp
+  engine-cli job set-speed --qmp unix:/run/engine.qmp backup-4711 50M
+  engine-cli job watch --qmp unix:/run/engine.qmp backup-4711
+
+Exit codes:
+  0    done; of watch: the job is complete
+  1    the daemon is not there; of watch: the job failed or was cancelled
+  2    wrong usage, or refused by the daemon
+  3    of watch: complete, but for ranges that were skipped";
+
+/// `backup`.
+#[derive(Args, Debug)]
+pub(crate) struct BackupArgs {
+    /// Which daemon.
+    #[command(flatten)]
+    pub(crate) socket: Socket,
+    /// The disk, as the daemon calls it
+    #[arg(long, value_name = "NAME")]
+    pub(crate) disk: String,
+    /// Where to: a file (new, or with --force an existing one) or a block device, on the daemon's host
+    #[arg(long, value_name = "PATH")]
+    pub(crate) target: String,
+    /// What is covered
+    #[arg(long, value_name = "MODE", value_enum, default_value_t = LiveSync::Full)]
+    sync: LiveSync,
+    /// Speed limit in bytes a second, like 200M (default: none)
+    #[arg(long, value_name = "RATE", value_parser = speed)]
+    speed: Option<Speed>,
+    /// What to do when the disk cannot be read
+    #[arg(long, value_name = "POLICY", value_enum, default_value_t = Policy::Report)]
+    on_source_error: Policy,
+    /// What to do when the target cannot be written
+    #[arg(long, value_name = "POLICY", value_enum, default_value_t = Policy::Report)]
+    on_target_error: Policy,
+    /// What breaks when the old contents of what a guest writes cannot be copied first
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = OnCbwError::BreakSnapshot)]
+    on_cbw_error: OnCbwError,
+    /// How long a guest's write waits for that at most, in seconds; 0: for ever
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    cbw_timeout: u32,
+    /// Copy what guests are about to change here first, a file that does not exist, so that they do not wait for the target
+    #[arg(long, value_name = "FILE")]
+    fleece: Option<PathBuf>,
+    /// Most bytes of the fleece file
+    #[arg(long, value_name = "SIZE", requires = "fleece", default_value = "1G", value_parser = size)]
+    fleece_size: Length,
+    /// What the job is called (default: made up)
+    #[arg(long, value_name = "ID")]
+    pub(crate) job_id: Option<String>,
+    /// Overwrite a target file that exists
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// What is shown.
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+impl BackupArgs {
+    /// The arguments of `blockdev-backup`.
+    pub(crate) fn request(&self, id: &str, target: &str) -> Value {
+        let mut request = json!({
+            "job-id": id, "device": self.disk, "target": target,
+            "sync": match self.sync {
+                LiveSync::Full => "full",
+                LiveSync::Top => "top",
+                LiveSync::None => "none",
+            },
+            "speed": self.speed.map_or(0, |speed| speed.0.get()),
+            "on-source-error": self.on_source_error.name(),
+            "on-target-error": self.on_target_error.name(),
+            "on-cbw-error": match self.on_cbw_error {
+                OnCbwError::BreakSnapshot => "break-snapshot",
+                OnCbwError::BreakGuestWrite => "break-guest-write",
+            },
+            "cbw-timeout": self.cbw_timeout,
+        });
+        if let Some(path) = &self.fleece {
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            request["x-fleece"] = json!({ "path": path, "size": self.fleece_size.0 });
+        }
+        request
+    }
+
+    /// Whether what was copied until a cancel is what was asked for.
+    pub(crate) fn keeps_partial(&self) -> bool {
+        self.sync == LiveSync::None
+    }
+}
+
+/// `--sync` of a live disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum LiveSync {
+    /// The whole disk
+    Full,
+    /// What is allocated in the top layer; a raw disk is allocated as a whole
+    Top,
+    /// Only what guests are about to change, until the job is cancelled
+    None,
+}
+
+/// `--on-cbw-error`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum OnCbwError {
+    /// The backup fails, the guest's write goes on
+    BreakSnapshot,
+    /// The guest's write fails, the backup goes on
+    BreakGuestWrite,
+}
+
+/// Which daemon.
+#[derive(Args, Debug)]
+pub(crate) struct Socket {
+    /// The daemon's socket: unix:PATH, or the path alone
+    #[arg(long = "qmp", value_name = "SOCKET", value_parser = daemon_socket)]
+    pub(crate) path: PathBuf,
+}
+
+/// `job`.
+#[derive(Args, Debug)]
+pub(crate) struct JobArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) action: JobAction,
+}
+
+/// One job.
+#[derive(Args, Debug)]
+pub(crate) struct OneJob {
+    /// The job, as list shows it
+    pub(crate) job: String,
+    /// Where it is.
+    #[command(flatten)]
+    pub(crate) socket: Socket,
+}
+
+/// What to do with jobs.
+#[derive(Debug, Subcommand)]
+pub(crate) enum JobAction {
+    /// Show all jobs, a line each
+    List {
+        /// Print one JSON array, as query-block-jobs gives it
+        #[arg(long)]
+        json: bool,
+        /// Which daemon.
+        #[command(flatten)]
+        socket: Socket,
+    },
+    /// Copy no more until it is resumed; what guests are about to change is still copied
+    Pause(OneJob),
+    /// Go on after a pause, asked for or on an error
+    Resume(OneJob),
+    /// End a job without a result
+    Cancel(OneJob),
+    /// Change the speed limit of a job
+    SetSpeed {
+        /// Which job.
+        #[command(flatten)]
+        which: OneJob,
+        /// Bytes a second, like 200M; none: no limit
+        #[arg(value_parser = speed_or_none)]
+        speed: SpeedLimit,
+    },
+    /// Show how far a job is until it ends
+    Watch {
+        /// Which job.
+        #[command(flatten)]
+        which: OneJob,
+        /// Progress on standard error; auto: a bar on a terminal, else nothing; json: a line at most twice a second
+        #[arg(long, value_name = "KIND", value_enum, default_value_t = ProgressKind::Auto)]
+        progress: ProgressKind,
+    },
+}
+
+impl JobAction {
+    /// The daemon's socket.
+    pub(crate) fn socket(&self) -> &PathBuf {
+        match self {
+            Self::List { socket, .. } => &socket.path,
+            Self::Pause(which) | Self::Resume(which) | Self::Cancel(which) => &which.socket.path,
+            Self::SetSpeed { which, .. } | Self::Watch { which, .. } => &which.socket.path,
+        }
+    }
+}
+
+/// A socket of a daemon that runs: as the daemon takes it, or its path alone.
+fn daemon_socket(text: &str) -> Result<PathBuf, String> {
+    let is_path = text.contains('/') && !text.starts_with("unix:") && !text.starts_with("tcp:");
+    if is_path { Ok(text.into()) } else { qmp_socket(text) }
+}
+
+/// A speed limit, or none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SpeedLimit(pub(crate) Option<Speed>);
+
+fn speed_or_none(text: &str) -> Result<SpeedLimit, String> {
+    match text {
+        "none" | "0" => Ok(SpeedLimit(None)),
+        _ => speed(text).map(|speed| SpeedLimit(Some(speed))),
+    }
+}
+
+fn size(text: &str) -> Result<Length, String> {
+    engine::storage::locator::parse_size(text).map_err(|error| why(&error))
+}

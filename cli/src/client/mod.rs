@@ -1,0 +1,149 @@
+//! The operator's side of a running daemon: a client of QMP, and the commands made with it.
+//!
+//! Replies and events come on one stream; [`Client::execute`] keeps the events that come before its reply for [`Client::next_event`]. What
+//! the daemon sends is bounded like what clients send it, so a daemon that is none cannot fill the memory.
+
+pub(crate) mod backup;
+pub(crate) mod job;
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::qmp::{Reader, SyntaxError};
+
+/// How long the daemon may take for a reply. A start may wait for writes of guests that are under way.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
+/// Most events that are kept.
+const MAX_EVENTS: usize = 4096;
+
+/// Why the daemon did not do what it was asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum ClientError {
+    /// It said no.
+    Refused(String),
+    /// It is not there, or not any more, or makes no sense.
+    Lost(String),
+}
+
+impl fmt::Display for ClientError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(text) | Self::Lost(text) => f.write_str(text),
+        }
+    }
+}
+
+/// A connection to a daemon, negotiated.
+#[derive(Debug)]
+pub(crate) struct Client {
+    stream: UnixStream,
+    reader: Reader,
+    /// What was received and not read yet.
+    received: Vec<u8>,
+    events: VecDeque<Value>,
+}
+
+impl Client {
+    /// Connect to the daemon whose QMP socket is at `path`.
+    pub(crate) fn connect(path: &Path) -> Result<Self, ClientError> {
+        let stream = UnixStream::connect(path).map_err(|error| {
+            let advice = match error.kind() {
+                ErrorKind::NotFound | ErrorKind::ConnectionRefused => "; is engine-cli daemon running?",
+                _ => "",
+            };
+            ClientError::Lost(format!("cannot connect to {}: {error}{advice}", path.display()))
+        })?;
+        let mut client =
+            Self { stream, reader: Reader::new(), received: Vec::new(), events: VecDeque::new() };
+        let greeting = client.receive(Instant::now() + REPLY_TIMEOUT)?;
+        if greeting.as_ref().is_none_or(|greeting| greeting.get("QMP").is_none()) {
+            return Err(ClientError::Lost(format!("{} does not speak QMP", path.display())));
+        }
+        client.execute("qmp_capabilities", json!({}))?;
+        Ok(client)
+    }
+
+    /// Have a command carried out.
+    pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, ClientError> {
+        let request = json!({ "execute": command, "arguments": arguments }).to_string();
+        self.stream.write_all(request.as_bytes()).map_err(|error| gone(&error))?;
+        let deadline = Instant::now() + REPLY_TIMEOUT;
+        loop {
+            let Some(mut message) = self.receive(deadline)? else {
+                return Err(ClientError::Lost(format!("the daemon does not answer to {command}")));
+            };
+            if message.get("event").is_some() {
+                self.keep(message);
+            } else if let Some(text) = message["error"]["desc"].as_str() {
+                return Err(ClientError::Refused(text.to_owned()));
+            } else if message.get("return").is_some() {
+                return Ok(message["return"].take());
+            } else {
+                return Err(ClientError::Lost(format!("the daemon's answer to {command} makes no sense")));
+            }
+        }
+    }
+
+    /// The next event within `patience`.
+    pub(crate) fn next_event(&mut self, patience: Duration) -> Result<Option<Value>, ClientError> {
+        if let Some(event) = self.events.pop_front() {
+            return Ok(Some(event));
+        }
+        let deadline = Instant::now() + patience;
+        while let Some(message) = self.receive(deadline)? {
+            if message.get("event").is_some() {
+                return Ok(Some(message));
+            }
+        }
+        Ok(None)
+    }
+
+    fn keep(&mut self, event: Value) {
+        if self.events.len() == MAX_EVENTS {
+            self.events.pop_front();
+        }
+        self.events.push_back(event);
+    }
+
+    /// The next message; `None`: not before `deadline`.
+    fn receive(&mut self, deadline: Instant) -> Result<Option<Value>, ClientError> {
+        loop {
+            let mut rest = &self.received[..];
+            let message = self.reader.next(&mut rest);
+            let taken = self.received.len() - rest.len();
+            self.received.drain(..taken);
+            if let Some(message) = message {
+                return message.map(Some).map_err(|error| nonsense(&error));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            self.stream.set_read_timeout(Some(left)).map_err(|error| gone(&error))?;
+            let mut buffer = [0; 16 << 10];
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return Err(ClientError::Lost("the daemon has closed the connection".into())),
+                Ok(bytes) => self.received.extend_from_slice(&buffer[..bytes]),
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    return Ok(None);
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(gone(&error)),
+            }
+        }
+    }
+}
+
+fn gone(error: &std::io::Error) -> ClientError {
+    ClientError::Lost(format!("the connection to the daemon is lost: {error}"))
+}
+
+fn nonsense(error: &SyntaxError) -> ClientError {
+    ClientError::Lost(format!("what the daemon sends makes no sense: {error}"))
+}

@@ -1,0 +1,223 @@
+//! Jobs as clients of QMP know them: by id, with their events, their progress in whole clusters, their errors in the system's words.
+
+use std::sync::Arc;
+
+use engine::error::{Error, ErrorKind, Operation};
+use engine::job::{ErrorAction, IoStatus, JobHandle, JobResult, Outcome, Refusal, Status};
+use engine::live::Snapshot;
+use nix::errno::Errno;
+use serde_json::{Value, json};
+
+use super::mailbox::JobSerial;
+use super::report::report_of;
+use crate::qmp::{ErrorClass, QmpError};
+
+/// Most jobs, those that wait to be dismissed included.
+pub(super) const MAX_JOBS: usize = 256;
+
+/// Why a job has failed.
+#[derive(Clone, Debug)]
+pub(super) struct JobFailure {
+    /// In the system's words, as QEMU tells it.
+    pub(super) text: String,
+    /// In ours: where and what to do.
+    pub(super) detail: Option<String>,
+}
+
+/// A job that was started.
+pub(super) struct Job {
+    pub(super) serial: JobSerial,
+    pub(super) id: String,
+    pub(super) handle: JobHandle,
+    pub(super) snapshot: Snapshot,
+    /// The nodes at the bottom of its source and its target.
+    pub(super) source: String,
+    pub(super) target: String,
+    /// The name that its filter has, if it was given one.
+    pub(super) filter: Option<String>,
+    /// The last state that was told.
+    pub(super) status: Status,
+    pub(super) failure: Option<JobFailure>,
+    pub(super) cluster: u64,
+    /// Bytes a second; 0: no limit.
+    pub(super) speed: i64,
+    pub(super) auto_finalize: bool,
+    pub(super) auto_dismiss: bool,
+    /// Whether its disks were given back.
+    pub(super) released: bool,
+}
+
+impl Job {
+    /// Bytes settled and bytes to settle, rounded up to whole clusters.
+    fn counts(&self) -> (u64, u64) {
+        let progress = self.handle.progress();
+        let up = |bytes: u64| bytes.next_multiple_of(self.cluster);
+        (up(progress.done + progress.skipped).min(up(progress.total)), up(progress.total))
+    }
+
+    /// As `query-jobs` shows it.
+    pub(super) fn query(&self) -> Value {
+        let (offset, length) = self.counts();
+        let progress = self.handle.progress();
+        let mut value = json!({
+            "id": self.id, "type": "backup", "status": self.status.as_str(),
+            "current-progress": offset, "total-progress": length,
+            "x-progress": {
+                "total": progress.total, "done": progress.done, "copied": progress.copied,
+                "zeros": progress.zeros, "holes": progress.holes, "skipped": progress.skipped,
+                "fleeced": progress.fleeced, "rate": progress.rate, "paused-on": progress.paused_on,
+            },
+        });
+        self.add_failure(&mut value);
+        value
+    }
+
+    /// As `query-block-jobs` shows it.
+    pub(super) fn query_block(&self) -> Value {
+        let (offset, length) = self.counts();
+        let io_status = match self.handle.progress().io_status {
+            IoStatus::Ok => "ok",
+            IoStatus::NoSpace => "nospace",
+            IoStatus::Failed => "failed",
+        };
+        let mut value = json!({
+            "type": "backup", "device": self.id, "len": length, "offset": offset,
+            "busy": self.status == Status::Running, "paused": self.handle.wants_pause(), "speed": self.speed,
+            "io-status": io_status, "ready": false, "status": self.status.as_str(),
+            "auto-finalize": self.auto_finalize, "auto-dismiss": self.auto_dismiss,
+        });
+        if let Some(failure) = &self.failure {
+            value["error"] = failure.text.clone().into();
+        }
+        value
+    }
+
+    fn add_failure(&self, value: &mut Value) {
+        if let Some(failure) = &self.failure {
+            value["error"] = failure.text.clone().into();
+            if let Some(detail) = &failure.detail {
+                value["x-detail"] = detail.clone().into();
+            }
+        }
+    }
+
+    /// Its end as an event: the name, and the data.
+    pub(super) fn ended(&mut self, result: &JobResult) -> (&'static str, Value) {
+        self.failure = failure_of(result);
+        let up = |bytes: u64| bytes.next_multiple_of(self.cluster);
+        let length = up(result.progress.total);
+        let offset = up(result.progress.done + result.progress.skipped).min(length);
+        let mut data = json!({
+            "type": "backup", "device": self.id, "len": length, "offset": offset, "speed": self.speed,
+            "x-report": report_of(result),
+        });
+        if matches!(result.outcome, Outcome::Cancelled) {
+            return ("BLOCK_JOB_CANCELLED", data);
+        }
+        self.add_failure(&mut data);
+        ("BLOCK_JOB_COMPLETED", data)
+    }
+
+    /// An error of its sweep as the data of an event.
+    pub(super) fn met(&self, error: &Error, action: ErrorAction) -> Value {
+        let operation = if error.operation() == Operation::Read { "read" } else { "write" };
+        let action = match action {
+            ErrorAction::Report => "report",
+            ErrorAction::Stop => "stop",
+            ErrorAction::Ignore => "ignore",
+        };
+        json!({
+            "device": self.id, "operation": operation, "action": action, "x-detail": error.to_string(),
+        })
+    }
+
+    /// The refusal of a verb as QEMU words it.
+    pub(super) fn refusal(&self, refusal: Refusal) -> QmpError {
+        QmpError::generic(match refusal {
+            Refusal::State { status, verb } => {
+                format!("Job '{}' in state '{status}' cannot accept command verb '{verb}'", self.id)
+            }
+            Refusal::AlreadyPaused => "Job is already paused".to_owned(),
+            Refusal::NotPaused => "Can't resume a job that was not paused".to_owned(),
+        })
+    }
+}
+
+/// Why the job did not succeed, if so.
+fn failure_of(result: &JobResult) -> Option<JobFailure> {
+    match &result.outcome {
+        Outcome::Complete => None,
+        Outcome::Cancelled => Some(JobFailure { text: Errno::ECANCELED.desc().to_owned(), detail: None }),
+        Outcome::Failed(error) => {
+            Some(JobFailure { text: system_words(error), detail: Some(error.to_string()) })
+        }
+        Outcome::CompleteWithSkipped => {
+            let ranges = result.skipped.len();
+            let detail = format!("{} bytes in {ranges} ranges were left out", result.progress.skipped);
+            Some(JobFailure { text: Errno::EIO.desc().to_owned(), detail: Some(detail) })
+        }
+    }
+}
+
+/// What the system calls an error.
+pub(super) fn system_words(error: &Error) -> String {
+    match error.kind() {
+        ErrorKind::Io(errno) | ErrorKind::FlushFailed(errno) => errno.desc().to_owned(),
+        ErrorKind::NoSpace => Errno::ENOSPC.desc().to_owned(),
+        ErrorKind::TimedOut => Errno::ETIMEDOUT.desc().to_owned(),
+        _ => error.reason().to_owned(),
+    }
+}
+
+/// The jobs, in the order in which they were started.
+#[derive(Default)]
+pub(super) struct Jobs {
+    pub(super) list: Vec<Job>,
+    next: u64,
+}
+
+impl Jobs {
+    /// A name for a job to come.
+    pub(super) fn next_serial(&mut self) -> JobSerial {
+        self.next += 1;
+        JobSerial(self.next)
+    }
+
+    pub(super) fn get(&self, serial: JobSerial) -> Option<&Job> {
+        self.list.iter().find(|job| job.serial == serial)
+    }
+
+    pub(super) fn get_mut(&mut self, serial: JobSerial) -> Option<&mut Job> {
+        self.list.iter_mut().find(|job| job.serial == serial)
+    }
+
+    /// For a `job-*` command.
+    pub(super) fn by_id(&self, id: &str) -> Result<&Job, QmpError> {
+        let found = self.list.iter().find(|job| job.id == id);
+        found.ok_or_else(|| QmpError::generic("Job not found"))
+    }
+
+    /// For a `block-job-*` command.
+    pub(super) fn by_device(&self, id: &str) -> Result<&Job, QmpError> {
+        self.by_id(id).map_err(|_| QmpError {
+            class: ErrorClass::DeviceNotActive,
+            text: format!("Block job '{id}' not found"),
+        })
+    }
+
+    /// The newest first.
+    pub(super) fn newest_first(&self) -> impl Iterator<Item = &Job> {
+        self.list.iter().rev()
+    }
+
+    /// The handles of those that have not ended.
+    pub(super) fn running(&self) -> Vec<(JobSerial, JobHandle)> {
+        let running = self.list.iter().filter(|job| !matches!(job.status, Status::Concluded | Status::Null));
+        running.map(|job| (job.serial, job.handle.clone())).collect()
+    }
+}
+
+/// An error shared by the event and the log.
+pub(super) fn log_error(id: &str, error: &Arc<Error>) {
+    crate::out::say(format_args!("job {id}: {error}"));
+}

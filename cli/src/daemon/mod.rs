@@ -1,0 +1,207 @@
+//! `daemon`: disks for guests, control by QMP.
+//!
+//! | module | its idea |
+//! |---|---|
+//! | `control` | What the daemon knows and does: one thread, one command after the other. |
+//! | `nodes` | The disks by name, and who uses them. |
+//! | `backup`, `jobs`, `report` | Jobs: how they begin, what clients know of them, how they ended. |
+//! | `serving`, `exports` | The NBD server, and the seam to the engine's. |
+//! | `monitors` | The loop: clients, signals, and what other threads tell. |
+//! | `mailbox` | What other threads tell. |
+//! | `listen`, `notify` | Sockets; the service manager. |
+//!
+//! The ring thread is the engine's. The control thread waits for it where a command needs its answer, never the other way round.
+
+mod backup;
+mod control;
+mod engine_exports;
+pub(crate) mod exports;
+mod jobs;
+pub(crate) mod listen;
+mod mailbox;
+mod monitors;
+mod nodes;
+mod notify;
+mod report;
+mod serving;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use engine::error::Error;
+use engine::live::{Engine, EngineOptions};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use serde_json::json;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
+use signal_hook::{flag, low_level};
+
+use crate::args::DaemonArgs;
+use crate::out;
+use crate::report::{DONE, REFUSED, exit_code};
+use crate::signals::is_ignored;
+use control::Control;
+use engine_exports::EngineExports;
+use exports::NbdOptions;
+use listen::{Listener, activated, listen, listen_unix};
+use monitors::Monitors;
+
+/// Why the daemon did not start.
+enum NotStarted {
+    /// Refused by the engine.
+    Engine(Error),
+    /// Anything else, in one line.
+    Refused(String),
+}
+
+impl From<String> for NotStarted {
+    fn from(reason: String) -> Self {
+        Self::Refused(reason)
+    }
+}
+
+impl From<Error> for NotStarted {
+    fn from(error: Error) -> Self {
+        Self::Engine(error)
+    }
+}
+
+/// Carry out `daemon`; gives the exit code.
+pub(crate) fn run(args: &DaemonArgs) -> u8 {
+    match serve(args) {
+        Ok(()) => DONE,
+        Err(NotStarted::Engine(error)) => {
+            out::say(&error);
+            exit_code(&error)
+        }
+        Err(NotStarted::Refused(reason)) => {
+            out::say(reason);
+            REFUSED
+        }
+    }
+}
+
+fn serve(args: &DaemonArgs) -> Result<(), NotStarted> {
+    // First of all: what is handed over has a number that others might take.
+    let handed_over = activated()?;
+    let signals = Signals::install().map_err(|error| format!("cannot take signals: {error}"))?;
+    let nbd = match (&args.nbd, handed_over) {
+        (Some(endpoint), None) => Some(listen(endpoint)?),
+        (None, Some(listener)) => Some((listener, None)),
+        (None, None) => None,
+        (Some(endpoint), Some(_)) => {
+            return Err(format!("{endpoint} and a socket that was handed over (LISTEN_FDS): choose one").into());
+        }
+    };
+    if args.qmp.is_none() && nbd.is_none() {
+        return Err("there is no way in: give --qmp unix:PATH, --nbd, or a socket (LISTEN_FDS)".to_owned().into());
+    }
+    let qmp = args.qmp.as_deref().map(listen_unix).transpose()?;
+    let clients = args.max_connections as usize;
+    allow_descriptors(clients);
+    let options = EngineOptions { io_engine: args.io_engine(), memory: args.memory.0, clients };
+    let engine = Engine::start(&options)?;
+    if let Some(notice) = engine.notice() {
+        out::say(notice);
+    }
+    let exports = Box::new(EngineExports::new(engine.clone()));
+    let mut control = Control::new(engine, exports).map_err(|error| format!("cannot begin: {error}"))?;
+    set_up(args, &mut control, nbd)?;
+    let listener = qmp.as_ref().map(|(listener, _)| listener);
+    let mut monitors = Monitors::new(listener, &signals).map_err(|error| format!("cannot listen: {error}"))?;
+    notify::notify(notify::READY);
+    let ran = monitors.run(&mut control);
+    // However it ended, jobs and exports end in good order.
+    control.quit();
+    ran.map_err(|error| NotStarted::Refused(format!("the control loop has failed: {error}")))
+}
+
+/// Raise the soft limit on open files to what so many clients need, as far as the hard one lets us.
+fn allow_descriptors(clients: usize) {
+    let needed = (clients + RESERVED_DESCRIPTORS) as u64;
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+    if soft >= needed {
+        return;
+    }
+    let raised = needed.min(hard);
+    if setrlimit(Resource::RLIMIT_NOFILE, raised, hard).is_err() || raised < needed {
+        out::say(&format!(
+            "{clients} connections need {needed} open files, of which {raised} are allowed (RLIMIT_NOFILE); raise the limit, or lower --max-connections"
+        ));
+    }
+}
+
+/// The disks of the command line, and the NBD server with an export for each.
+fn set_up(
+    args: &DaemonArgs,
+    control: &mut Control,
+    nbd: Option<(Listener, Option<listen::SocketFile>)>,
+) -> Result<(), NotStarted> {
+    let told = |what: &str, error: crate::qmp::QmpError| NotStarted::Refused(format!("{what}: {error}"));
+    for disk in &args.disks {
+        let added = control.nodes.add_path(&disk.name, &disk.path);
+        added.map_err(|error| told(&format!("--disk {}={}", disk.name, disk.path), error))?;
+    }
+    let Some((listener, file)) = nbd else { return Ok(()) };
+    // A client that does not ask for a name means the only disk that there is.
+    let default_export = match &args.disks[..] {
+        [disk] => Some(disk.name.clone()),
+        _ => None,
+    };
+    let options = NbdOptions { max_connections: args.max_connections, default_export };
+    control.serving.start(listener, file, &options).map_err(|error| told("--nbd", error))?;
+    for disk in &args.disks {
+        let writable = !control.nodes.is_read_only(&disk.name).unwrap_or(true);
+        let export = json!({ "type": "nbd", "id": disk.name, "node-name": disk.name, "writable": writable });
+        let added = control.add_export(export.as_object().expect("an object"));
+        added.map_err(|error| told(&format!("--disk {}={}", disk.name, disk.path), error))?;
+    }
+    Ok(())
+}
+
+/// Open files besides those of clients: disks and targets, twice each, monitors, and the engine's own.
+const RESERVED_DESCRIPTORS: usize = 512;
+
+/// Signals within this time after the first one count as the same request.
+const SAME_SIGNAL: Duration = Duration::from_millis(200);
+
+/// The first signal that asks for the end makes a pipe readable; a second one, a while later, ends the process.
+struct Signals {
+    pipe: UnixStream,
+    armed: Arc<AtomicBool>,
+}
+
+impl Signals {
+    fn install() -> io::Result<Self> {
+        let (pipe, write) = UnixStream::pair()?;
+        let armed = Arc::new(AtomicBool::new(false));
+        let mut ending = vec![SIGINT, SIGTERM];
+        if !is_ignored(SIGHUP) {
+            ending.push(SIGHUP);
+        }
+        for signal in ending {
+            flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&armed))?;
+            low_level::pipe::register(signal, write.try_clone()?)?;
+        }
+        flag::register(SIGXFSZ, Arc::default())?;
+        Ok(Self { pipe, armed })
+    }
+
+    /// The first has come.
+    fn arm(&self) {
+        let armed = Arc::clone(&self.armed);
+        let spawned = thread::Builder::new().name("second-signal".into()).spawn(move || {
+            thread::sleep(SAME_SIGNAL);
+            armed.store(true, Ordering::SeqCst);
+        });
+        if spawned.is_err() {
+            // Sooner is better than never.
+            self.armed.store(true, Ordering::SeqCst);
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! The loop of the control thread: clients of QMP, what other threads tell, and signals.
+//!
+//! # Model
+//! One `poll` over the listening socket, the clients, the mailbox and the pipe of signals. A client is a [`Session`] with a socket that
+//! never blocks. Whatever has happened goes to all clients as events before the next command is carried out, and the events of a command
+//! go out before its reply, as with QEMU.
+//!
+//! # Bounds
+//! [`MAX_MONITORS`] clients; whoever comes after waits to be accepted. One that does not read is not listened to, and given up when too
+//! many events wait for it ([`Session`]). A client is served a bounded number of commands in turn.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::Signals;
+use super::control::Control;
+use crate::out;
+use crate::qmp::session::{MAX_INPUT, Session};
+
+/// Most clients at a time.
+pub(crate) const MAX_MONITORS: usize = 32;
+/// Most commands of a client before the next has its turn.
+const TURN: usize = 64;
+/// How long clients may take at the end to read what is waiting for them.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+struct Monitor {
+    number: u64,
+    stream: UnixStream,
+    session: Session,
+    /// It sends no more; what it sent is still answered.
+    ended: bool,
+    gone: bool,
+}
+
+/// See the module's header.
+pub(super) struct Monitors<'a> {
+    listener: Option<&'a UnixListener>,
+    signals: &'a Signals,
+    list: Vec<Monitor>,
+    next: u64,
+}
+
+impl<'a> Monitors<'a> {
+    pub(super) fn new(listener: Option<&'a UnixListener>, signals: &'a Signals) -> io::Result<Self> {
+        if let Some(listener) = listener {
+            listener.set_nonblocking(true)?;
+        }
+        Ok(Self { listener, signals, list: Vec::new(), next: 0 })
+    }
+
+    /// Serve until a client or a signal ends the daemon.
+    pub(super) fn run(&mut self, control: &mut Control) -> io::Result<()> {
+        while !control.is_quitting() {
+            let ready = self.wait(control)?;
+            if ready.signalled {
+                self.signals.arm();
+                out::say("ending: cancelling jobs; a second signal ends at once");
+                super::notify::notify(super::notify::STOPPING);
+                control.quit();
+            }
+            control.look_into_mailbox();
+            self.broadcast(control);
+            if ready.accept {
+                self.accept();
+            }
+            for at in 0..self.list.len() {
+                if ready.monitors.get(at).is_some_and(|readable| *readable) {
+                    self.list[at].receive();
+                }
+                self.serve(at, control);
+            }
+            self.list.iter_mut().for_each(Monitor::send);
+            self.list.retain(|monitor| !monitor.gone);
+        }
+        self.say_farewell(control);
+        Ok(())
+    }
+
+    /// Carry out what a client has asked for.
+    fn serve(&mut self, at: usize, control: &mut Control) {
+        for _ in 0..TURN {
+            if control.is_quitting() {
+                return;
+            }
+            let Some(request) = self.list[at].session.next_request() else { return };
+            if request.name == "quit" {
+                super::notify::notify(super::notify::STOPPING);
+            }
+            let result = control.execute(&request.name, &request.arguments);
+            self.broadcast(control);
+            self.list[at].session.answer(&request, result);
+        }
+    }
+
+    /// Tell all clients what has happened.
+    fn broadcast(&mut self, control: &mut Control) {
+        for event in control.take_events() {
+            for monitor in &mut self.list {
+                monitor.session.event(&event);
+            }
+        }
+        for monitor in self.list.iter_mut().filter(|monitor| monitor.session.is_overrun() && !monitor.gone) {
+            out::say(format_args!("QMP client {} does not read its events: disconnected", monitor.number));
+            monitor.gone = true;
+        }
+    }
+
+    fn accept(&mut self) {
+        let Some(listener) = self.listener else { return };
+        while self.list.len() < MAX_MONITORS {
+            let stream = match listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(error) => return out::say(format_args!("cannot accept a QMP client: {error}")),
+            };
+            if let Err(error) = stream.set_nonblocking(true) {
+                out::say(format_args!("cannot serve a QMP client: {error}"));
+                continue;
+            }
+            self.next += 1;
+            let (number, session) = (self.next, Session::new());
+            self.list.push(Monitor { number, stream, session, ended: false, gone: false });
+        }
+    }
+
+    fn wait(&self, control: &Control) -> io::Result<Ready> {
+        let mut fds: Vec<PollFd<'_>> = vec![
+            PollFd::new(self.signals.pipe.as_fd(), PollFlags::POLLIN),
+            PollFd::new(control.mailbox.wake(), PollFlags::POLLIN),
+        ];
+        fds.extend(self.list.iter().map(Monitor::poll_fd));
+        let monitors = self.list.len();
+        let accepts = self.listener.filter(|_| monitors < MAX_MONITORS);
+        fds.extend(accepts.map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN)));
+        let busy = self.list.iter().any(Monitor::has_work);
+        let timeout = if busy { PollTimeout::ZERO } else { PollTimeout::NONE };
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        let ready = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
+        Ok(Ready {
+            signalled: ready(&fds[0]),
+            monitors: fds[2..2 + monitors].iter().map(ready).collect(),
+            accept: accepts.is_some() && fds.last().is_some_and(ready),
+        })
+    }
+
+    /// Send what is waiting, for a while.
+    fn say_farewell(&mut self, control: &mut Control) {
+        self.broadcast(control);
+        let deadline = Instant::now() + FAREWELL;
+        loop {
+            self.list.iter_mut().for_each(Monitor::send);
+            self.list.retain(|monitor| !monitor.gone && !monitor.session.output().is_empty());
+            let left = deadline.saturating_duration_since(Instant::now());
+            if self.list.is_empty() || left.is_zero() {
+                return;
+            }
+            let mut fds: Vec<PollFd<'_>> =
+                self.list.iter().map(|monitor| PollFd::new(monitor.fd(), PollFlags::POLLOUT)).collect();
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+            if !matches!(poll(&mut fds, timeout), Ok(_) | Err(Errno::EINTR)) {
+                return;
+            }
+        }
+    }
+}
+
+struct Ready {
+    signalled: bool,
+    /// For each client.
+    monitors: Vec<bool>,
+    accept: bool,
+}
+
+impl Monitor {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+
+    /// Whether a command could be carried out without hearing more from it.
+    fn has_work(&self) -> bool {
+        self.session.has_input() && self.session.takes_requests()
+    }
+
+    fn poll_fd(&self) -> PollFd<'_> {
+        let mut events = PollFlags::empty();
+        if self.session.wants_input() && !self.ended {
+            events |= PollFlags::POLLIN;
+        }
+        if !self.session.output().is_empty() {
+            events |= PollFlags::POLLOUT;
+        }
+        PollFd::new(self.fd(), events)
+    }
+
+    fn receive(&mut self) {
+        if self.ended || !self.session.wants_input() {
+            return;
+        }
+        let mut buffer = [0; MAX_INPUT];
+        match self.stream.read(&mut buffer) {
+            Ok(0) => self.ended = true,
+            Ok(bytes) => self.session.receive(&buffer[..bytes]),
+            Err(error) if is_transient(&error) => {}
+            Err(_) => self.gone = true,
+        }
+    }
+
+    fn send(&mut self) {
+        while !self.gone && !self.session.output().is_empty() {
+            match self.stream.write(self.session.output()) {
+                Ok(bytes) => self.session.sent(bytes),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if is_transient(&error) => return,
+                // It has hung up: nobody is there to tell.
+                Err(_) => self.gone = true,
+            }
+        }
+        if self.ended && !self.has_work() {
+            self.gone = true;
+        }
+    }
+}
+
+fn is_transient(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+}

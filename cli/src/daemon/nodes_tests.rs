@@ -1,0 +1,160 @@
+use std::path::Path;
+
+use tempfile::TempDir;
+
+use super::*;
+
+fn there() -> TempDir {
+    let there = tempfile::tempdir().expect("a directory");
+    for (name, length) in [("a.img", 1 << 20), ("b.img", 4097)] {
+        std::fs::write(there.path().join(name), vec![1; length]).expect("written");
+    }
+    there
+}
+
+fn path(there: &TempDir, name: &str) -> String {
+    there.path().join(name).display().to_string()
+}
+
+fn add(nodes: &mut Nodes, options: Value) -> Result<(), String> {
+    nodes.add(options.as_object().expect("an object")).map_err(|error| error.text)
+}
+
+fn file(there: &TempDir, name: &str, node: &str) -> Value {
+    json!({ "driver": "file", "filename": path(there, name), "node-name": node })
+}
+
+#[test]
+fn raw_nodes_stand_on_others_by_name_or_along_with_them() {
+    let there = there();
+    let mut nodes = Nodes::default();
+    add(&mut nodes, file(&there, "a.img", "a")).expect("added");
+    add(&mut nodes, json!({ "driver": "raw", "node-name": "ra", "file": "a" })).expect("added");
+    let below = json!({ "driver": "file", "filename": path(&there, "b.img") });
+    add(&mut nodes, json!({ "driver": "raw", "node-name": "rb", "file": below })).expect("added");
+    assert_eq!(nodes.bottom_of("ra").as_deref(), Ok("a"));
+    assert_eq!(nodes.length_of("rb"), Ok(4097));
+    let told = nodes.query();
+    let names: Vec<&str> = told.as_array().expect("an array").iter().map(|n| n["node-name"].as_str().expect("named")).collect();
+    assert_eq!(names, ["rb", "#block001", "ra", "a"]);
+    assert_eq!(told[0]["image"]["virtual-size"], 4097);
+    assert_eq!(told[0]["drv"], "raw");
+
+    let error = nodes.remove("a").expect_err("something stands on it");
+    assert_eq!(error.text, "Block device a is in use");
+    nodes.remove("ra").expect("removed");
+    nodes.remove("a").expect("removed");
+    nodes.remove("rb").expect("removed");
+    assert_eq!(nodes.query(), json!([]), "the one made along with it is gone, too");
+    assert_eq!(nodes.remove("a").expect_err("gone").text, "Failed to find node with node-name='a'");
+}
+
+#[test]
+fn what_cannot_be_a_node() {
+    let there = there();
+    let mut nodes = Nodes::default();
+    add(&mut nodes, file(&there, "a.img", "a")).expect("added");
+    let directory = there.path().display().to_string();
+    let with = |mut options: Value, name: &str, value: Value| {
+        options[name] = value;
+        options
+    };
+    let good = || file(&there, "a.img", "x");
+    for (options, told) in [
+        (json!({ "driver": "file", "filename": path(&there, "a.img") }), "'node-name' must be specified for the root node".into()),
+        (file(&there, "none", "x"), format!("Could not open '{}': No such file or directory", path(&there, "none"))),
+        (file(&there, "a.img", "a"), "Duplicate nodes with node-name='a'".into()),
+        (file(&there, "a.img", "1bad"), "Invalid node-name: '1bad'".into()),
+        (file(&there, "a.img", ""), "Invalid node-name: ''".into()),
+        (file(&there, "a.img", &"x".repeat(32)), "Node name too long".into()),
+        (with(good(), "filename", json!(directory)), format!("Could not open '{directory}': Is a directory")),
+        (with(good(), "filename", json!("/dev/null")), "'file' driver requires '/dev/null' to be a regular file".into()),
+        (
+            with(good(), "driver", json!("host_device")),
+            format!("'host_device' driver requires '{}' to be either a character or block device", path(&there, "a.img")),
+        ),
+        (
+            with(good(), "aio", json!("native")),
+            "aio=native was specified, but it requires cache.direct=on, which was not specified.".into(),
+        ),
+        (with(good(), "locking", json!("off")), "Parameter 'locking': \"off\" is not supported".into()),
+        (
+            json!({ "driver": "raw", "node-name": "x", "file": "none" }),
+            "Cannot find device='none' nor node-name='none'".into(),
+        ),
+        (
+            json!({ "driver": "raw", "node-name": "a", "file": file(&there, "b.img", "below") }),
+            "Duplicate nodes with node-name='a'".into(),
+        ),
+        (json!({ "driver": "null-co", "node-name": "x", "size": -1 }), "Parameter 'size' expects a non-negative value".into()),
+    ] {
+        assert_eq!(add(&mut nodes, options.clone()), Err(told), "{options}");
+        assert_eq!(nodes.nodes.len(), 1, "nothing is left of what failed: {options}");
+    }
+    let native = with(with(good(), "aio", json!("native")), "cache", json!({ "direct": true }));
+    add(&mut nodes, native).expect("added");
+}
+
+#[test]
+fn null_and_read_only() {
+    let there = there();
+    let mut nodes = Nodes::default();
+    add(&mut nodes, json!({ "driver": "null-co", "node-name": "n" })).expect("added");
+    assert_eq!(nodes.length_of("n"), Ok(1 << 30));
+    let mut options = file(&there, "a.img", "ro");
+    options["read-only"] = true.into();
+    add(&mut nodes, options).expect("added");
+    assert_eq!(nodes.is_read_only("ro"), Ok(true));
+    let above = json!({ "driver": "raw", "node-name": "x", "file": "ro" });
+    assert_eq!(add(&mut nodes, above), Err("Block node is read-only".into()));
+    let above = json!({ "driver": "raw", "node-name": "x", "file": "ro", "auto-read-only": true });
+    add(&mut nodes, above).expect("added");
+    assert_eq!(nodes.is_read_only("x"), Ok(true));
+}
+
+#[test]
+fn discards_are_passed_on_unless_they_are_to_be_ignored() {
+    let there = there();
+    let mut nodes = Nodes::default();
+    for (name, discard, trim) in [("a", None, true), ("b", Some("unmap"), true), ("c", Some("ignore"), false)] {
+        let below = json!({ "driver": "file", "filename": path(&there, "a.img") });
+        let mut options = json!({ "driver": "raw", "node-name": name, "file": below });
+        if let Some(discard) = discard {
+            options["discard"] = discard.into();
+        }
+        add(&mut nodes, options).expect("added");
+        assert_eq!(nodes.may_trim(name), Ok(trim), "{name}");
+    }
+}
+
+#[test]
+fn a_disk_that_was_replaced_is_not_taken_for_the_one_that_was_added() {
+    let there = there();
+    let mut nodes = Nodes::default();
+    add(&mut nodes, file(&there, "a.img", "a")).expect("added");
+    std::fs::rename(there.path().join("b.img"), there.path().join("a.img")).expect("renamed");
+    let error = nodes.locator_of("a").expect_err("it is another file");
+    assert!(error.text.contains("another file has taken its place"), "{error}");
+}
+
+#[test]
+fn a_disk_leaves_the_engine_with_its_last_reader() {
+    let there = there();
+    let engine = Engine::start(&engine::live::EngineOptions::default()).expect("an engine");
+    let mut nodes = Nodes::default();
+    nodes.add_path("a", &path(&there, "a.img")).expect("added");
+    let bottom = nodes.bottom_of("a").expect("there");
+    nodes.use_disk(&engine, "a").expect("used");
+    nodes.use_disk(&engine, "a").expect("used again");
+    assert_eq!(nodes.remove("a").expect_err("in use").text, "Block device a is in use");
+    nodes.release(&bottom);
+    assert_eq!(nodes.is_read("a"), Ok(true));
+    nodes.release(&bottom);
+    assert_eq!(nodes.is_read("a"), Ok(false));
+    nodes.set_target(&bottom, true);
+    assert_eq!(nodes.use_disk(&engine, "a").expect_err("a target").text, busy("a").text);
+    assert_eq!(nodes.remove("a").expect_err("a target").text, busy("a").text);
+    nodes.set_target(&bottom, false);
+    nodes.remove("a").expect("removed");
+    assert!(Path::new(&path(&there, "a.img")).exists());
+}

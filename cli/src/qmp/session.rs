@@ -1,0 +1,232 @@
+//! One client of QMP: what it sends becomes requests, what it is told becomes bytes.
+//!
+//! # Model
+//! The owner hands in what was received ([`Session::receive`]), takes requests out ([`Session::next_request`]), carries each out and
+//! answers it before it takes the next ([`Session::answer`]). Replies and events stand in [`Session::output`] until the owner has sent
+//! them. Greeting, negotiation and everything that is wrong with a message as such are dealt with in here.
+//!
+//! # Bounds
+//! A client that sends without reading is not listened to any more while [`MAX_REPLIES`] wait for it: the owner takes no requests out, and
+//! so receives no more ([`Session::wants_input`]). Events cannot wait, so a client for which [`MAX_OUTPUT`] are waiting is given up
+//! ([`Session::is_overrun`]): it has to connect again, and to ask how things stand.
+
+use serde_json::{Value, json};
+
+use super::commands::QMP_CAPABILITIES;
+use super::{Arguments, QmpError, Reader, check, version};
+
+/// Bytes that wait to be sent beyond which no request is taken.
+pub const MAX_REPLIES: usize = 256 << 10;
+/// Most bytes that wait to be sent.
+pub const MAX_OUTPUT: usize = 4 << 20;
+/// Most bytes that were received and not looked at, beyond which nothing should be received.
+pub const MAX_INPUT: usize = 64 << 10;
+
+/// A command of a client.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// Its name.
+    pub name: String,
+    /// Its arguments, none if there were none.
+    pub arguments: Arguments,
+    id: Option<Value>,
+}
+
+/// See the module's header.
+#[derive(Debug)]
+pub struct Session {
+    reader: Reader,
+    negotiated: bool,
+    input: Vec<u8>,
+    /// Of `input`, what was looked at.
+    taken: usize,
+    output: Vec<u8>,
+    overrun: bool,
+}
+
+impl Default for Session {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Session {
+    /// A client that has just connected; the greeting is waiting to be sent.
+    #[must_use]
+    pub fn new() -> Self {
+        let mut session = Self {
+            reader: Reader::new(),
+            negotiated: false,
+            input: Vec::new(),
+            taken: 0,
+            output: Vec::new(),
+            overrun: false,
+        };
+        session.send(&json!({ "QMP": { "version": version(), "capabilities": [] } }));
+        session
+    }
+
+    /// Whether more should be received: not while the client leaves its replies unread, nor before what has come was looked at.
+    #[must_use]
+    pub fn wants_input(&self) -> bool {
+        self.input.len() - self.taken < MAX_INPUT && self.output.len() < MAX_REPLIES
+    }
+
+    /// These bytes have come.
+    pub fn receive(&mut self, bytes: &[u8]) {
+        self.input.drain(..self.taken);
+        self.taken = 0;
+        self.input.extend_from_slice(bytes);
+    }
+
+    /// The next command to carry out; to be answered before the next one is taken.
+    pub fn next_request(&mut self) -> Option<Request> {
+        while self.takes_requests() {
+            let mut rest = &self.input[self.taken..];
+            let message = self.reader.next(&mut rest);
+            self.taken = self.input.len() - rest.len();
+            let message = match message? {
+                Ok(message) => message,
+                Err(error) => {
+                    self.refuse(None, &QmpError::generic(error.to_string()));
+                    continue;
+                }
+            };
+            let request = match request_of(message) {
+                Ok(request) => request,
+                Err((id, error)) => {
+                    self.refuse(id.as_ref(), &error);
+                    continue;
+                }
+            };
+            if self.negotiated && request.name != QMP_CAPABILITIES.name {
+                return Some(request);
+            }
+            let answer = self.negotiate(&request);
+            self.answer(&request, answer);
+        }
+        None
+    }
+
+    fn negotiate(&mut self, request: &Request) -> Result<Value, QmpError> {
+        if request.name != QMP_CAPABILITIES.name {
+            let text = "Expecting capabilities negotiation with 'qmp_capabilities'";
+            return Err(QmpError::not_found(text));
+        }
+        if self.negotiated {
+            let text = "Capabilities negotiation is already complete, command ignored";
+            return Err(QmpError::not_found(text));
+        }
+        check(QMP_CAPABILITIES.arguments, &request.arguments)?;
+        self.negotiated = true;
+        Ok(json!({}))
+    }
+
+    /// What became of `request`.
+    pub fn answer(&mut self, request: &Request, result: Result<Value, QmpError>) {
+        let value = match result {
+            Ok(value) => value,
+            Err(error) => return self.refuse(request.id.as_ref(), &error),
+        };
+        let mut reply = json!({ "return": value });
+        if let Some(id) = &request.id {
+            reply["id"] = id.clone();
+        }
+        self.send(&reply);
+    }
+
+    fn refuse(&mut self, id: Option<&Value>, error: &QmpError) {
+        let mut reply = json!({ "error": error.value() });
+        if let Some(id) = id {
+            reply["id"] = id.clone();
+        }
+        self.send(&reply);
+    }
+
+    /// Something has happened; told to clients that have negotiated.
+    pub fn event(&mut self, event: &Value) {
+        if self.negotiated {
+            self.send(event);
+        }
+    }
+
+    fn send(&mut self, value: &Value) {
+        if self.overrun {
+            return;
+        }
+        let text = value.to_string();
+        if self.output.len() + text.len() > MAX_OUTPUT {
+            // Half of what is waiting is of no use to it.
+            self.overrun = true;
+            self.output = Vec::new();
+            return;
+        }
+        self.output.extend_from_slice(text.as_bytes());
+        self.output.extend_from_slice(b"\r\n");
+    }
+
+    /// Whether it has left so much unread that it is given up.
+    #[must_use]
+    pub fn is_overrun(&self) -> bool {
+        self.overrun
+    }
+
+    /// Whether something that has come was not looked at yet.
+    #[must_use]
+    pub fn has_input(&self) -> bool {
+        self.taken < self.input.len()
+    }
+
+    /// Whether requests may be taken out: not while too many replies wait to be sent.
+    #[must_use]
+    pub fn takes_requests(&self) -> bool {
+        self.output.len() < MAX_REPLIES
+    }
+
+    /// What is to be sent.
+    #[must_use]
+    pub fn output(&self) -> &[u8] {
+        &self.output
+    }
+
+    /// That much of the output was sent.
+    pub fn sent(&mut self, bytes: usize) {
+        self.output.drain(..bytes);
+        if self.output.is_empty() && self.output.capacity() > MAX_REPLIES {
+            self.output = Vec::new();
+        }
+    }
+}
+
+/// The command that `message` asks for; else the id to answer with, and the mistake.
+fn request_of(message: Value) -> Result<Request, (Option<Value>, QmpError)> {
+    let Value::Object(mut members) = message else {
+        return Err((None, QmpError::generic("QMP input must be a JSON object")));
+    };
+    let id = members.remove("id");
+    let (mut name, mut arguments) = (None, Arguments::new());
+    for (member, value) in members {
+        let wrong = match (member.as_str(), value) {
+            ("execute", Value::String(command)) => {
+                name = Some(command);
+                continue;
+            }
+            ("arguments", Value::Object(given)) => {
+                arguments = given;
+                continue;
+            }
+            ("execute", _) => "QMP input member 'execute' must be a string".to_owned(),
+            ("arguments", _) => "QMP input member 'arguments' must be an object".to_owned(),
+            (member, _) => format!("QMP input member '{member}' is unexpected"),
+        };
+        return Err((id, QmpError::generic(wrong)));
+    }
+    match name {
+        Some(name) => Ok(Request { name, arguments, id }),
+        None => Err((id, QmpError::generic("QMP input lacks member 'execute'"))),
+    }
+}
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;
