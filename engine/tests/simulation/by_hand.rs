@@ -4,11 +4,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::copier::plan::Checkpoint;
+use engine::copier::plan::{Checkpoint, Plan};
 use engine::copier::{Copier, Ending, Event};
 use engine::copy::ErrorPolicy;
 use engine::interval_set::IntervalSet;
-use engine::job::Status;
+use engine::job::{Status, TargetHolds};
 use engine::ring::sim::{DiskTraits, FaultPlan};
 use engine::ring::{Arena, BufferRange, Completion, Extent, Op, Output, Token, ZeroMethod};
 use engine::units::{ByteRange, Timestamp};
@@ -40,7 +40,8 @@ impl ByHand {
         let set = Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap());
         let arena =
             Arena::new(usize::try_from(u64::from(scenario.slots) * scenario.cluster).unwrap()).unwrap();
-        let copier = Copier::new(scenario.plan(blank()), set);
+        let target_before = scenario.target_before(&scenario.world());
+        let copier = Copier::new(Plan { target_before, ..scenario.plan(blank()) }, set);
         let mut new =
             Self { copier, arena, now: Timestamp::default(), waiting: Vec::new(), hole, events: Vec::new() };
         new.poll();
@@ -235,4 +236,40 @@ fn a_pause_takes_hold_although_the_resume_before_it_went_unseen() {
     job.resume().unwrap();
     driver.run().unwrap();
     assert!(matches!(job.wait().outcome, engine::job::Outcome::Complete));
+}
+
+/// What was written and taken back after a failed flush, and cannot be read any more then, is on the target or is not: nobody knows.
+#[test]
+fn of_what_was_written_and_taken_back_nobody_knows_what_the_target_holds() {
+    let scenario = Scenario {
+        length: 12 * CLUSTER,
+        map: true,
+        zero_detect: false,
+        source_policy: ErrorPolicy::Ignore,
+        target_policy: ErrorPolicy::Ignore,
+        checkpoint_bytes: 6 * CLUSTER,
+        ..Scenario::plain(31)
+    };
+    for (written, holds) in [(true, TargetHolds::Unknown), (false, TargetHolds::Zeros)] {
+        let mut copy = ByHand::new(&scenario, false);
+        let is_flush = |op: &Op| matches!(op, Op::Flush { .. });
+        let is_read = |op: &Op| matches!(op, Op::Read { .. });
+        while written && copy.count(is_flush) == 0 {
+            copy.answer(|_| true, Ok(()));
+        }
+        if written {
+            copy.answer(is_flush, Err(Errno::EIO));
+        }
+        while !copy.copier.is_finished() {
+            copy.now = copy.now.after(Duration::from_secs(1));
+            copy.poll();
+            for (pick, result) in [(true, Err(Errno::EIO)), (false, Ok(()))] {
+                if copy.count(|op| is_read(op) == pick) > 0 {
+                    copy.answer(|op| is_read(op) == pick, result);
+                }
+            }
+        }
+        let skipped = copy.copier.skipped_ranges();
+        assert!(!skipped.is_empty() && skipped.iter().all(|skipped| skipped.target == holds), "{skipped:?}");
+    }
 }

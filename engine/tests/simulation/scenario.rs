@@ -268,7 +268,7 @@ impl Scenario {
             target_is_zero: self.target_is_zero && map.blank_is_zero,
             allocate_ahead: self.target_is_zero,
             target_shows_holes: self.target_is_zero && !self.opaque,
-            target_before: TargetHolds::Unknown,
+            target_before: TargetHolds::Unknown, // See `run`.
             slots: self.slots,
             max_run: self.max_run,
             on_source_error: self.source_policy,
