@@ -308,7 +308,7 @@ impl Job {
         let target = world.disk(self.target);
         // A cluster without data takes no space, but for what is left of the last one.
         let size = usize::try_from(self.spec.cluster).unwrap();
-        let whole = (t0.len() / BLOCK as usize) as u64;
+        let whole = t0.len() as u64 / BLOCK;
         let idle = |block: &u64| {
             let at = usize::try_from(block * BLOCK).unwrap() / size * size;
             let zero = t0[at..t0.len().min(at + size)].iter().all(|&byte| byte == 0);
