@@ -125,6 +125,7 @@ mod tests {
             elapsed: Duration::ZERO,
             engine: "threads",
             resumable,
+            guests: None,
             notices: Vec::new(),
         }
     }

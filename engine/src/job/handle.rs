@@ -166,6 +166,7 @@ impl Shared {
             verified: false,
             engine,
             resumable: false,
+            guests: None,
             notices: Vec::new(),
         };
         finish(&mut result);

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::Error;
+use crate::live::GuestLatencies;
 use crate::units::ByteRange;
 
 /// A range that was left out of the copy after its retries (policy `ignore`).
@@ -61,6 +62,8 @@ pub struct JobResult {
     pub engine: &'static str,
     /// Whether a later run can go on from the map file.
     pub resumable: bool,
+    /// What the guests of the disk felt; `None` where the engine carries no requests of guests.
+    pub guests: Option<Box<GuestLatencies>>,
     /// Things worth telling a person that are no errors (a source that changed meanwhile, direct I/O refused, …).
     pub notices: Vec<String>,
 }

@@ -176,6 +176,7 @@ impl Runner {
             elapsed: now.since(self.started),
             engine,
             resumable: self.copier.is_resumable(),
+            guests: None,
             notices: std::mem::take(&mut self.notices),
         };
         if let Some(at_end) = self.at_end.take() {

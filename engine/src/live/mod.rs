@@ -34,7 +34,7 @@
 //! | `controller` | How much of the sweep is in flight. |
 //! | `command`, `ask`, `memory` | What other threads ask for, how they get answers, who has which part of the arena. |
 //! | `engine`, `disk`, `backup` | The handles. |
-//! | `latency` | What guests felt. |
+//! | `latency`, `felt` | What guests felt. |
 
 mod admission;
 mod ask;
@@ -44,6 +44,7 @@ mod command;
 mod controller;
 mod disk;
 mod engine;
+mod felt;
 mod gate;
 mod groups;
 mod host;
@@ -70,7 +71,7 @@ pub use self::command::GroupFailure;
 pub use self::controller::SweepDepth;
 pub use self::disk::{BeginWrite, Io, LiveDisk, read};
 pub use self::engine::{DiskOptions, Engine, EngineOptions};
-pub use self::latency::Latencies;
+pub use self::latency::{GuestLatencies, Latencies};
 // Not for embedders: for the engine's own benches and model checks, which are crates of their own.
 #[doc(hidden)]
 pub use self::{
