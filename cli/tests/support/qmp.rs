@@ -49,6 +49,16 @@ impl Qmp {
         }
     }
 
+    /// The next message, one that was kept for later first.
+    pub(crate) fn pending_or_receive(&mut self) -> Option<Value> {
+        self.events.pop_front().or_else(|| self.receive())
+    }
+
+    /// Close the connection.
+    pub(crate) fn hang_up(&mut self) {
+        self.stream.shutdown(std::net::Shutdown::Both).expect("shut");
+    }
+
     pub(crate) fn send(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).expect("sent");
     }

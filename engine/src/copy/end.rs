@@ -133,6 +133,7 @@ mod tests {
             engine: "threads",
             resumable,
             resumable_bytes: 0,
+            guests: None,
             notices: Vec::new(),
         }
     }

@@ -179,6 +179,7 @@ impl Shared {
             engine,
             resumable: false,
             resumable_bytes: 0,
+            guests: None,
             notices: self.notices(),
         };
         finish(&mut result);

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::Error;
+use crate::live::GuestLatencies;
 use crate::units::ByteRange;
 
 /// A range that was left out of the copy after its retries (policy `ignore`).
@@ -76,6 +77,8 @@ pub struct JobResult {
     pub resumable: bool,
     /// Bytes that the map file calls done, from which a later run goes on; 0 unless it is resumable.
     pub resumable_bytes: u64,
+    /// What the guests of the disk felt; `None` where the engine carries no requests of guests.
+    pub guests: Option<Box<GuestLatencies>>,
     /// Things worth telling a person that are no errors (a source that changed meanwhile, direct I/O refused, …).
     pub notices: Vec<String>,
 }

@@ -175,6 +175,7 @@ impl Runner {
             engine,
             resumable: self.copier.is_resumable(),
             resumable_bytes: self.copier.mapped_bytes(),
+            guests: None,
             notices: self.shared.notices(),
         };
         if let Some(at_end) = self.at_end.take() {

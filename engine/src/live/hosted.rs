@@ -9,6 +9,7 @@ use super::admission::Permit;
 use super::ask::Answer;
 use super::carrier::{Carrier, CarrierLimits, CarrierPlan, IoId, IoOutcome, IoRequest};
 use super::disk::DiskShared;
+use super::felt::Felt;
 use super::exports::ServedIo;
 use crate::copier::plan::Side;
 use crate::error::{Error, ErrorKind, Operation};
@@ -40,7 +41,10 @@ pub(super) struct HostedDisk {
     pub(super) side: Side,
     pub(super) carrier: Carrier<Permit>,
     pub(super) memory: BufferRange,
-    askers: BTreeMap<IoId, IoAsker>,
+    /// With the moment at which each request came.
+    askers: BTreeMap<IoId, (IoAsker, Timestamp)>,
+    /// What its guests felt of late.
+    pub(super) felt: Felt,
     queue: VecDeque<Queued>,
     next_io: u64,
     /// Its last handle is gone: it goes when nothing is left to do.
@@ -67,6 +71,7 @@ impl HostedDisk {
             carrier: Carrier::new(plan),
             memory,
             askers: BTreeMap::new(),
+            felt: Felt::default(),
             queue: VecDeque::new(),
             next_io: 0,
             closing: false,
@@ -103,18 +108,22 @@ impl HostedDisk {
             let Some(Queued { request, asker, since }) = self.queue.pop_front() else { break };
             let id = IoId(self.next_io);
             self.next_io += 1;
-            self.askers.insert(id, asker);
+            self.askers.insert(id, (asker, since));
             self.carrier.submit(id, request, since);
             fed = true;
         }
         fed
     }
 
-    /// What has ended since the last call, and who waits for it.
-    pub(super) fn take_outcomes(&mut self) -> impl Iterator<Item = (IoAsker, IoOutcome)> {
+    /// What has ended since the last call: who waits for it, and since when.
+    pub(super) fn take_outcomes(&mut self) -> Vec<(IoAsker, Timestamp, IoOutcome)> {
         let askers = &mut self.askers;
         let outcomes = self.carrier.take_outcomes().into_iter();
-        outcomes.map(|(id, outcome)| (askers.remove(&id).expect("every request has its asker"), outcome))
+        let with_asker = |(id, outcome)| {
+            let (asker, since) = askers.remove(&id).expect("every request has its asker");
+            (asker, since, outcome)
+        };
+        outcomes.map(with_asker).collect()
     }
 
     /// Drop every request: the ring thread is going. Whoever waits is answered by that.

@@ -24,6 +24,15 @@ pub struct Latencies {
     longest: Duration,
 }
 
+/// What the guests of a disk felt before a job and during it: the latencies of requests that the engine carried.
+#[derive(Clone, Debug, Default)]
+pub struct GuestLatencies {
+    /// In the last 30 to 60 seconds before it.
+    pub before: Latencies,
+    /// From its t0 to its end.
+    pub during: Latencies,
+}
+
 impl Default for Latencies {
     fn default() -> Self {
         Self { counts: vec![0; BUCKETS], count: 0, sum: 0, longest: Duration::ZERO }

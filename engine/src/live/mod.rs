@@ -35,7 +35,7 @@
 //! | `command`, `ask`, `memory` | What other threads ask for, how they get answers, who has which part of the arena. |
 //! | `exports` | Disks and snapshots served over NBD. |
 //! | `engine`, `disk`, `backup` | The handles. |
-//! | `latency` | What guests felt. |
+//! | `latency`, `felt` | What guests felt. |
 
 mod admission;
 mod ask;
@@ -46,6 +46,7 @@ mod controller;
 mod disk;
 mod engine;
 mod exports;
+mod felt;
 mod gate;
 mod groups;
 mod host;
@@ -74,7 +75,7 @@ pub use self::controller::SweepDepth;
 pub use self::disk::{BeginWrite, Io, LiveDisk, read};
 pub use self::engine::{DiskOptions, Engine, EngineOptions};
 pub use self::exports::{Export, ExportOptions, ExportSource, NbdListener, NbdOptions, NbdServer, Removal};
-pub use self::latency::Latencies;
+pub use self::latency::{GuestLatencies, Latencies};
 // Not for embedders: for the engine's own benches and model checks, which are crates of their own.
 #[doc(hidden)]
 pub use self::{

@@ -30,6 +30,7 @@ use super::exports::{Backend, Hub};
 use super::host::{Host, ask_job};
 use super::hosted::{HostedDisk, IoAsker};
 use super::jobs::{JobId, Watch};
+use super::latency::GuestLatencies;
 use super::memory::Memory;
 #[cfg(feature = "sim")]
 use super::planted::Planted;
@@ -58,6 +59,8 @@ pub(super) struct Job {
     pub(super) watch: Arc<Watch>,
     pub(super) controller: Controller,
     pub(super) attached: bool,
+    /// What guests felt before it and during it.
+    pub(super) guests: Box<GuestLatencies>,
     pub(super) group: u64,
     pub(super) on_failure: GroupFailure,
     pub(super) asks: BTreeMap<CbwId, Asker>,
@@ -341,7 +344,7 @@ impl<R: Ring> Reactor<R> {
     fn poll_some_disks(&mut self, part: (Bound<DiskId>, Bound<DiskId>), now: Timestamp) -> bool {
         let mut more = false;
         let of_jobs: usize = self.jobs.iter().map(|(_, job)| job.in_flight).sum();
-        for (&id, disk) in self.disks.range_mut(part) {
+        for (&id_of_disk, disk) in self.disks.range_mut(part) {
             let in_flight = self.ring.in_flight();
             let room = room_of(self.ring.capacity(), in_flight, in_flight - of_jobs);
             let mut host = Host {
@@ -352,10 +355,15 @@ impl<R: Ring> Reactor<R> {
             };
             more |= disk.carrier.poll(now, room, self.ring.arena_mut(), &mut host, &mut self.ops);
             for (token, op) in self.ops.drain(..) {
-                self.ring.push(token_of(Owner::Disk(id), token), op);
+                self.ring.push(token_of(Owner::Disk(id_of_disk), token), op);
             }
-            for (asker, outcome) in disk.take_outcomes() {
+            for (asker, since, outcome) in disk.take_outcomes() {
                 tell(asker, outcome, &mut self.exports);
+                let latency = now.since(since);
+                disk.felt.record(latency, now);
+                for (_, job) in self.jobs.iter_mut().filter(|(_, job)| job.disk == id_of_disk) {
+                    job.guests.during.record(latency);
+                }
             }
             more |= disk.feed();
         }
@@ -425,8 +433,12 @@ impl<R: Ring> Reactor<R> {
             .collect();
         for index in over {
             let engine = self.ring.name();
-            let Some(result) = self.jobs[index].runner.conclusion(now, engine) else { continue };
+            let Some(mut result) = self.jobs[index].runner.conclusion(now, engine) else { continue };
             let job = self.jobs.remove(index);
+            if let Some(disk) = self.disks.get_mut(&job.disk) {
+                disk.felt.forget(now);
+            }
+            result.guests = Some(job.guests);
             for file in [Some(job.target), job.fleece].into_iter().flatten() {
                 self.ring.remove_file(file);
             }
@@ -484,8 +496,10 @@ impl<R: Ring> Reactor<R> {
     }
 
     /// A job that was attached to its disk gets its place.
-    pub(super) fn put_job(&mut self, job: NewlyMade) {
+    pub(super) fn put_job(&mut self, job: NewlyMade, now: Timestamp) {
         let NewlyMade { disk, runner, controller, target, fleece, memory, watch, group, on_failure } = job;
+        let before = self.disks.get_mut(&disk).expect("it was found at the start").felt.recent(now);
+        let guests = Box::new(GuestLatencies { before, ..GuestLatencies::default() });
         let entry = Job {
             disk,
             runner,
@@ -495,6 +509,7 @@ impl<R: Ring> Reactor<R> {
             watch,
             controller,
             attached: true,
+            guests,
             group,
             on_failure,
             asks: BTreeMap::new(),

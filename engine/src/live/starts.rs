@@ -171,7 +171,7 @@ impl<R: Ring> Reactor<R> {
             }
             job.runner.start(now);
             self.disks[&job.disk].shared.jobs().attach(watch);
-            self.put_job(job);
+            self.put_job(job, now);
         }
         self.barrier_lowered(&disks);
         tracing::debug!("t0");

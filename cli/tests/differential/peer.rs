@@ -1,0 +1,271 @@
+//! The two daemons behind one face, and what they said in a form that can be compared.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Map, Value, json};
+use tempfile::TempDir;
+
+use crate::support::qmp::{Daemon, Qmp};
+use crate::support::{PATIENCE, Running, directory, has, heeding};
+
+/// Length of the disks, unless a script wants another.
+pub(crate) const LENGTH: usize = 4 << 20;
+
+/// Which daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Which {
+    Qemu,
+    Ours,
+}
+
+/// A daemon with disks `s` (full of data), `t` and `u` (full of sevens) of one length and `small` of another, and what it has said so far.
+pub(crate) struct Peer {
+    pub(crate) which: Which,
+    pub(crate) there: TempDir,
+    running: Option<Running>,
+    pub(crate) qmp: Qmp,
+    replies: Vec<Value>,
+    /// For each job, in order.
+    events: BTreeMap<String, Vec<Value>>,
+}
+
+/// What a script made a daemon say and do.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Transcript {
+    replies: Vec<Value>,
+    events: BTreeMap<String, Vec<Value>>,
+    images: BTreeMap<String, Vec<u8>>,
+}
+
+/// Run `script` against both daemons; they must tell the same.
+#[track_caller]
+pub(crate) fn compare(script: impl Fn(&mut Peer)) {
+    compare_with(LENGTH, script);
+}
+
+/// The same with disks of another length.
+#[track_caller]
+pub(crate) fn compare_with(length: usize, script: impl Fn(&mut Peer)) {
+    if !has("qemu-storage-daemon") {
+        return;
+    }
+    let [theirs, ours] = [Which::Qemu, Which::Ours].map(|which| {
+        let mut peer = Peer::start(which, length);
+        script(&mut peer);
+        peer.end(length)
+    });
+    assert_eq!(ours.replies, theirs.replies, "left is ours");
+    assert_eq!(ours.events, theirs.events, "left is ours");
+    for (name, image) in &ours.images {
+        assert!(*image == theirs.images[name], "{name} differs");
+    }
+}
+
+impl Peer {
+    /// A daemon with its disks.
+    pub(crate) fn start(which: Which, length: usize) -> Self {
+        let there = directory();
+        let (running, qmp) = match which {
+            Which::Ours => {
+                let daemon = Daemon::start(there.path(), &[]);
+                let client = daemon.client();
+                (daemon.running, client)
+            }
+            Which::Qemu => start_qemu(there.path()),
+        };
+        let events = BTreeMap::new();
+        let mut peer = Self { which, there, running: Some(running), qmp, replies: Vec::new(), events };
+        let data: Vec<u8> = (0..length).map(|at| u8::try_from(at % 251).expect("small") | 1).collect();
+        for (name, contents) in
+            [("s", data), ("t", vec![7; length]), ("u", vec![7; length]), ("small", vec![7; 64 << 10])]
+        {
+            std::fs::write(peer.path(name), contents).expect("written");
+            peer.add(name, json!({}));
+        }
+        peer.replies.clear();
+        peer
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.there.path().join(name)
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.running.as_ref().expect("it runs").id()
+    }
+
+    /// Add a raw node over the file of that name.
+    pub(crate) fn add(&mut self, name: &str, more: Value) -> Value {
+        let file = json!({ "driver": "file", "filename": self.path(name).display().to_string() });
+        let mut node = json!({ "driver": "raw", "node-name": name, "file": file });
+        extend(&mut node, more);
+        self.say("blockdev-add", node)
+    }
+
+    /// Have a command carried out; the reply is noted.
+    pub(crate) fn say(&mut self, command: &str, arguments: Value) -> Value {
+        let reply = self.qmp.execute(command, arguments);
+        let mut noted = normal(reply.clone());
+        // What stands there is another directory for each.
+        replace(&mut noted, &self.there.path().display().to_string());
+        self.replies.push(json!({ command: noted }));
+        reply
+    }
+
+    /// `blockdev-backup` of `s`.
+    pub(crate) fn backup(&mut self, id: &str, target: &str, more: Value) -> Value {
+        self.say("blockdev-backup", backup(id, target, more))
+    }
+
+    /// Wait for an event of a job: a state that it enters, or the name of another event.
+    #[track_caller]
+    pub(crate) fn until(&mut self, job: &str, wanted: &str) {
+        while !self.has(job, wanted) {
+            let event = self.qmp.event();
+            self.note(&event);
+        }
+    }
+
+    fn has(&self, job: &str, wanted: &str) -> bool {
+        let told = self.events.get(job).map(Vec::as_slice).unwrap_or_default();
+        told.iter().any(|event| event["event"] == wanted || event["data"]["status"] == wanted)
+    }
+
+    fn note(&mut self, event: &Value) {
+        let data = &event["data"];
+        let job = data["device"].as_str().or_else(|| data["id"].as_str()).expect("whose").to_owned();
+        let told = self.events.entry(job).or_default();
+        let event = normal_event(event);
+        let status = event["data"]["status"].as_str();
+        // A graph that changes pauses jobs; only the first time that it runs is the same.
+        let drained = status == Some("paused") || status == Some("running") && told.iter().any(|e| e["data"]["status"] == "running");
+        // Several workers meet the same error.
+        let repeated = event["event"] == "BLOCK_JOB_ERROR" && told.last() == Some(&event);
+        if !drained && !repeated {
+            told.push(event);
+        }
+    }
+
+    /// The reply to a query without anything that depends on the moment, once `fits` likes it.
+    #[track_caller]
+    pub(crate) fn await_reply(&mut self, command: &str, fits: impl Fn(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let reply = self.qmp.ok(command, json!({}));
+            if fits(&reply) {
+                return reply;
+            }
+            assert!(Instant::now() < deadline, "{command}: {reply}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// End it, if the script has not; what it said, and what its images hold.
+    fn end(mut self, length: usize) -> Transcript {
+        let running = self.running.take().expect("it runs");
+        if !self.replies.iter().any(|reply| reply.get("quit").is_some()) {
+            self.qmp.send(br#"{"execute":"quit"}"#);
+        }
+        while let Some(message) = self.qmp.pending_or_receive() {
+            if message.get("event").is_some() {
+                self.note(&message);
+            }
+        }
+        assert_eq!(running.end().0, 0, "{:?}", self.which);
+        let image = |name: &str| {
+            let mut bytes = std::fs::read(self.path(name)).expect("read");
+            // QEMU makes a last sector whole.
+            assert!(bytes.len() <= length.next_multiple_of(512).max(64 << 10), "{name}");
+            bytes.resize(length.next_multiple_of(512).max(bytes.len()), 0);
+            (name.to_owned(), bytes)
+        };
+        let images = ["s", "t", "u", "small"].map(image).into();
+        Transcript { replies: self.replies, events: self.events, images }
+    }
+}
+
+/// The arguments of a backup of `s`.
+pub(crate) fn backup(id: &str, target: &str, more: Value) -> Value {
+    let mut arguments = json!({ "job-id": id, "device": "s", "target": target, "sync": "full" });
+    extend(&mut arguments, more);
+    arguments
+}
+
+/// An action of a transaction.
+pub(crate) fn action(id: &str, target: &str, more: Value) -> Value {
+    json!({ "type": "blockdev-backup", "data": backup(id, target, more) })
+}
+
+fn extend(object: &mut Value, more: Value) {
+    if let (Value::Object(object), Value::Object(more)) = (object, more) {
+        object.extend(more);
+    }
+}
+
+fn start_qemu(there: &Path) -> (Running, Qmp) {
+    let socket = there.join("qmp.sock");
+    let chardev = format!("socket,id=qmp,path={},server=on,wait=off", socket.display());
+    // A write beyond a limit is to fail, not to kill.
+    let script = format!("trap '' XFSZ; exec qemu-storage-daemon --chardev {chardev} --monitor chardev=qmp");
+    let mut command: Command = heeding("sh");
+    command.args(["-c", &script]).current_dir(there).stdin(Stdio::null());
+    let running = Running::start(&mut command);
+    let client = Qmp::connect(&socket);
+    (running, client)
+}
+
+/// A reply without what is different on purpose, or by the moment.
+pub(crate) fn normal(mut value: Value) -> Value {
+    strip(&mut value);
+    value
+}
+
+fn strip(value: &mut Value) {
+    match value {
+        Value::Array(values) => values.iter_mut().for_each(strip),
+        Value::Object(members) => {
+            members.retain(|name, _| !name.starts_with("x-") && name != "busy" && name != "timestamp");
+            strip_progress(members);
+            members.values_mut().for_each(strip);
+        }
+        _ => {}
+    }
+}
+
+/// How far a job is that is at work, or was stopped, depends on the moment.
+fn strip_progress(members: &mut Map<String, Value>) {
+    let stopped = members.get("error").is_some_and(Value::is_string);
+    let at_work = matches!(members.get("status").and_then(Value::as_str), Some("running" | "paused"));
+    if at_work || stopped {
+        members.remove("offset");
+        members.remove("current-progress");
+    }
+    if at_work {
+        // It may have been paused for a moment.
+        members.remove("status");
+    }
+}
+
+fn normal_event(event: &Value) -> Value {
+    let mut event = normal(event.clone());
+    let name = event["event"].as_str().unwrap_or_default().to_owned();
+    if let Some(data) = event["data"].as_object_mut()
+        && name == "BLOCK_JOB_CANCELLED"
+        && data.get("offset") != data.get("len")
+    {
+        data.remove("offset");
+    }
+    event
+}
+
+fn replace(value: &mut Value, directory: &str) {
+    match value {
+        Value::String(text) => *text = text.replace(directory, "THERE"),
+        Value::Array(values) => values.iter_mut().for_each(|value| replace(value, directory)),
+        Value::Object(members) => members.values_mut().for_each(|value| replace(value, directory)),
+        _ => {}
+    }
+}
