@@ -39,7 +39,7 @@ pub(crate) fn run(args: &BackupArgs, logging: bool) -> u8 {
     let signalled = match Signalled::install() {
         Ok(signalled) => signalled,
         Err(error) => {
-            out::say(format_args!("cannot take signals: {error}"));
+            out::say(format_args!("cannot take signals: {}", crate::out::reason(&error)));
             return FAILED;
         }
     };
@@ -216,18 +216,22 @@ struct Target {
 impl Target {
     fn prepare(text: &str, length: u64, force: bool) -> Result<Self, ClientError> {
         // The daemon may be in another directory.
-        let path = std::path::absolute(text).map_err(|error| refused(format!("{text}: {error}")))?;
-        let failed = |what: &str, error: std::io::Error| refused(format!("cannot {what} {text}: {error}"));
+        let path = std::path::absolute(text)
+            .map_err(|error| refused(format!("{text}: {}", crate::out::reason(&error))))?;
+        let failed = |what: &str, error: std::io::Error| {
+            refused(format!("cannot {what} {text}: {}", crate::out::reason(&error)))
+        };
         match fs::metadata(&path) {
             Ok(found) if found.file_type().is_block_device() => {
                 Ok(Self { path, is_device: true, is_new: false })
             }
             Ok(found) if !found.is_file() => Err(refused(format!("{text} is no file and no block device"))),
-            Ok(_) if !force => {
-                Err(refused(format!("{text} exists already; overwrite it with --force, or choose another name")))
-            }
+            Ok(_) if !force => Err(refused(format!(
+                "{text} exists already; overwrite it with --force, or choose another name"
+            ))),
             Ok(_) => {
-                let resized = OpenOptions::new().write(true).open(&path).and_then(|file| file.set_len(length));
+                let resized =
+                    OpenOptions::new().write(true).open(&path).and_then(|file| file.set_len(length));
                 resized.map_err(|error| failed("resize", error))?;
                 Ok(Self { path, is_device: false, is_new: false })
             }
@@ -244,7 +248,11 @@ impl Target {
         if self.is_new {
             match fs::remove_file(&self.path) {
                 Ok(()) => out::say(format_args!("{} was removed", self.path.display())),
-                Err(error) => out::say(format_args!("cannot remove {}: {error}", self.path.display())),
+                Err(error) => out::say(format_args!(
+                    "cannot remove {}: {}",
+                    self.path.display(),
+                    crate::out::reason(&error)
+                )),
             }
         }
     }

@@ -57,7 +57,11 @@ impl Client {
                 ErrorKind::NotFound | ErrorKind::ConnectionRefused => "; is engine-cli daemon running?",
                 _ => "",
             };
-            ClientError::Lost(format!("cannot connect to {}: {error}{advice}", path.display()))
+            ClientError::Lost(format!(
+                "cannot connect to {}: {}{advice}",
+                path.display(),
+                crate::out::reason(&error)
+            ))
         })?;
         let mut client =
             Self { stream, reader: Reader::new(), received: Vec::new(), events: VecDeque::new() };
@@ -141,7 +145,7 @@ impl Client {
 }
 
 fn gone(error: &std::io::Error) -> ClientError {
-    ClientError::Lost(format!("the connection to the daemon is lost: {error}"))
+    ClientError::Lost(format!("the connection to the daemon is lost: {}", crate::out::reason(error)))
 }
 
 fn nonsense(error: &SyntaxError) -> ClientError {

@@ -53,7 +53,7 @@ impl Exports for EngineExports {
         if let Some(server) = self.server.take()
             && let Err(error) = server.stop()
         {
-            crate::out::say(&error.to_string());
+            crate::out::complain(&error);
         }
     }
 }

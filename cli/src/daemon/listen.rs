@@ -120,7 +120,8 @@ pub(crate) fn listen(endpoint: &Endpoint) -> Result<(Listener, Option<SocketFile
 /// # Errors
 /// Why not, in one line.
 pub(crate) fn listen_unix(path: &Path) -> Result<(UnixListener, SocketFile), String> {
-    let failed = |error: io::Error| format!("cannot listen on {}: {error}", path.display());
+    let failed =
+        |error: io::Error| format!("cannot listen on {}: {}", path.display(), crate::out::reason(&error));
     let listener = match bind_unix(path) {
         Err(error) if error.kind() == ErrorKind::AddrInUse => {
             remove_left_over(path)?;
@@ -143,15 +144,23 @@ fn bind_unix(path: &Path) -> io::Result<UnixListener> {
 /// Remove a socket on which nobody answers.
 fn remove_left_over(path: &Path) -> Result<(), String> {
     let shown = path.display();
-    let found = std::fs::symlink_metadata(path).map_err(|error| format!("cannot look at {shown}: {error}"))?;
+    let found = std::fs::symlink_metadata(path)
+        .map_err(|error| format!("cannot look at {shown}: {}", crate::out::reason(&error)))?;
     if !found.file_type().is_socket() {
         return Err(format!("cannot listen on {shown}: something other than a socket stands there"));
     }
     match UnixStream::connect(path) {
-        Err(error) if error.kind() == ErrorKind::ConnectionRefused => std::fs::remove_file(path)
-            .map_err(|error| format!("cannot remove {shown}, on which nobody answers: {error}")),
-        Err(error) => Err(format!("cannot tell whether somebody answers on {shown}: {error}")),
-        Ok(_) => Err(format!("cannot listen on {shown}: another program does; stop it, or choose another path")),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path).map_err(|error| {
+                format!("cannot remove {shown}, on which nobody answers: {}", crate::out::reason(&error))
+            })
+        }
+        Err(error) => {
+            Err(format!("cannot tell whether somebody answers on {shown}: {}", crate::out::reason(&error)))
+        }
+        Ok(_) => {
+            Err(format!("cannot listen on {shown}: another program does; stop it, or choose another path"))
+        }
     }
 }
 
@@ -161,10 +170,15 @@ fn listen_tcp(host: &str, port: u16) -> Result<TcpListener, String> {
         Ok(address) => vec![(address, port).into()],
         Err(_) => {
             let found = (host, port).to_socket_addrs();
-            found.map_err(|error| format!("address resolution failed for {host}:{port}: {error}"))?.collect()
+            found
+                .map_err(|error| {
+                    format!("address resolution failed for {host}:{port}: {}", crate::out::reason(&error))
+                })?
+                .collect()
         }
     };
-    TcpListener::bind(&addresses[..]).map_err(|error| format!("cannot listen on {shown}: {error}"))
+    TcpListener::bind(&addresses[..])
+        .map_err(|error| format!("cannot listen on {shown}: {}", crate::out::reason(&error)))
 }
 
 /// The first descriptor that a service manager hands over.
@@ -206,7 +220,8 @@ fn activated_count(variable: impl Fn(&str) -> Option<String>, own: u32) -> Resul
     let (Some(process), Some(count)) = (variable("LISTEN_PID"), variable("LISTEN_FDS")) else {
         return Ok(None);
     };
-    let process: u32 = process.parse().map_err(|_| format!("LISTEN_PID is '{process}', which is no number"))?;
+    let process: u32 =
+        process.parse().map_err(|_| format!("LISTEN_PID is '{process}', which is no number"))?;
     if process != own {
         // For another process, from which they were inherited.
         return Ok(None);

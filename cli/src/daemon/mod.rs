@@ -89,17 +89,22 @@ pub(crate) fn run(args: &DaemonArgs) -> u8 {
 fn serve(args: &DaemonArgs) -> Result<(), NotStarted> {
     // First of all: what is handed over has a number that others might take.
     let handed_over = activated()?;
-    let signals = Signals::install().map_err(|error| format!("cannot take signals: {error}"))?;
+    let signals =
+        Signals::install().map_err(|error| format!("cannot take signals: {}", crate::out::reason(&error)))?;
     let nbd = match (&args.nbd, handed_over) {
         (Some(endpoint), None) => Some(listen(endpoint)?),
         (None, Some(listener)) => Some((listener, None)),
         (None, None) => None,
         (Some(endpoint), Some(_)) => {
-            return Err(format!("{endpoint} and a socket that was handed over (LISTEN_FDS): choose one").into());
+            return Err(
+                format!("{endpoint} and a socket that was handed over (LISTEN_FDS): choose one").into()
+            );
         }
     };
     if args.qmp.is_none() && nbd.is_none() {
-        return Err("there is no way in: give --qmp unix:PATH, --nbd, or a socket (LISTEN_FDS)".to_owned().into());
+        return Err("there is no way in: give --qmp unix:PATH, --nbd, or a socket (LISTEN_FDS)"
+            .to_owned()
+            .into());
     }
     let qmp = args.qmp.as_deref().map(listen_unix).transpose()?;
     let clients = args.max_connections as usize;
@@ -110,15 +115,19 @@ fn serve(args: &DaemonArgs) -> Result<(), NotStarted> {
         out::say(notice);
     }
     let exports = Box::new(EngineExports::new(engine.clone()));
-    let mut control = Control::new(engine, exports).map_err(|error| format!("cannot begin: {error}"))?;
+    let mut control = Control::new(engine, exports)
+        .map_err(|error| format!("cannot begin: {}", crate::out::reason(&error)))?;
     set_up(args, &mut control, nbd)?;
     let listener = qmp.as_ref().map(|(listener, _)| listener);
-    let mut monitors = Monitors::new(listener, &signals).map_err(|error| format!("cannot listen: {error}"))?;
+    let mut monitors = Monitors::new(listener, &signals)
+        .map_err(|error| format!("cannot listen: {}", crate::out::reason(&error)))?;
     notify::notify(notify::READY);
     let ran = monitors.run(&mut control);
     // However it ended, jobs and exports end in good order.
     control.quit();
-    ran.map_err(|error| NotStarted::Refused(format!("the control loop has failed: {error}")))
+    ran.map_err(|error| {
+        NotStarted::Refused(format!("the control loop has failed: {}", crate::out::reason(&error)))
+    })
 }
 
 /// Raise the soft limit on open files to what so many clients need, as far as the hard one lets us.
@@ -130,7 +139,7 @@ fn allow_descriptors(clients: usize) {
     }
     let raised = needed.min(hard);
     if setrlimit(Resource::RLIMIT_NOFILE, raised, hard).is_err() || raised < needed {
-        out::say(&format!(
+        out::say(format!(
             "{clients} connections need {needed} open files, of which {raised} are allowed (RLIMIT_NOFILE); raise the limit, or lower --max-connections"
         ));
     }

@@ -117,10 +117,15 @@ impl<'a> Monitors<'a> {
             let stream = match listener.accept() {
                 Ok((stream, _)) => stream,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-                Err(error) => return out::say(format_args!("cannot accept a QMP client: {error}")),
+                Err(error) => {
+                    return out::say(format_args!(
+                        "cannot accept a QMP client: {}",
+                        crate::out::reason(&error)
+                    ));
+                }
             };
             if let Err(error) = stream.set_nonblocking(true) {
-                out::say(format_args!("cannot serve a QMP client: {error}"));
+                out::say(format_args!("cannot serve a QMP client: {}", crate::out::reason(&error)));
                 continue;
             }
             self.next += 1;

@@ -15,7 +15,11 @@ pub(super) const STOPPING: &str = "STOPPING=1";
 pub(super) fn notify(state: &str) {
     let Some(socket) = std::env::var_os("NOTIFY_SOCKET") else { return };
     if let Err(error) = send(&socket, state) {
-        crate::out::say(format_args!("cannot tell {state} on {}: {error}", socket.to_string_lossy()));
+        crate::out::say(format_args!(
+            "cannot tell {state} on {}: {}",
+            socket.to_string_lossy(),
+            crate::out::reason(&error)
+        ));
     }
 }
 

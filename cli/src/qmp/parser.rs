@@ -161,7 +161,9 @@ impl Tokens {
             return Ok(Value::Object(members));
         }
         loop {
-            let Value::String(key) = self.value()? else { return Err(wrong("key is not a string in object")) };
+            let Value::String(key) = self.value()? else {
+                return Err(wrong("key is not a string in object"));
+            };
             if self.take()? != Token::Mark(b':') {
                 return Err(wrong("missing : in object pair"));
             }

@@ -30,13 +30,10 @@ fn error(text: &str) -> Result<Value, String> {
 
 #[test]
 fn values_need_nothing_between_them() {
-    assert_eq!(at_once(r#"{"a":1}{"b":[]} [] "x"{}"#), [
-        Ok(json!({"a": 1})),
-        Ok(json!({"b": []})),
-        Ok(json!([])),
-        Ok(json!("x")),
-        Ok(json!({})),
-    ]);
+    assert_eq!(
+        at_once(r#"{"a":1}{"b":[]} [] "x"{}"#),
+        [Ok(json!({"a": 1})), Ok(json!({"b": []})), Ok(json!([])), Ok(json!("x")), Ok(json!({})),]
+    );
     // A word and a number end with what follows them.
     assert_eq!(at_once("null 12"), [Ok(Value::Null)]);
     assert_eq!(at_once("nulltrue{}"), [error("invalid keyword 'nulltrue'"), Ok(json!({}))]);
@@ -224,10 +221,11 @@ proptest! {
     #[test]
     fn what_is_accepted_is_json(bytes in almost_json()) {
         // But for single quotes, another parser agrees on what was accepted as a whole.
-        if let [Ok(value)] = &at_once(&bytes)[..] && !bytes.contains(&b'\'') {
-            if let Ok(theirs) = serde_json::from_slice::<Value>(&bytes) {
-                prop_assert_eq!(value, &theirs);
-            }
+        if let [Ok(value)] = &at_once(&bytes)[..]
+            && !bytes.contains(&b'\'')
+            && let Ok(theirs) = serde_json::from_slice::<Value>(&bytes)
+        {
+            prop_assert_eq!(value, &theirs);
         }
     }
 }

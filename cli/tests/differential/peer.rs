@@ -141,7 +141,8 @@ impl Peer {
         let event = normal_event(event);
         let status = event["data"]["status"].as_str();
         // A graph that changes pauses jobs; only the first time that it runs is the same.
-        let drained = status == Some("paused") || status == Some("running") && told.iter().any(|e| e["data"]["status"] == "running");
+        let drained = status == Some("paused")
+            || status == Some("running") && told.iter().any(|e| e["data"]["status"] == "running");
         // Several workers meet the same error.
         let repeated = event["event"] == "BLOCK_JOB_ERROR" && told.last() == Some(&event);
         if !drained && !repeated {

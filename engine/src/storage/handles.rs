@@ -222,7 +222,14 @@ mod tests {
         let pipe = || File::from(nix::unistd::pipe().unwrap().0);
         let flush = |buffered: File, direct: Option<File>, flushes_apart: bool| {
             let limits = Limits { length: Length(0), direct_alignment: None };
-            let handles = Handles { buffered, direct, kind: HandleKind::RegularFile, limits, announced: None, flushes_apart };
+            let handles = Handles {
+                buffered,
+                direct,
+                kind: HandleKind::RegularFile,
+                limits,
+                announced: None,
+                flushes_apart,
+            };
             assert_eq!(handles.flush_is_plain(), !flushes_apart);
             handles.flush()
         };

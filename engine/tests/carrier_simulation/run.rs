@@ -65,7 +65,7 @@ impl Scenario {
             drop_cache: 0,
             publish: 0,
             unsupported: if rng.bool() { rng.u16(0..200) } else { 0 },
-            };
+        };
         let at_a_time = rng.usize(1..12);
         Self {
             length: rng.u64(1..24) * 4096 + odd,

@@ -90,8 +90,7 @@ impl Scenario {
             unsupported: rate(200),
             ..Rates::default()
         };
-        let sockets =
-            SocketRates { short: rate(200), passing: rate(40), reset: rate(6), accept: rate(300) };
+        let sockets = SocketRates { short: rate(200), passing: rate(40), reset: rate(6), accept: rate(300) };
         let stripe_bytes = rng.u64(1..40) * 16_384 + [0, 1, 511, 4097][rng.usize(..4)];
         let longest = [600, 5000, 100_000, 1 << 20][rng.usize(..4)];
         let count = rng.usize(1..5);
@@ -182,11 +181,8 @@ impl<'a> Run<'a> {
         engine.set_carrier(CarrierLimits::default(), 2 << 20);
         let (disk, added) = engine.add_disk(0, Length(length), scenario.traits.direct_alignment);
         let (listener, address) = SimSocket::listen(&world);
-        let options = NbdOptions {
-            clients: scenario.most_clients,
-            memory: scenario.memory,
-            default_export: None,
-        };
+        let options =
+            NbdOptions { clients: scenario.most_clients, memory: scenario.memory, default_export: None };
         let (server, listens) = engine.listen(listener, options);
         let gone = Arc::new(AtomicU32::new(0));
         let (export, exported) = engine.export(server, "disk", &disk, None, counts(&gone));
