@@ -2,7 +2,7 @@
 //!
 //! # Model
 //! Payloads wait in memory in three places: writes on their way to the disk (*incoming*), reads and block status on their way to the
-//! peer (*outgoing*), and the window of one long reply that goes out as a whole (*stream*). Each is an [`Account`]: it has a small
+//! peer (*outgoing*), and the window of one long reply that goes out as a whole (*stream*). Each is an `Account`: it has a small
 //! reserve that nobody can take from it, and takes what is beyond that from [`SharedBytes`], which all connections of a server share, up
 //! to a limit of its own.
 //!

@@ -2,7 +2,7 @@
 //!
 //! `EXPORTS_SIM_FIRST` and `EXPORTS_SIM_SEEDS` choose the seeds.
 
-#[allow(dead_code, reason = "shared with the tests of the protocol, which use all of it")]
+#[allow(dead_code, clippy::cast_possible_truncation, reason = "shared with the tests of the protocol")]
 #[path = "../nbd_protocol/client.rs"]
 mod client;
 mod peer;

@@ -4,6 +4,8 @@
 //! illegal requests, cut anywhere, to a disk that answers in any order and is bad in places; it checks every byte that it gets, that
 //! every request has one final reply, and that memory stays within its limits. `SEEDS=10000` runs more of them, `FIRST=n` begins elsewhere.
 
+#![allow(clippy::cast_possible_truncation, reason = "lengths and offsets in these tests are small")]
+
 mod bounds;
 mod client;
 mod cuts;

@@ -164,7 +164,7 @@ impl World {
             }
         }
         self.parser.greeting().unwrap();
-        while self.parser.option_reply().unwrap().kind != REP_ACK || self.parser.rest().len() > 0 {}
+        while self.parser.option_reply().unwrap().kind != REP_ACK || !self.parser.rest().is_empty() {}
     }
 
     /// A request of any kind, most of them legal.

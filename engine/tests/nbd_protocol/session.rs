@@ -199,7 +199,9 @@ impl Session {
             let request = requests.get(&message.cookie()).expect("a reply to a request");
             self.partial.entry(message.cookie()).or_default().add(request, &message);
         }
-        let done: BTreeMap<u64, Reply> = self.partial.extract_if(.., |_, reply| reply.done).collect();
+        let all = std::mem::take(&mut self.partial).into_iter();
+        let (done, partial): (BTreeMap<u64, Reply>, _) = all.partition(|(_, reply)| reply.done);
+        self.partial = partial;
         done.keys().for_each(|cookie| drop(self.requests.remove(cookie)));
         done
     }
