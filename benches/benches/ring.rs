@@ -170,7 +170,7 @@ fn answer_by_ring<R: Ring<Socket = OwnedFd>>(ring: &mut R, socket: OwnedFd) {
             match completion.result {
                 Ok(Output::Received { buffer, bytes }) if bytes as usize == MESSAGE => {
                     ring.push(answer, Op::Send { socket, parts: vec![buffer], skip: 0 });
-                    ring.push(question, take(std::mem::replace(&mut spare, Vec::new())));
+                    ring.push(question, take(std::mem::take(&mut spare)));
                 }
                 Ok(Output::Sent { mut parts, bytes }) if bytes as usize == MESSAGE => {
                     spare = parts.pop().expect("it had one part");
