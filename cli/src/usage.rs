@@ -54,7 +54,8 @@ fn mistake(error: &clap::Error) -> String {
     };
     let mut line = match error.kind() {
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => {
-            "a command is missing: copy, compare, info, demo, daemon, backup, job, completions or man".to_owned()
+            "a command is missing: copy, compare, info, demo, daemon, backup, job, completions or man"
+                .to_owned()
         }
         ErrorKind::MissingRequiredArgument => {
             let missing = text(ContextKind::InvalidArg).unwrap_or_default();

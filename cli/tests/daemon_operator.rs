@@ -49,7 +49,8 @@ fn a_backup_is_the_disk_and_leaves_nothing_behind() {
     assert_eq!(code(&output), 2);
     assert!(stderr(&output).contains("--force"), "{}", stderr(&output));
     std::fs::write(there.path().join("copy.img"), b"old").expect("written");
-    let output = run_in(there.path(), &backup("copy.img", &["--force", "--fleece", "fleece", "--fleece-size", "4M"]));
+    let output =
+        run_in(there.path(), &backup("copy.img", &["--force", "--fleece", "fleece", "--fleece-size", "4M"]));
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     assert!(same(&there.path().join("disk.img"), &there.path().join("copy.img")));
     assert!(!there.path().join("fleece").exists());
@@ -60,11 +61,17 @@ fn what_is_refused_leaves_no_target() {
     let there = directory();
     let _daemon = with_disk(there.path());
     for (arguments, told) in [
-        ([&["backup"][..], &QMP, &["--disk", "none", "--target", "x"]].concat(), "the daemon has no disk none; it has: vda"),
+        (
+            [&["backup"][..], &QMP, &["--disk", "none", "--target", "x"]].concat(),
+            "the daemon has no disk none; it has: vda",
+        ),
         (backup("x", &["--job-id", "1"]), "Invalid job ID '1'"),
         (backup("none/x", &[]), "cannot create none/x"),
         (backup("x", &["--fleece", "disk.img"]), "disk.img"),
-        (vec!["backup", "--qmp", "unix:none", "--disk", "vda", "--target", "x"], "is engine-cli daemon running?"),
+        (
+            vec!["backup", "--qmp", "unix:none", "--disk", "vda", "--target", "x"],
+            "is engine-cli daemon running?",
+        ),
     ] {
         let output = run_in(there.path(), &arguments);
         assert_ne!(code(&output), 0, "{arguments:?}");
@@ -92,7 +99,10 @@ fn jobs_are_listed_steered_and_watched() {
     assert_eq!(code(&job("set-speed", &["nightly", "1M"])), 0);
     assert_eq!(jobs(there.path())[0]["speed"], 1 << 20);
     assert_eq!(code(&job("resume", &["nightly"])), 0);
-    let mut watching = Running::program(there.path(), &["job", "watch", "--qmp", "unix:qmp.sock", "nightly", "--progress", "json"]);
+    let mut watching = Running::program(
+        there.path(),
+        &["job", "watch", "--qmp", "unix:qmp.sock", "nightly", "--progress", "json"],
+    );
     watching.progress(|_| true);
     assert_eq!(code(&job("set-speed", &["nightly", "none"])), 0);
     let (code_of_backup, _, messages) = running.end();
@@ -140,5 +150,8 @@ fn a_daemon_that_goes_away_is_told() {
     assert!(killed);
     let (code, _, messages) = running.end();
     assert_eq!(code, 1, "{messages}");
-    assert!(messages.contains("the daemon has closed the connection") || messages.contains("lost"), "{messages}");
+    assert!(
+        messages.contains("the daemon has closed the connection") || messages.contains("lost"),
+        "{messages}"
+    );
 }

@@ -83,12 +83,15 @@ fn a_signal_cancels_jobs_with_their_events() {
             dense(&there.path().join(name), 1 << 20, seed);
             client.add_file(name, &there.path().join(name));
         }
-        let slow =
-            json!({ "job-id": "j", "device": "a", "target": "b", "sync": "full", "speed": 65536 });
+        let slow = json!({ "job-id": "j", "device": "a", "target": "b", "sync": "full", "speed": 65536 });
         client.ok("blockdev-backup", slow);
         daemon.running.signal(signal);
         let told = client.until("j", "null");
-        assert_eq!(told[told.len() - 4..], ["aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"], "{signal}");
+        assert_eq!(
+            told[told.len() - 4..],
+            ["aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"],
+            "{signal}"
+        );
         assert!(client.receive().is_none());
         let socket = daemon.socket.clone();
         let (code, messages) = end(daemon);
@@ -159,8 +162,10 @@ fn a_socket_that_is_handed_over_must_be_one_and_listen() {
     let there = directory();
     let program = support::program();
     let start = |sockets: &str, arguments: &str| {
-        let socket = UnixListener::bind(there.path().join(format!("nbd{sockets}{}", arguments.len()))).expect("bound");
-        let script = format!("LISTEN_PID=$$ LISTEN_FDS={sockets} exec {} daemon {arguments}", program.display());
+        let socket =
+            UnixListener::bind(there.path().join(format!("nbd{sockets}{}", arguments.len()))).expect("bound");
+        let script =
+            format!("LISTEN_PID=$$ LISTEN_FDS={sockets} exec {} daemon {arguments}", program.display());
         let mut command = std::process::Command::new("sh");
         command.arg("-c").arg(script).current_dir(there.path()).stdin(Stdio::null());
         hand_over(&mut command, &socket);
@@ -175,7 +180,12 @@ fn a_socket_that_is_handed_over_must_be_one_and_listen() {
     // Told of a socket that nobody has handed over.
     let script = format!("exec 3<&-; LISTEN_PID=$$ LISTEN_FDS=1 exec {} daemon", program.display());
     let none = std::process::Command::new("sh").arg("-c").arg(script).output().expect("runs");
-    assert_eq!((code(&none), told(&none).contains("descriptor 3 (LISTEN_FDS) is not open")), (2, true), "{}", told(&none));
+    assert_eq!(
+        (code(&none), told(&none).contains("descriptor 3 (LISTEN_FDS) is not open")),
+        (2, true),
+        "{}",
+        told(&none)
+    );
     let script = format!("exec 3</dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec {} daemon", program.display());
     let file = std::process::Command::new("sh").arg("-c").arg(script).output().expect("runs");
     assert_eq!((code(&file), told(&file).contains("is no listening socket")), (2, true), "{}", told(&file));
@@ -277,7 +287,10 @@ fn disks_of_the_command_line_are_nodes() {
     let daemon = Daemon::start(there.path(), &["--disk", "vda=a.img", "--io-engine", "threads"]);
     let mut client = daemon.client();
     let nodes = client.ok("query-named-block-nodes", json!({}));
-    assert_eq!((&nodes[0]["node-name"], &nodes[0]["image"]["virtual-size"]), (&json!("vda"), &json!(100_000)));
+    assert_eq!(
+        (&nodes[0]["node-name"], &nodes[0]["image"]["virtual-size"]),
+        (&json!("vda"), &json!(100_000))
+    );
     let file = nodes[0]["file"].as_str().expect("a path");
     assert!(Path::new(file).is_absolute(), "{file}");
     client.ok("quit", json!({}));

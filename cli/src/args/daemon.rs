@@ -72,7 +72,8 @@ pub(super) fn qmp_socket(text: &str) -> Result<PathBuf, String> {
     match Endpoint::parse(text) {
         Ok(Endpoint::Unix(path)) => Ok(path),
         Ok(Endpoint::Tcp { .. }) => {
-            Err("whoever reaches it rules over all disks, so it is no TCP socket; write it as unix:PATH".into())
+            Err("whoever reaches it rules over all disks, so it is no TCP socket; write it as unix:PATH"
+                .into())
         }
         Err(_) => Err("write it as unix:PATH".into()),
     }

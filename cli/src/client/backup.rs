@@ -223,11 +223,12 @@ impl Target {
                 Ok(Self { path, is_device: true, is_new: false })
             }
             Ok(found) if !found.is_file() => Err(refused(format!("{text} is no file and no block device"))),
-            Ok(_) if !force => {
-                Err(refused(format!("{text} exists already; overwrite it with --force, or choose another name")))
-            }
+            Ok(_) if !force => Err(refused(format!(
+                "{text} exists already; overwrite it with --force, or choose another name"
+            ))),
             Ok(_) => {
-                let resized = OpenOptions::new().write(true).open(&path).and_then(|file| file.set_len(length));
+                let resized =
+                    OpenOptions::new().write(true).open(&path).and_then(|file| file.set_len(length));
                 resized.map_err(|error| failed("resize", error))?;
                 Ok(Self { path, is_device: false, is_new: false })
             }

@@ -406,8 +406,14 @@ mod tests {
             ((1, -1, 0), "max-chunk must be zero (which means no limit) or positive"),
             ((1, 1, 0), "Required max-chunk (1) is less than backup cluster size (65536)"),
             ((1, 1 << 16, 1 << 17), "Required max-chunk (65536) is less than backup cluster size (131072)"),
-            ((1, 0, 100), "Could not create node: Cannot create block-copy-state: min-cluster-size needs to be a power of 2"),
-            ((1, 0, -4), "Could not create node: Cannot create block-copy-state: min-cluster-size needs to be a power of 2"),
+            (
+                (1, 0, 100),
+                "Could not create node: Cannot create block-copy-state: min-cluster-size needs to be a power of 2",
+            ),
+            (
+                (1, 0, -4),
+                "Could not create node: Cannot create block-copy-state: min-cluster-size needs to be a power of 2",
+            ),
             ((1, 0, 1 << 23), "min-cluster-size: 8388608 is not supported; 4194304 is the most"),
         ] {
             assert_eq!(perf(options.0, options.1, options.2).err().as_deref(), Some(why), "{options:?}");

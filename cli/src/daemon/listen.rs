@@ -144,7 +144,8 @@ fn bind_unix(path: &Path) -> io::Result<UnixListener> {
 /// Remove a socket on which nobody answers.
 fn remove_left_over(path: &Path) -> Result<(), String> {
     let shown = path.display();
-    let found = std::fs::symlink_metadata(path).map_err(|error| format!("cannot look at {shown}: {error}"))?;
+    let found =
+        std::fs::symlink_metadata(path).map_err(|error| format!("cannot look at {shown}: {error}"))?;
     if !found.file_type().is_socket() {
         return Err(format!("cannot listen on {shown}: something other than a socket stands there"));
     }
@@ -152,7 +153,9 @@ fn remove_left_over(path: &Path) -> Result<(), String> {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => std::fs::remove_file(path)
             .map_err(|error| format!("cannot remove {shown}, on which nobody answers: {error}")),
         Err(error) => Err(format!("cannot tell whether somebody answers on {shown}: {error}")),
-        Ok(_) => Err(format!("cannot listen on {shown}: another program does; stop it, or choose another path")),
+        Ok(_) => {
+            Err(format!("cannot listen on {shown}: another program does; stop it, or choose another path"))
+        }
     }
 }
 
@@ -207,7 +210,8 @@ fn activated_count(variable: impl Fn(&str) -> Option<String>, own: u32) -> Resul
     let (Some(process), Some(count)) = (variable("LISTEN_PID"), variable("LISTEN_FDS")) else {
         return Ok(None);
     };
-    let process: u32 = process.parse().map_err(|_| format!("LISTEN_PID is '{process}', which is no number"))?;
+    let process: u32 =
+        process.parse().map_err(|_| format!("LISTEN_PID is '{process}', which is no number"))?;
     if process != own {
         // For another process, from which they were inherited.
         return Ok(None);

@@ -94,11 +94,15 @@ fn serve(args: &DaemonArgs) -> Result<(), NotStarted> {
         (None, Some(listener)) => Some((listener, None)),
         (None, None) => None,
         (Some(endpoint), Some(_)) => {
-            return Err(format!("{endpoint} and a socket that was handed over (LISTEN_FDS): choose one").into());
+            return Err(
+                format!("{endpoint} and a socket that was handed over (LISTEN_FDS): choose one").into()
+            );
         }
     };
     if args.qmp.is_none() && nbd.is_none() {
-        return Err("there is no way in: give --qmp unix:PATH, --nbd, or a socket (LISTEN_FDS)".to_owned().into());
+        return Err("there is no way in: give --qmp unix:PATH, --nbd, or a socket (LISTEN_FDS)"
+            .to_owned()
+            .into());
     }
     let qmp = args.qmp.as_deref().map(listen_unix).transpose()?;
     let options = EngineOptions { io_engine: args.io_engine(), memory: args.memory.0 };
@@ -110,7 +114,8 @@ fn serve(args: &DaemonArgs) -> Result<(), NotStarted> {
     let mut control = Control::new(engine, exports).map_err(|error| format!("cannot begin: {error}"))?;
     set_up(args, &mut control, nbd)?;
     let listener = qmp.as_ref().map(|(listener, _)| listener);
-    let mut monitors = Monitors::new(listener, &signals).map_err(|error| format!("cannot listen: {error}"))?;
+    let mut monitors =
+        Monitors::new(listener, &signals).map_err(|error| format!("cannot listen: {error}"))?;
     notify::notify(notify::READY);
     let ran = monitors.run(&mut control);
     // However it ended, jobs and exports end in good order.

@@ -165,7 +165,8 @@ impl Nodes {
             "null-co" => ("null-co", Kind::Disk(null_disk(options.size)?)),
             driver => {
                 if options.aio.as_deref() == Some("native") && !direct {
-                    let text = "aio=native was specified, but it requires cache.direct=on, which was not specified.";
+                    let text =
+                        "aio=native was specified, but it requires cache.direct=on, which was not specified.";
                     return generic(text);
                 }
                 if options.locking.as_deref() == Some("off") {
@@ -237,7 +238,8 @@ impl Nodes {
         let Some(at) = self.nodes.iter().position(|node| node.name == name) else {
             return generic(format!("Failed to find node with node-name='{name}'"));
         };
-        let stands_on = |node: &Node| matches!(&node.kind, Kind::Raw(below) | Kind::Filter(below) if below == name);
+        let stands_on =
+            |node: &Node| matches!(&node.kind, Kind::Raw(below) | Kind::Filter(below) if below == name);
         let node = &self.nodes[at];
         if matches!(node.kind, Kind::Filter(_)) || node.exports > 0 {
             return generic(format!("Node {name} is in use"));
@@ -269,9 +271,7 @@ impl Nodes {
 
     fn get(&self, name: &str) -> Result<&Node, QmpError> {
         let found = self.nodes.iter().find(|node| node.name == name);
-        found.ok_or_else(|| {
-            QmpError::generic(format!("Cannot find device='{name}' nor node-name='{name}'"))
-        })
+        found.ok_or_else(|| QmpError::generic(format!("Cannot find device='{name}' nor node-name='{name}'")))
     }
 
     /// The name of the node at the bottom of `name`.
@@ -459,17 +459,24 @@ fn open_disk(
         return generic(format!("Could not open '{filename}': Is a directory"));
     }
     if is_device && !kind.is_block_device() {
-        let text = format!("'host_device' driver requires '{filename}' to be either a character or block device");
+        let text =
+            format!("'host_device' driver requires '{filename}' to be either a character or block device");
         return generic(text);
     }
     if !is_device && !kind.is_file() {
         return generic(format!("'file' driver requires '{filename}' to be a regular file"));
     }
     let open = |write: bool| {
-        OpenOptions::new().read(true).write(write).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(filename)
+        OpenOptions::new()
+            .read(true)
+            .write(write)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(filename)
     };
     let (mut file, read_only) = match open(!options.read_only) {
-        Err(error) if options.auto_read_only && may_be_read_only(&error) => (open(false).map_err(failed)?, true),
+        Err(error) if options.auto_read_only && may_be_read_only(&error) => {
+            (open(false).map_err(failed)?, true)
+        }
         opened => (opened.map_err(failed)?, options.read_only),
     };
     let length = file.seek(SeekFrom::End(0)).map_err(failed)?;

@@ -35,7 +35,8 @@ fn raw_nodes_stand_on_others_by_name_or_along_with_them() {
     assert_eq!(nodes.bottom_of("ra").as_deref(), Ok("a"));
     assert_eq!(nodes.length_of("rb"), Ok(4097));
     let told = nodes.query();
-    let names: Vec<&str> = told.as_array().expect("an array").iter().map(|n| n["node-name"].as_str().expect("named")).collect();
+    let names: Vec<&str> =
+        told.as_array().expect("an array").iter().map(|n| n["node-name"].as_str().expect("named")).collect();
     assert_eq!(names, ["rb", "#block001", "ra", "a"]);
     assert_eq!(told[0]["image"]["virtual-size"], 4097);
     assert_eq!(told[0]["drv"], "raw");
@@ -61,17 +62,29 @@ fn what_cannot_be_a_node() {
     };
     let good = || file(&there, "a.img", "x");
     for (options, told) in [
-        (json!({ "driver": "file", "filename": path(&there, "a.img") }), "'node-name' must be specified for the root node".into()),
-        (file(&there, "none", "x"), format!("Could not open '{}': No such file or directory", path(&there, "none"))),
+        (
+            json!({ "driver": "file", "filename": path(&there, "a.img") }),
+            "'node-name' must be specified for the root node".into(),
+        ),
+        (
+            file(&there, "none", "x"),
+            format!("Could not open '{}': No such file or directory", path(&there, "none")),
+        ),
         (file(&there, "a.img", "a"), "Duplicate nodes with node-name='a'".into()),
         (file(&there, "a.img", "1bad"), "Invalid node-name: '1bad'".into()),
         (file(&there, "a.img", ""), "Invalid node-name: ''".into()),
         (file(&there, "a.img", &"x".repeat(32)), "Node name too long".into()),
         (with(good(), "filename", json!(directory)), format!("Could not open '{directory}': Is a directory")),
-        (with(good(), "filename", json!("/dev/null")), "'file' driver requires '/dev/null' to be a regular file".into()),
+        (
+            with(good(), "filename", json!("/dev/null")),
+            "'file' driver requires '/dev/null' to be a regular file".into(),
+        ),
         (
             with(good(), "driver", json!("host_device")),
-            format!("'host_device' driver requires '{}' to be either a character or block device", path(&there, "a.img")),
+            format!(
+                "'host_device' driver requires '{}' to be either a character or block device",
+                path(&there, "a.img")
+            ),
         ),
         (
             with(good(), "aio", json!("native")),
@@ -86,7 +99,10 @@ fn what_cannot_be_a_node() {
             json!({ "driver": "raw", "node-name": "a", "file": file(&there, "b.img", "below") }),
             "Duplicate nodes with node-name='a'".into(),
         ),
-        (json!({ "driver": "null-co", "node-name": "x", "size": -1 }), "Parameter 'size' expects a non-negative value".into()),
+        (
+            json!({ "driver": "null-co", "node-name": "x", "size": -1 }),
+            "Parameter 'size' expects a non-negative value".into(),
+        ),
     ] {
         assert_eq!(add(&mut nodes, options.clone()), Err(told), "{options}");
         assert_eq!(nodes.nodes.len(), 1, "nothing is left of what failed: {options}");
@@ -116,7 +132,8 @@ fn null_and_read_only() {
 fn discards_are_passed_on_unless_they_are_to_be_ignored() {
     let there = there();
     let mut nodes = Nodes::default();
-    for (name, discard, trim) in [("a", None, true), ("b", Some("unmap"), true), ("c", Some("ignore"), false)] {
+    for (name, discard, trim) in [("a", None, true), ("b", Some("unmap"), true), ("c", Some("ignore"), false)]
+    {
         let below = json!({ "driver": "file", "filename": path(&there, "a.img") });
         let mut options = json!({ "driver": "raw", "node-name": name, "file": below });
         if let Some(discard) = discard {

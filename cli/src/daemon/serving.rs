@@ -121,13 +121,17 @@ impl Control {
             Address::Unix { path } => Endpoint::Unix(path),
             Address::Inet { host, port } => match port.parse() {
                 Ok(port) => Endpoint::Tcp { host, port },
-                Err(_) => return refuse(format!("address resolution failed for {host}:{port}: no such port")),
+                Err(_) => {
+                    return refuse(format!("address resolution failed for {host}:{port}: no such port"));
+                }
             },
         };
         let max_connections = match asked.max_connections {
             0 => MAX_CONNECTIONS,
             most if most > MAX_CONNECTIONS => {
-                return refuse(format!("max-connections: {most} is not supported; {MAX_CONNECTIONS} is the most"));
+                return refuse(format!(
+                    "max-connections: {most} is not supported; {MAX_CONNECTIONS} is the most"
+                ));
             }
             most => most,
         };

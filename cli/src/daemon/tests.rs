@@ -73,7 +73,9 @@ impl Fixture {
         let books = Bookkeeper::default();
         let control = Control::new(engine, Box::new(books.clone())).expect("a control");
         let mut fixture = Self { there, control, books, events: Vec::new() };
-        for (name, length, byte) in [("s", LENGTH, 7), ("t", LENGTH, 0), ("u", LENGTH, 0), ("small", LENGTH / 2, 0)] {
+        for (name, length, byte) in
+            [("s", LENGTH, 7), ("t", LENGTH, 0), ("u", LENGTH, 0), ("small", LENGTH / 2, 0)]
+        {
             let path = fixture.there.path().join(name);
             std::fs::write(&path, vec![byte; length]).expect("written");
             let file = json!({ "driver": "file", "filename": path.display().to_string() });
@@ -143,8 +145,15 @@ fn a_backup_from_its_start_to_its_end() {
     let mut fixture = Fixture::new();
     fixture.ok("blockdev-backup", Fixture::backup("j", "t", json!({})));
     let told = fixture.until("j null");
-    let wanted =
-        ["j created", "j running", "j waiting", "j pending", "j BLOCK_JOB_COMPLETED", "j concluded", "j null"];
+    let wanted = [
+        "j created",
+        "j running",
+        "j waiting",
+        "j pending",
+        "j BLOCK_JOB_COMPLETED",
+        "j concluded",
+        "j null",
+    ];
     assert_eq!(told, wanted);
     assert!(fixture.contents("t") == fixture.contents("s"));
     assert_eq!(fixture.ok("query-jobs", json!({})), json!([]));
@@ -162,18 +171,26 @@ fn without_the_automatics_a_job_waits_to_be_told() {
     fixture.ok("blockdev-backup", Fixture::backup("j", "t", manual));
     let told = fixture.until("j BLOCK_JOB_PENDING");
     assert_eq!(told[told.len() - 2..], ["j pending", "j BLOCK_JOB_PENDING"]);
-    let state = |verb: &str, state: &str| format!("Job 'j' in state '{state}' cannot accept command verb '{verb}'");
+    let state =
+        |verb: &str, state: &str| format!("Job 'j' in state '{state}' cannot accept command verb '{verb}'");
     let id = || json!({ "id": "j" });
     fixture.refused("job-dismiss", id(), &state("dismiss", "pending"));
     fixture.refused("job-pause", id(), &state("pause", "pending"));
     fixture.refused("job-complete", id(), &state("complete", "pending"));
-    fixture.refused("block-job-set-speed", json!({ "device": "j", "speed": 1 }), &state("set-speed", "pending"));
+    fixture.refused(
+        "block-job-set-speed",
+        json!({ "device": "j", "speed": 1 }),
+        &state("set-speed", "pending"),
+    );
     fixture.ok("job-finalize", id());
     assert_eq!(fixture.until("j concluded"), ["j BLOCK_JOB_COMPLETED", "j concluded"]);
     fixture.refused("block-job-finalize", id(), &state("finalize", "concluded"));
     fixture.refused("job-cancel", id(), &state("cancel", "concluded"));
     let job = &fixture.ok("query-block-jobs", json!({}))[0];
-    assert_eq!((&job["status"], &job["offset"], &job["len"]), (&json!("concluded"), &json!(LENGTH), &json!(LENGTH)));
+    assert_eq!(
+        (&job["status"], &job["offset"], &job["len"]),
+        (&json!("concluded"), &json!(LENGTH), &json!(LENGTH))
+    );
     // Its disks are free, its id is not.
     fixture.refused("blockdev-backup", Fixture::backup("j", "t", json!({})), "Job ID 'j' already in use");
     fixture.ok("blockdev-del", json!({ "node-name": "t" }));
@@ -186,14 +203,23 @@ fn what_is_refused_changes_nothing() {
     let mut fixture = Fixture::new();
     let job = Fixture::backup;
     for (arguments, text) in [
-        (json!({ "job-id": "j", "device": "none", "target": "t", "sync": "full" }), "Cannot find device='none' nor node-name='none'"),
+        (
+            json!({ "job-id": "j", "device": "none", "target": "t", "sync": "full" }),
+            "Cannot find device='none' nor node-name='none'",
+        ),
         (job("j", "none", json!({})), "Cannot find device='none' nor node-name='none'"),
         (job("j", "s", json!({})), "Source and target cannot be the same"),
         (job("j", "small", json!({})), "Source and target image have different sizes"),
         (job("1", "t", json!({})), "Invalid job ID '1'"),
         (json!({ "device": "s", "target": "t", "sync": "full" }), "Invalid job ID ''"),
-        (job("j", "t", json!({ "filter-node-name": "1x" })), "Could not create node: Invalid node-name: '1x'"),
-        (job("j", "t", json!({ "filter-node-name": "u" })), "Could not create node: Duplicate nodes with node-name='u'"),
+        (
+            job("j", "t", json!({ "filter-node-name": "1x" })),
+            "Could not create node: Invalid node-name: '1x'",
+        ),
+        (
+            job("j", "t", json!({ "filter-node-name": "u" })),
+            "Could not create node: Duplicate nodes with node-name='u'",
+        ),
         (job("j", "t", json!({ "sync": "incremental" })), "Parameter 'sync': 'incremental' is not supported"),
     ] {
         fixture.refused("blockdev-backup", arguments, text);
@@ -280,7 +306,8 @@ fn transactions_come_about_as_a_whole() {
 fn jobs_that_are_grouped_end_together() {
     let mut fixture = Fixture::new();
     let action = |id: &str, target: &str, more: Value| json!({ "type": "blockdev-backup", "data": Fixture::backup(id, target, more) });
-    let grouped = |actions: Value| json!({ "actions": actions, "properties": { "completion-mode": "grouped" } });
+    let grouped =
+        |actions: Value| json!({ "actions": actions, "properties": { "completion-mode": "grouped" } });
     // One is done and waits; the other is slow.
     let slow = json!({ "speed": 65536 });
     fixture.ok("transaction", grouped(json!([action("a", "t", json!({})), action("b", "u", slow)])));
@@ -305,7 +332,10 @@ fn jobs_that_are_grouped_end_together() {
     if !told.contains(&"b null".to_owned()) {
         told.extend(fixture.until("b null"));
     }
-    assert!(told.contains(&"a BLOCK_JOB_COMPLETED".to_owned()) && told.contains(&"b BLOCK_JOB_COMPLETED".to_owned()));
+    assert!(
+        told.contains(&"a BLOCK_JOB_COMPLETED".to_owned())
+            && told.contains(&"b BLOCK_JOB_COMPLETED".to_owned())
+    );
 }
 
 #[test]
@@ -325,7 +355,9 @@ fn quitting_cancels_jobs_with_their_events() {
     let told: Vec<String> = fixture.events.iter().map(short).collect();
     for id in ["a", "b"] {
         let own: Vec<&String> = told.iter().filter(|event| event.starts_with(id)).collect();
-        let last: Vec<String> = ["aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"].map(|what| format!("{id} {what}")).into();
+        let last: Vec<String> = ["aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"]
+            .map(|what| format!("{id} {what}"))
+            .into();
         assert_eq!(own[own.len() - 4..], last.iter().collect::<Vec<_>>()[..], "{told:?}");
     }
 }
@@ -369,7 +401,11 @@ fn exports_are_added_and_go() {
     fixture.ok("block-export-add", export("snap", "s", json!({ "x-snapshot": "j" })));
     let writable = export("w", "s", json!({ "x-snapshot": "j", "name": "w", "writable": true }));
     fixture.refused("block-export-add", writable, "Cannot export read-only node as writable");
-    fixture.refused("block-export-add", export("x", "t", nothing()), "Node 't' is busy: block device is in use by block job: backup");
+    fixture.refused(
+        "block-export-add",
+        export("x", "t", nothing()),
+        "Node 't' is busy: block device is in use by block job: backup",
+    );
     fixture.ok("job-cancel", json!({ "id": "j" }));
     fixture.until("snap BLOCK_EXPORT_DELETED");
 

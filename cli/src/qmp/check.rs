@@ -140,9 +140,15 @@ mod tests {
             (json!({ "device": "s", "target": "t" }), "Parameter 'sync' is missing"),
             (json!({ "device": 1 }), "Invalid parameter type for 'device', expected: string"),
             (json!({ "device": "s", "sync": "weird" }), "Parameter 'sync' does not accept value 'weird'"),
-            (json!({ "device": "s", "sync": "full", "speed": 1.5 }), "Invalid parameter type for 'speed', expected: integer"),
+            (
+                json!({ "device": "s", "sync": "full", "speed": 1.5 }),
+                "Invalid parameter type for 'speed', expected: integer",
+            ),
             (json!({ "device": "s", "sync": "full" }), "Parameter 'target' is missing"),
-            (json!({ "device": "s", "sync": "full", "target": "t", "foo": 1 }), "Parameter 'foo' is unexpected"),
+            (
+                json!({ "device": "s", "sync": "full", "target": "t", "foo": 1 }),
+                "Parameter 'foo' is unexpected",
+            ),
             (
                 json!({ "device": "s", "sync": "full", "target": "t", "x-perf": { "max_workers": 1 } }),
                 "Parameter 'x-perf.max_workers' is unexpected",
@@ -165,11 +171,16 @@ mod tests {
             (json!({ "compress": true }), "Parameter 'compress': true is not supported"),
             (json!({ "discard-source": true }), "Parameter 'discard-source': true is not supported"),
             (json!({ "bitmap": "b" }), "Parameter 'bitmap': \"b\" is not supported"),
-            (json!({ "x-perf": { "use-copy-range": true } }), "Parameter 'x-perf.use-copy-range': true is not supported"),
+            (
+                json!({ "x-perf": { "use-copy-range": true } }),
+                "Parameter 'x-perf.use-copy-range': true is not supported",
+            ),
         ] {
             assert_eq!(mistake("blockdev-backup", backup(arguments)), told);
         }
-        let Value::Object(fine) = backup(json!({ "compress": false, "discard-source": false })) else { panic!() };
+        let Value::Object(fine) = backup(json!({ "compress": false, "discard-source": false })) else {
+            panic!()
+        };
         assert_eq!(check(find("blockdev-backup").expect("there").arguments, &fine), Ok(()));
     }
 
@@ -181,7 +192,10 @@ mod tests {
             (json!({ "actions": [{}] }), "Parameter 'actions[0].type' is missing"),
             (json!({ "actions": [{ "type": "weird" }] }), "Parameter 'type' does not accept value 'weird'"),
             (json!({ "actions": [{ "type": "abort" }] }), "Parameter 'actions[0].data' is missing"),
-            (json!({ "actions": [{ "type": "abort", "data": { "x": 1 } }] }), "Parameter 'actions[0].data.x' is unexpected"),
+            (
+                json!({ "actions": [{ "type": "abort", "data": { "x": 1 } }] }),
+                "Parameter 'actions[0].data.x' is unexpected",
+            ),
         ] {
             assert_eq!(mistake("transaction", arguments), told);
         }
@@ -192,7 +206,10 @@ mod tests {
         let told = "Invalid parameter type for 'file.filename', expected: string";
         assert_eq!(mistake("blockdev-add", nested), told);
         let number = json!({ "driver": "raw", "file": 1 });
-        assert_eq!(mistake("blockdev-add", number), "Invalid parameter type for 'file', expected: BlockdevRef");
+        assert_eq!(
+            mistake("blockdev-add", number),
+            "Invalid parameter type for 'file', expected: BlockdevRef"
+        );
         let many = json!({ "addr": { "type": "unix", "data": { "path": "x" } }, "max-connections": -1 });
         assert_eq!(mistake("nbd-server-start", many), "Parameter 'max-connections' expects uint32_t");
     }

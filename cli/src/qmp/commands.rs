@@ -327,11 +327,7 @@ pub static COMMANDS: &[Command] = &[
         &object(&[needs("id", Kind::Text), may("mode", Kind::Word(&REMOVE_MODE))]),
         NOTHING,
     ),
-    command(
-        "block-job-cancel",
-        &object(&[needs("device", Kind::Text), may("force", Kind::Bool)]),
-        NOTHING,
-    ),
+    command("block-job-cancel", &object(&[needs("device", Kind::Text), may("force", Kind::Bool)]), NOTHING),
     command("block-job-complete", &DEVICE, NOTHING),
     command("block-job-dismiss", &JOB, NOTHING),
     command("block-job-finalize", &JOB, NOTHING),

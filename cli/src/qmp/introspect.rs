@@ -182,7 +182,8 @@ mod tests {
             entries.find(|entry| entry["name"] == name).unwrap_or_else(|| panic!("{name} is missing"))
         };
         let arguments = entry(entry("blockdev-backup")["arg-type"].as_str().expect("a type"));
-        let has = |name: &str| arguments["members"].as_array().expect("members").iter().any(|m| m["name"] == name);
+        let has =
+            |name: &str| arguments["members"].as_array().expect("members").iter().any(|m| m["name"] == name);
         assert!(has("target") && has("on-cbw-error") && has("auto-dismiss"));
         // A client that finds them would use them.
         assert!(!has("bitmap") && !has("compress"));

@@ -144,7 +144,7 @@ impl Lexer {
 
     fn take_text(&mut self, byte: u8, quote: u8, escaped: bool) -> Option<Token> {
         self.bytes.push(byte);
-        if byte < b' ' || byte >= 0xfe {
+        if !(b' '..0xfe).contains(&byte) {
             return Some(self.stray());
         }
         if byte == quote && !escaped {

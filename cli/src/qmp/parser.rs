@@ -161,7 +161,9 @@ impl Tokens {
             return Ok(Value::Object(members));
         }
         loop {
-            let Value::String(key) = self.value()? else { return Err(wrong("key is not a string in object")) };
+            let Value::String(key) = self.value()? else {
+                return Err(wrong("key is not a string in object"));
+            };
             if self.take()? != Token::Mark(b':') {
                 return Err(wrong("missing : in object pair"));
             }
@@ -223,18 +225,18 @@ fn text(bytes: &[u8]) -> Result<String, SyntaxError> {
             Some('n') => '\n',
             Some('r') => '\r',
             Some('t') => '\t',
-            Some('u') => unicode(&mut rest)?,
+            Some('u') => unicode(&mut rest, char::from(bytes[0]))?,
             _ => return Err(wrong("invalid escape sequence in string")),
         });
     }
     Ok(text)
 }
 
-/// What stands behind `\u`: four digits, or a pair of them.
-fn unicode(rest: &mut std::str::Chars<'_>) -> Result<char, SyntaxError> {
+/// What stands behind `\u` in a string between `quote`s: four digits, or a pair of them.
+fn unicode(rest: &mut std::str::Chars<'_>, quote: char) -> Result<char, SyntaxError> {
     let written = rest.as_str();
     let invalid = || {
-        let shown: String = written.chars().take(4).collect();
+        let shown: String = written.chars().chain([quote]).take(4).collect();
         wrong(format_args!("\\u{shown} is not a valid Unicode character"))
     };
     let first = four_digits(rest).ok_or_else(invalid)?;

@@ -30,13 +30,10 @@ fn error(text: &str) -> Result<Value, String> {
 
 #[test]
 fn values_need_nothing_between_them() {
-    assert_eq!(at_once(r#"{"a":1}{"b":[]} [] "x"{}"#), [
-        Ok(json!({"a": 1})),
-        Ok(json!({"b": []})),
-        Ok(json!([])),
-        Ok(json!("x")),
-        Ok(json!({})),
-    ]);
+    assert_eq!(
+        at_once(r#"{"a":1}{"b":[]} [] "x"{}"#),
+        [Ok(json!({"a": 1})), Ok(json!({"b": []})), Ok(json!([])), Ok(json!("x")), Ok(json!({})),]
+    );
     // A word and a number end with what follows them.
     assert_eq!(at_once("null 12"), [Ok(Value::Null)]);
     assert_eq!(at_once("nulltrue{}"), [error("invalid keyword 'nulltrue'"), Ok(json!({}))]);
@@ -62,7 +59,7 @@ fn strings() {
         (br#""\udd1e""#, r"\udd1e is not a valid Unicode character"),
         (br#""\ud834\u0041""#, r"\ud834 is not a valid Unicode character"),
         (br#""\ud834\n""#, r"\ud834 is not a valid Unicode character"),
-        (br#""\u12""#, r"\u12 is not a valid Unicode character"),
+        (br#""\u12""#, r#"\u12" is not a valid Unicode character"#),
         (b"\"\xed\xa0\x80\"", "invalid UTF-8 sequence in string"),
         (b"\"\xe2\x82\"", "invalid UTF-8 sequence in string"),
         (b"\"\xf4\x90\x80\x80\"", "invalid UTF-8 sequence in string"),

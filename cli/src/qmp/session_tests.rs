@@ -40,12 +40,15 @@ fn negotiation_comes_first_and_once() {
     let not_yet = "Expecting capabilities negotiation with 'qmp_capabilities'";
     let too_late = "Capabilities negotiation is already complete, command ignored";
     let script = format!(r#"{{"execute":"quit","id":1}}{READY}{READY}{{"execute":"quit"}}"#);
-    assert_eq!(talk([script.as_bytes()]), [
-        json!({ "error": { "class": "CommandNotFound", "desc": not_yet }, "id": 1 }),
-        json!({ "return": {} }),
-        json!({ "error": { "class": "CommandNotFound", "desc": too_late } }),
-        json!({ "return": "quit" }),
-    ]);
+    assert_eq!(
+        talk([script.as_bytes()]),
+        [
+            json!({ "error": { "class": "CommandNotFound", "desc": not_yet }, "id": 1 }),
+            json!({ "return": {} }),
+            json!({ "error": { "class": "CommandNotFound", "desc": too_late } }),
+            json!({ "return": "quit" }),
+        ]
+    );
     let enable = br#"{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}"#;
     assert_eq!(talk([&enable[..]])[0]["error"]["class"], "GenericError");
     let enable = br#"{"execute":"qmp_capabilities","arguments":{"enable":[]}}"#;

@@ -24,7 +24,9 @@ fn both<T>(script: impl Fn(&mut Peer) -> T) -> Option<[T; 2]> {
 fn holes_stay_holes() {
     let made = both(|peer| {
         for name in ["holes", "copy"] {
-            std::fs::File::create(peer.path(name)).and_then(|file| file.set_len(LENGTH as u64)).expect("made");
+            std::fs::File::create(peer.path(name))
+                .and_then(|file| file.set_len(LENGTH as u64))
+                .expect("made");
             peer.add(name, json!({}));
         }
         let arguments = json!({ "job-id": "j", "device": "holes", "target": "copy", "sync": "full" });

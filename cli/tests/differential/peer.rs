@@ -141,7 +141,8 @@ impl Peer {
         let event = normal_event(event);
         let status = event["data"]["status"].as_str();
         // A graph that changes pauses jobs; only the first time that it runs is the same.
-        let drained = status == Some("paused") || status == Some("running") && told.iter().any(|e| e["data"]["status"] == "running");
+        let drained = status == Some("paused")
+            || status == Some("running") && told.iter().any(|e| e["data"]["status"] == "running");
         // Several workers meet the same error.
         let repeated = event["event"] == "BLOCK_JOB_ERROR" && told.last() == Some(&event);
         if !drained && !repeated {
@@ -243,7 +244,7 @@ fn strip_progress(members: &mut Map<String, Value>) {
         members.remove("offset");
         members.remove("current-progress");
     }
-    if at_work {
+    if at_work && members.contains_key("type") {
         // It may have been paused for a moment.
         members.remove("status");
     }

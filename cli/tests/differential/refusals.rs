@@ -36,8 +36,14 @@ fn commands_and_arguments() {
             ("nbd-server-start", json!({ "addr": { "type": "weird", "data": {} } })),
             ("nbd-server-start", json!({ "addr": { "type": "unix", "data": {} } })),
             ("nbd-server-start", json!({ "addr": { "type": "inet", "data": { "host": "127.0.0.1" } } })),
-            ("nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": "x" } }, "max-connections": -1 })),
-            ("nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": "x" } }, "max-connections": "x" })),
+            (
+                "nbd-server-start",
+                json!({ "addr": { "type": "unix", "data": { "path": "x" } }, "max-connections": -1 }),
+            ),
+            (
+                "nbd-server-start",
+                json!({ "addr": { "type": "unix", "data": { "path": "x" } }, "max-connections": "x" }),
+            ),
         ] {
             peer.say(command, arguments);
         }
@@ -48,10 +54,9 @@ fn commands_and_arguments() {
 fn nodes() {
     compare(|peer| {
         let path = |name: &str| peer.path(name).display().to_string();
-        let file = |name: &str, node: &str| json!({ "driver": "file", "filename": path(name), "node-name": node });
-        let aio = |aio: &str, direct: bool| {
-            json!({ "driver": "file", "filename": path("s"), "node-name": "x", "aio": aio, "cache": { "direct": direct } })
-        };
+        let file =
+            |name: &str, node: &str| json!({ "driver": "file", "filename": path(name), "node-name": node });
+        let aio = |aio: &str, direct: bool| json!({ "driver": "file", "filename": path("s"), "node-name": "x", "aio": aio, "cache": { "direct": direct } });
         let nodes = [
             json!({}),
             json!({ "driver": "weird" }),
@@ -132,7 +137,7 @@ fn jobs_that_are_not_there() {
 #[test]
 fn what_a_job_uses_is_busy() {
     compare(|peer| {
-        peer.backup("j", "t", json!({ "speed": 65536 }));
+        peer.backup("j", "t", json!({ "sync": "none" }));
         peer.until("j", "running");
         peer.backup("j", "u", json!({}));
         peer.backup("k", "t", json!({}));
@@ -140,7 +145,7 @@ fn what_a_job_uses_is_busy() {
         peer.say("blockdev-del", json!({ "node-name": "t" }));
         peer.say("blockdev-del", json!({ "node-name": "s" }));
         // A second job on the same source is fine.
-        peer.backup("k", "u", json!({ "speed": 65536 }));
+        peer.backup("k", "u", json!({ "sync": "none" }));
         peer.say("query-jobs", json!({}));
         peer.say("query-block-jobs", json!({}));
         for job in ["j", "k"] {

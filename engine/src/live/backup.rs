@@ -338,7 +338,9 @@ pub(super) fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
         target_shows_holes: false,
         slots,
         arena_start: memory.start,
-        max_run: u32::try_from((options.max_request.min(MAX_REQUEST_BYTES) / cluster).max(1)).expect("small").min(slots.div_ceil(4)),
+        max_run: u32::try_from((options.max_request.min(MAX_REQUEST_BYTES) / cluster).max(1))
+            .expect("small")
+            .min(slots.div_ceil(4)),
         on_source_error: options.on_source_error,
         on_target_error: options.on_target_error,
         speed: options.speed.map(Speed),

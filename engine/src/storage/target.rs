@@ -256,10 +256,8 @@ impl TargetPlan {
         let is_device = seen.file_type().is_block_device();
         let blank =
             seen.blocks() == 0 && (seen.len() == 0 || seen.len() == self.length.0) && holds_nothing(path);
-        let may_take = options.force
-            || options.in_place
-            || options.resume.is_some()
-            || options.take_over_blank && blank;
+        let may_take =
+            options.force || options.in_place || options.resume.is_some() || options.take_over_blank && blank;
         if !is_device && !may_take {
             return Err(self
                 .refused(Refusal::Exists, "it exists already")
@@ -330,7 +328,8 @@ impl TargetPlan {
         if size > self.length.0 {
             let rest = Length(size - self.length.0);
             let path = &self.locator;
-            self.warnings.push(format!("{path}: it is larger than the source; its last {rest} stay as they are"));
+            self.warnings
+                .push(format!("{path}: it is larger than the source; its last {rest} stay as they are"));
         }
         Ok(())
     }
