@@ -225,18 +225,18 @@ fn text(bytes: &[u8]) -> Result<String, SyntaxError> {
             Some('n') => '\n',
             Some('r') => '\r',
             Some('t') => '\t',
-            Some('u') => unicode(&mut rest)?,
+            Some('u') => unicode(&mut rest, char::from(bytes[0]))?,
             _ => return Err(wrong("invalid escape sequence in string")),
         });
     }
     Ok(text)
 }
 
-/// What stands behind `\u`: four digits, or a pair of them.
-fn unicode(rest: &mut std::str::Chars<'_>) -> Result<char, SyntaxError> {
+/// What stands behind `\u` in a string between `quote`s: four digits, or a pair of them.
+fn unicode(rest: &mut std::str::Chars<'_>, quote: char) -> Result<char, SyntaxError> {
     let written = rest.as_str();
     let invalid = || {
-        let shown: String = written.chars().take(4).collect();
+        let shown: String = written.chars().chain([quote]).take(4).collect();
         wrong(format_args!("\\u{shown} is not a valid Unicode character"))
     };
     let first = four_digits(rest).ok_or_else(invalid)?;

@@ -59,7 +59,7 @@ fn strings() {
         (br#""\udd1e""#, r"\udd1e is not a valid Unicode character"),
         (br#""\ud834\u0041""#, r"\ud834 is not a valid Unicode character"),
         (br#""\ud834\n""#, r"\ud834 is not a valid Unicode character"),
-        (br#""\u12""#, r"\u12 is not a valid Unicode character"),
+        (br#""\u12""#, r#"\u12" is not a valid Unicode character"#),
         (b"\"\xed\xa0\x80\"", "invalid UTF-8 sequence in string"),
         (b"\"\xe2\x82\"", "invalid UTF-8 sequence in string"),
         (b"\"\xf4\x90\x80\x80\"", "invalid UTF-8 sequence in string"),

@@ -127,6 +127,9 @@ fn a_pause_freezes_the_job_and_a_resume_completes_it() {
 fn speeds_are_seen_and_change() {
     compare(|peer| {
         peer.backup("j", "t", json!({ "speed": 65536 }));
+        // At full speed it would soon be over.
+        peer.say("job-pause", json!({ "id": "j" }));
+        peer.await_reply("query-jobs", |jobs| jobs[0]["status"] == "paused");
         let speed = |speed: i64| json!({ "device": "j", "speed": speed });
         for value in [-1, 131_072, i64::MAX, 65536] {
             peer.say("block-job-set-speed", speed(value));
@@ -136,6 +139,7 @@ fn speeds_are_seen_and_change() {
             peer.say(verb, json!({ "id": "j" }));
         }
         peer.say("block-job-set-speed", speed(0));
+        peer.say("job-resume", json!({ "id": "j" }));
         peer.until("j", "null");
     });
 }

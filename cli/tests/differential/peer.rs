@@ -244,7 +244,7 @@ fn strip_progress(members: &mut Map<String, Value>) {
         members.remove("offset");
         members.remove("current-progress");
     }
-    if at_work {
+    if at_work && members.contains_key("type") {
         // It may have been paused for a moment.
         members.remove("status");
     }

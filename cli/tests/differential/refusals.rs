@@ -137,7 +137,7 @@ fn jobs_that_are_not_there() {
 #[test]
 fn what_a_job_uses_is_busy() {
     compare(|peer| {
-        peer.backup("j", "t", json!({ "speed": 65536 }));
+        peer.backup("j", "t", json!({ "sync": "none" }));
         peer.until("j", "running");
         peer.backup("j", "u", json!({}));
         peer.backup("k", "t", json!({}));
@@ -145,7 +145,7 @@ fn what_a_job_uses_is_busy() {
         peer.say("blockdev-del", json!({ "node-name": "t" }));
         peer.say("blockdev-del", json!({ "node-name": "s" }));
         // A second job on the same source is fine.
-        peer.backup("k", "u", json!({ "speed": 65536 }));
+        peer.backup("k", "u", json!({ "sync": "none" }));
         peer.say("query-jobs", json!({}));
         peer.say("query-block-jobs", json!({}));
         for job in ["j", "k"] {
