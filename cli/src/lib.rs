@@ -61,7 +61,7 @@ fn run(cli: &Cli, command_line: &[String]) -> u8 {
         Command::Compare(args) => compare::run(args, logging),
         Command::Info(args) => info::run(args),
         Command::Demo(args) => demo::run(args, logging),
-        Command::Daemon(args) => daemon::run(args),
+        Command::Daemon(args) => daemon::run(args, command_line),
         Command::Backup(args) => client::backup::run(args, logging),
         Command::Job(args) => client::job::run(args, logging),
         Command::Completions(args) => generate::completions(args),

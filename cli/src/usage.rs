@@ -20,6 +20,15 @@ pub(crate) fn report(error: &clap::Error, arguments: &[String]) -> u8 {
             }
         };
     }
+    let of_job = arguments.get(1).is_some_and(|word| word == "job");
+    let missing = matches!(
+        error.kind(),
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand
+    );
+    if of_job && missing {
+        let verbs = "a command is missing: list, pause, resume, cancel, set-speed or watch";
+        return refuse(verbs, arguments);
+    }
     refuse(&mistake(error), arguments)
 }
 

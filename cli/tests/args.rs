@@ -20,7 +20,7 @@ fn refused(arguments: &[&str], expected: &str) {
 
 #[test]
 fn help_of_every_command_has_an_example_and_exit_codes() {
-    for command in ["copy", "compare", "info", "completions", "man"] {
+    for command in ["copy", "compare", "info", "daemon", "backup", "job", "completions", "man"] {
         for flag in ["-h", "--help"] {
             let output = run(&[command, flag]);
             let help = stdout(&output);
@@ -82,7 +82,11 @@ fn missing_and_superfluous_arguments() {
     refused(&["cpy", "a", "b"], "did you mean copy?");
     refused(&["copy", "--forse", "a", "b"], "did you mean --force?");
     refused(&["copy", "a", "b", "--map"], "--map <FILE>");
-    refused(&["daemon"], "unrecognized subcommand 'daemon'");
+    refused(&["serve"], "unrecognized subcommand 'serve'");
+    refused(&["daemon"], "there is no way in");
+    refused(&["backup", "--disk", "vda"], "missing --qmp SOCKET, --target PATH");
+    refused(&["job", "pause", "--qmp", "unix:q"], "missing JOB");
+    refused(&["job"], "a command is missing: list, pause");
 }
 
 #[test]

@@ -113,6 +113,10 @@ impl Control {
         if name == "block-job-cancel" && !forced && handle.wants_pause() && !job.status.is_over() {
             return Err(QmpError::generic(format!("The block job for device '{id}' is currently paused")));
         }
+        if verb == "resume" && !handle.wants_pause() {
+            // Whatever its state: QEMU looks at this first.
+            return Err(job.refusal(Refusal::NotPaused));
+        }
         type Call = fn(&JobHandle) -> Result<(), Refusal>;
         let (call, until): (Call, fn(Status) -> bool) = match verb {
             "pause" => (JobHandle::pause, |status| status == Status::Paused),

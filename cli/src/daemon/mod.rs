@@ -55,6 +55,8 @@ use monitors::Monitors;
 enum NotStarted {
     /// Refused by the engine.
     Engine(Error),
+    /// The command line makes no sense.
+    Usage(&'static str),
     /// Anything else, in one line.
     Refused(String),
 }
@@ -71,14 +73,15 @@ impl From<Error> for NotStarted {
     }
 }
 
-/// Carry out `daemon`; gives the exit code.
-pub(crate) fn run(args: &DaemonArgs) -> u8 {
+/// Carry out `daemon`; gives the exit code. `command_line` is how the program was called.
+pub(crate) fn run(args: &DaemonArgs, command_line: &[String]) -> u8 {
     match serve(args) {
         Ok(()) => DONE,
         Err(NotStarted::Engine(error)) => {
             out::say(&error);
             exit_code(&error)
         }
+        Err(NotStarted::Usage(mistake)) => crate::usage::refuse(mistake, command_line),
         Err(NotStarted::Refused(reason)) => {
             out::say(reason);
             REFUSED
@@ -102,9 +105,8 @@ fn serve(args: &DaemonArgs) -> Result<(), NotStarted> {
         }
     };
     if args.qmp.is_none() && nbd.is_none() {
-        return Err("there is no way in: give --qmp unix:PATH, --nbd, or a socket (LISTEN_FDS)"
-            .to_owned()
-            .into());
+        let mistake = "there is no way in: give --qmp unix:PATH, --nbd, or a socket (LISTEN_FDS)";
+        return Err(NotStarted::Usage(mistake));
     }
     let qmp = args.qmp.as_deref().map(listen_unix).transpose()?;
     let clients = args.max_connections as usize;

@@ -177,6 +177,7 @@ fn without_the_automatics_a_job_waits_to_be_told() {
     fixture.refused("job-dismiss", id(), &state("dismiss", "pending"));
     fixture.refused("job-pause", id(), &state("pause", "pending"));
     fixture.refused("job-complete", id(), &state("complete", "pending"));
+    fixture.refused("job-resume", id(), "Can't resume a job that was not paused");
     fixture.refused(
         "block-job-set-speed",
         json!({ "device": "j", "speed": 1 }),

@@ -246,10 +246,10 @@ impl Lifecycle {
     /// # Errors
     /// The refusal.
     pub fn resume(&mut self) -> Result<(), Refusal> {
+        self.check(Verb::Resume)?;
         if !self.wants_pause() {
             return Err(Refusal::NotPaused);
         }
-        self.check(Verb::Resume)?;
         self.user_paused = false;
         self.io_status = IoStatus::Ok;
         if self.status == Status::Paused {
