@@ -212,3 +212,19 @@ fn a_guest_goes_on_where_what_was_left_out_fails_again() {
     // One that comes before the sweep has given up is refused by a failure of its own, as anywhere.
     assert!(tried > 40 && changed == 40 && refused < tried, "{tried} were tried again, {refused} refused");
 }
+
+/// Those who read the snapshot send the sweep back over what was left out, and come upon it themselves.
+#[test]
+fn readers_and_the_sweep_leave_alone_what_was_left_out() {
+    let mut reads = 0;
+    for seed in 171..231 {
+        let mut scenario = blemished(seed, seed % 2 == 0, Path::Own);
+        scenario.mended_at = Duration::from_secs(100);
+        scenario.disks[0].requests = 30;
+        scenario.starts[0].jobs[0].reads = 300;
+        let ended = ended(&scenario);
+        assert_eq!((ended.seen.complete, ended.seen.skipped), (1, 1), "{:?}", ended.seen);
+        reads += ended.seen.snapshot;
+    }
+    assert!(reads > 1000, "{reads}");
+}
