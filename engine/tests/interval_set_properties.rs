@@ -77,7 +77,11 @@ impl Subject for SplitBrain {
 fn the_oracle_catches_a_double_claim() {
     let make = |clusters| SplitBrain { set: set_of(clusters), other: set_of(clusters), calls: Cell::new(0) };
     let error = check(3000, make).unwrap_err();
-    assert!(error.contains("double claim"), "{error}");
+    // Of the two that it knows of it, the one that a random case meets first.
+    assert!(
+        error.contains("double claim") || error.contains("the set says ToCopy, the oracle Copying"),
+        "{error}"
+    );
 }
 
 /// Forgets every third waiter.
