@@ -2,6 +2,7 @@
 
 use engine::live::{self, Engine, NbdListener, NbdServer, Removal};
 
+use super::control::PATIENCE;
 use super::exports::{ExportOptions, ExportSource, Exported, Exports, Gone, NbdOptions, StillInUse};
 use super::listen::Listener;
 
@@ -50,8 +51,9 @@ impl Exports for EngineExports {
     }
 
     fn stop(&mut self) {
+        // Whoever takes longer to leave is told of when it has.
         if let Some(server) = self.server.take()
-            && let Err(error) = server.stop()
+            && let Err(error) = server.stop_within(PATIENCE)
         {
             crate::out::complain(&error);
         }

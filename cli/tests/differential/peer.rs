@@ -214,8 +214,10 @@ fn start_qemu(there: &Path) -> (Running, Qmp) {
     let mut command: Command = heeding("sh");
     command.args(["-c", &script]).current_dir(there).stdin(Stdio::null());
     let running = Running::start(&mut command);
-    let client = Qmp::connect(&socket);
-    (running, client)
+    // It may greet the first client twice (and forget what was negotiated between), where that one comes before its monitor's
+    // thread has settled: once somebody was greeted, it has.
+    drop(Qmp::greeted(&socket));
+    (running, Qmp::connect(&socket))
 }
 
 /// A reply without what is different on purpose, or by the moment.

@@ -22,6 +22,13 @@ pub(crate) struct Qmp {
 impl Qmp {
     /// Connect to a socket that is there, or is about to be.
     pub(crate) fn connect(path: &Path) -> Self {
+        let mut client = Self::greeted(path);
+        client.ok("qmp_capabilities", json!({}));
+        client
+    }
+
+    /// Connect, but negotiate nothing yet.
+    pub(crate) fn greeted(path: &Path) -> Self {
         let deadline = Instant::now() + PATIENCE;
         let stream = loop {
             match UnixStream::connect(path) {
@@ -34,7 +41,6 @@ impl Qmp {
         let lines = BufReader::new(stream.try_clone().expect("cloned"));
         let mut client = Self { stream, lines, greeting: Value::Null, events: VecDeque::new() };
         client.greeting = client.receive().expect("a greeting");
-        client.ok("qmp_capabilities", json!({}));
         client
     }
 

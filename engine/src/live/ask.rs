@@ -10,6 +10,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -122,6 +123,24 @@ impl<T> Asked<T> {
         }
     }
 
+    /// Sleep until the answer is there, or for `limit`.
+    pub(super) fn wait_for(self, limit: Duration) -> Option<T> {
+        let deadline = Instant::now() + limit;
+        let mut state = self.0.state.lock();
+        loop {
+            match std::mem::replace(&mut *state, State::Over) {
+                State::Answered(answer) => return Some(answer),
+                open => *state = open,
+            }
+            if self.0.answered.wait_until(&mut state, deadline).timed_out() {
+                return match std::mem::replace(&mut *state, State::Over) {
+                    State::Answered(answer) => Some(answer),
+                    _ => None,
+                };
+            }
+        }
+    }
+
     /// The answer, if it is there.
     #[cfg(any(test, feature = "sim"))]
     pub(super) fn try_take(&self) -> Option<T> {
@@ -183,6 +202,17 @@ mod tests {
         let (answer, asked) = ask::<Option<u32>>();
         answer.give(Some(8));
         assert_eq!(asked.wait(), Some(8));
+    }
+
+    #[test]
+    fn one_who_waits_for_a_while_gets_the_answer_or_goes() {
+        let (answer, asked) = ask::<Option<u32>>();
+        let waiting = std::thread::spawn(move || asked.wait_for(Duration::from_secs(60)));
+        answer.give(Some(7));
+        assert_eq!(waiting.join().unwrap(), Some(Some(7)));
+        let (answer, asked) = ask::<Option<u32>>();
+        assert_eq!(asked.wait_for(Duration::from_millis(1)), None);
+        answer.give(Some(8));
     }
 
     #[test]

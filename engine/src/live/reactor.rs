@@ -276,10 +276,8 @@ impl<R: Ring> Reactor<R> {
     /// Let clients of exports act, and hand their requests on; whether there were any.
     fn serve(&mut self, now: Timestamp) -> bool {
         let disks = &self.disks;
-        let file_of = |backend: Backend| match backend {
-            Backend::Disk(id) => disks.get(&id).map(|disk| disk.side.file),
-            Backend::Snapshot(_) => None,
-        };
+        // An export keeps its disk.
+        let file_of = |id: DiskId| disks[&id].side.file;
         self.exports.turn(now, &mut self.ring, file_of);
         let wanted = self.exports.take_wanted();
         let any = !wanted.is_empty();

@@ -5,22 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
-const REQUEST_MAGIC: u32 = 0x2560_9513;
-
-pub(crate) const READ: u16 = 0;
-pub(crate) const WRITE: u16 = 1;
-pub(crate) const DISC: u16 = 2;
-pub(crate) const FLUSH: u16 = 3;
-pub(crate) const TRIM: u16 = 4;
-pub(crate) const WRITE_ZEROES: u16 = 6;
-
-pub(crate) const FUA: u16 = 1;
-
-pub(crate) const EPERM: u32 = 1;
-pub(crate) const EIO: u32 = 5;
-pub(crate) const ENOSPC: u32 = 28;
-pub(crate) const ESHUTDOWN: u32 = 108;
+use crate::protocol::{self, READ, Request, WRITE};
 
 /// A connection with simple replies.
 pub(crate) struct Client {
@@ -42,25 +27,13 @@ pub(crate) fn connect(socket: &Path) -> io::Result<UnixStream> {
 
 /// What a client says to choose an export, greeting included.
 pub(crate) fn choice(export: &str) -> Vec<u8> {
-    let mut bytes = 3_u32.to_be_bytes().to_vec();
-    bytes.extend(OPTION_MAGIC.to_be_bytes());
-    bytes.extend(7_u32.to_be_bytes());
-    bytes.extend(u32::try_from(export.len() + 6).unwrap().to_be_bytes());
-    bytes.extend(u32::try_from(export.len()).unwrap().to_be_bytes());
-    bytes.extend(export.as_bytes());
-    bytes.extend([0; 2]);
-    bytes
+    [protocol::client_flags(3), protocol::option(protocol::OPT_GO, &protocol::info_data(export, &[]))]
+        .concat()
 }
 
 /// A request as it goes over the wire.
 pub(crate) fn request(command: u16, flags: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
-    let mut bytes = REQUEST_MAGIC.to_be_bytes().to_vec();
-    bytes.extend(flags.to_be_bytes());
-    bytes.extend(command.to_be_bytes());
-    bytes.extend(cookie.to_be_bytes());
-    bytes.extend(offset.to_be_bytes());
-    bytes.extend(length.to_be_bytes());
-    bytes
+    Request::new(command, flags, cookie, offset, length).bytes()
 }
 
 impl Client {
@@ -90,6 +63,11 @@ impl Client {
     /// Send any bytes.
     pub(crate) fn say(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).expect("room");
+    }
+
+    /// Receive so many bytes, whatever they are.
+    pub(crate) fn hear(&mut self, bytes: usize) {
+        self.stream.read_exact(&mut vec![0; bytes]).expect("a reply");
     }
 
     /// Send any bytes, as many as go without waiting for long; how many.

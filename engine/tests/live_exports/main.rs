@@ -1,6 +1,9 @@
 //! Exports on a real engine, real files and real sockets: what clients see, and what they leave behind.
 
 mod client;
+#[allow(dead_code, clippy::cast_possible_truncation, reason = "shared with the tests of the protocol")]
+#[path = "../nbd_protocol/client.rs"]
+mod protocol;
 mod tools;
 
 use std::fs;
@@ -16,7 +19,8 @@ use engine::live::{
     NbdListener, NbdOptions, NbdServer, Removal,
 };
 
-use client::{Client, DISC, EIO, ENOSPC, EPERM, ESHUTDOWN, FLUSH, FUA, READ, TRIM, WRITE, WRITE_ZEROES};
+use client::Client;
+use protocol::{DISC, EIO, ENOSPC, EPERM, ESHUTDOWN, FLUSH, FUA, READ, TRIM, WRITE, WRITE_ZEROES};
 
 const CLUSTER: u64 = 64 << 10;
 
@@ -236,6 +240,25 @@ fn a_server_that_stops_lets_its_clients_finish() {
     assert!(refused.is_err());
     fixture.server.stop().expect("stopped already");
     assert_eq!(fixture.disk.read(0, 4).unwrap(), b"done");
+}
+
+#[test]
+fn whoever_stops_a_server_need_not_wait_for_a_client_that_takes_its_time() {
+    let fixture = Fixture::new(4);
+    let (_export, gone) = fixture.export_disk();
+    let mut client = fixture.open("disk");
+    let before = client.read(0, 100);
+    // In one piece: a request, and another one of whose payload there is only the beginning. Whoever answers the first knows of both.
+    let both = [client::request(READ, 0, 1, 0, 16), client::request(WRITE, 0, 2, 0, 4096), vec![7; 100]];
+    client.say(&both.concat());
+    client.hear(16 + 16);
+    let begun = Instant::now();
+    assert!(!fixture.server.stop_within(Duration::from_millis(50)).unwrap(), "it is waited for");
+    assert!(begun.elapsed() < Duration::from_secs(4), "for as long as was asked for");
+    drop(client);
+    fixture.server.stop().unwrap();
+    gone.try_recv().expect("all is gone when it has stopped");
+    assert_eq!(fixture.disk.read(0, 100).unwrap(), before, "half a write is none");
 }
 
 #[test]

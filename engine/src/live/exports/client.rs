@@ -7,10 +7,13 @@
 //!
 //! A client whose connection is over stays until all of its requests and operations have ended, so what it asked of a disk finds it.
 
+use nix::errno::Errno;
 use slab::Slab;
 
 use super::handles::{Backend, ExportId};
 use super::table::Table;
+use crate::error::ErrorKind;
+use crate::live::DiskId;
 use crate::live::carrier::{IoOutcome, IoRequest};
 use crate::nbd::connection::{
     Action, CloseReason, Connection, IoId, IoKind, Outcome, PayloadBuffer, Receive, StatusExtent,
@@ -23,6 +26,9 @@ use crate::units::{ByteRange, Timestamp};
 const RECEIVE: Token = Token(0);
 const SEND: Token = Token(1);
 const FIRST_QUERY: u64 = 2;
+
+/// Receives of a client that may be interrupted one after the other before it is given up.
+const MAX_INTERRUPTIONS: u32 = 16;
 
 /// A request that a client has under way on a disk or a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +69,7 @@ pub(super) struct Attached {
 #[derive(Debug)]
 struct Query {
     io: IoId,
+    disk: DiskId,
     range: ByteRange,
     limit: usize,
     /// It was pushed.
@@ -92,6 +99,8 @@ pub(super) struct Client {
     /// The buffer of the last receive of requests.
     buffer: Vec<u8>,
     queries: Slab<Query>,
+    /// Receives in a row that gave nothing.
+    interruptions: u32,
     draining: bool,
     closed: bool,
 }
@@ -117,6 +126,7 @@ impl Client {
             sent: None,
             buffer: Vec::new(),
             queries: Slab::new(),
+            interruptions: 0,
             draining: false,
             closed: false,
         }
@@ -183,6 +193,10 @@ impl Client {
             None => {}
             Some(Receive::Any { most }) => {
                 let mut buffer = std::mem::take(&mut self.buffer);
+                if buffer.capacity() > most {
+                    // It had much to say, and has not any more: an idle client keeps little.
+                    buffer = Vec::with_capacity(most);
+                }
                 buffer.resize(most, 0);
                 self.receiving = Receiving::Requests;
                 effects.ops.push((RECEIVE, Op::Receive { socket, buffer, filled: 0, whole: false }));
@@ -218,8 +232,8 @@ impl Client {
 
     fn query(&mut self, io: IoId, backend: Backend, range: ByteRange, limit: usize) {
         match backend {
-            Backend::Disk(_) => {
-                self.queries.insert(Query { io, range, limit, asked: false });
+            Backend::Disk(disk) => {
+                self.queries.insert(Query { io, disk, range, limit, asked: false });
             }
             // What is a hole of the disk by now need not have been one at t0.
             Backend::Snapshot(_) => self.connection.answered(io, all_data(range)),
@@ -236,21 +250,19 @@ impl Client {
         self.queries.iter().any(|(_, query)| !query.asked)
     }
 
-    /// Push up to `room` questions, given where disks are on the ring.
+    /// Push up to `room` questions, given where disks are on the ring. Gives how many these are.
     pub(super) fn ask(
         &mut self,
         room: usize,
-        file_of: impl Fn(Backend) -> Option<FileId>,
+        file_of: impl Fn(DiskId) -> FileId,
         ops: &mut Vec<(Token, Op)>,
     ) -> usize {
-        let backend = self.attached.map(|attached| attached.backend);
-        let Some(file) = backend.and_then(file_of) else { return 0 };
         let waiting = self.queries.iter_mut().filter(|(_, query)| !query.asked);
         let mut asked = 0;
         for (index, query) in waiting.take(room) {
             query.asked = true;
             asked += 1;
-            let (range, limit) = (query.range, query.limit);
+            let (file, range, limit) = (file_of(query.disk), query.range, query.limit);
             let op = Op::Extents { file, range, query: ExtentQuery::Data, limit };
             ops.push((Token(FIRST_QUERY + index as u64), op));
         }
@@ -261,7 +273,12 @@ impl Client {
     pub(super) fn on_outcome(&mut self, io: ServedIo, outcome: IoOutcome) -> Option<Wanted> {
         let outcome = match (outcome.result, io.then) {
             (Err(error), _) => {
-                tracing::warn!(%error, "a client's request failed");
+                if error.kind() == ErrorKind::Io(Errno::EOPNOTSUPP) {
+                    // The answer to whether zeros are fast here, which a client may ask for all day.
+                    tracing::debug!(%error, "a client's request is not supported");
+                } else {
+                    tracing::warn!(%error, "a client's request failed");
+                }
                 Outcome::Failed(WireError::from(&error))
             }
             (Ok(data), Then::Data) => Outcome::Data(data),
@@ -313,11 +330,19 @@ impl Client {
                 }
             },
             Ok(other) => unreachable!("a receive gave {other:?}"),
+            Err(Errno::EINTR | Errno::EAGAIN)
+                if matches!(receiving, Receiving::Requests) && self.interruptions < MAX_INTERRUPTIONS =>
+            {
+                // Nothing was received: it is asked for again. (The buffer of a payload is lost with its error.)
+                self.interruptions += 1;
+                return;
+            }
             Err(errno) => {
                 tracing::debug!(%errno, "a client was lost while receiving");
                 self.connection.lost();
             }
         }
+        self.interruptions = 0;
     }
 
     fn on_sent(&mut self, completion: Completion) -> Option<(Token, Op)> {
@@ -368,5 +393,41 @@ fn log_end(reason: CloseReason) {
             tracing::debug!(%reason, "a client has left");
         }
         _ => tracing::info!(%reason, "a client was closed"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nbd::limits::{ConnectionLimits, SharedBytes};
+
+    /// What it leads to, and whether its socket is shut down.
+    fn polled(client: &mut Client) -> (Vec<Token>, bool) {
+        let (mut ops, mut wanted, mut shut) = (Vec::new(), Vec::new(), Vec::new());
+        let mut effects = Effects { ops: &mut ops, wanted: &mut wanted, shut: &mut shut };
+        client.poll(&mut Table::new(None), &mut effects);
+        (ops.into_iter().map(|(token, _)| token).collect(), !shut.is_empty())
+    }
+
+    #[test]
+    fn a_receive_that_was_interrupted_is_begun_again_but_not_for_ever() {
+        let connection = Connection::new(ConnectionLimits::default(), SharedBytes::new(1 << 20));
+        let mut client = Client::new(0, 0, SocketId(0), connection);
+        assert_eq!(polled(&mut client), (vec![SEND, RECEIVE], false), "the greeting");
+        let ended = |result| Completion { token: RECEIVE, result };
+        for round in 0..3 {
+            for _ in 0..MAX_INTERRUPTIONS {
+                assert!(client.on_completion(ended(Err(Errno::EINTR))).is_none());
+                assert_eq!(polled(&mut client), (vec![RECEIVE], false), "round {round}");
+            }
+            if round < 2 {
+                // Whatever is received ends the row: the first bytes of a client's flags.
+                let received = Output::Received { buffer: vec![0; 4096], bytes: 1 };
+                assert!(client.on_completion(ended(Ok(received))).is_none());
+                assert_eq!(polled(&mut client), (vec![RECEIVE], false));
+            }
+        }
+        assert!(client.on_completion(ended(Err(Errno::EAGAIN))).is_none());
+        assert_eq!(polled(&mut client), (vec![], true), "it is given up");
     }
 }

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use super::super::DiskId;
 use super::super::ask::{Answer, ask};
@@ -30,8 +31,8 @@ pub(in crate::live) struct ExportId(pub(in crate::live) u64);
 pub struct NbdOptions {
     /// Most clients at a time, 1 to 1,024. Whoever comes then waits in the listener's backlog until one leaves.
     pub clients: usize,
-    /// Bytes that the clients' payloads may take together, at least 1 MiB. Each client has its equal part of that, but at least
-    /// 256 KiB; an idle one takes next to nothing.
+    /// Bytes that the clients' payloads may take together, at least 256 KiB. Beyond that each has a little of its own, so that
+    /// one who does not read what it asked for keeps nobody else waiting: see [`crate::nbd::ConnectionLimits`].
     pub memory: u64,
     /// The export for those who ask for none by name. `None`: the one without a name, or the only one.
     pub default_export: Option<String>,
@@ -189,7 +190,7 @@ impl NbdServer {
     /// Refusals: a name that is taken or too long, a writable export of something that takes no writes.
     pub fn add_export(&self, options: ExportOptions) -> Result<Export, Error> {
         let ExportOptions { name, description, source, writable, trim, on_gone } = options;
-        super::check(&name, &description, &source, writable)?;
+        super::check(&name, &source, writable)?;
         let id = ExportId(self.0.next_export.fetch_add(1, Ordering::Relaxed));
         let (length, backend, hold): (_, _, Option<Arc<dyn Any + Send + Sync>>) = match source {
             ExportSource::Disk(disk) => {
@@ -209,6 +210,18 @@ impl NbdServer {
     /// When the engine has died.
     pub fn stop(&self) -> Result<(), Error> {
         self.0.ask(|answer| ExportCommand::Stop { server: self.0.server, answer })
+    }
+
+    /// As [`Self::stop`], but returns after `limit` at the latest; `false`: it is still going, and will be gone when those of its
+    /// clients have left that take their time, or whose requests do.
+    ///
+    /// # Errors
+    /// When the engine has died.
+    pub fn stop_within(&self, limit: Duration) -> Result<bool, Error> {
+        let (answer, asked) = ask();
+        let server = self.0.server;
+        self.0.inbox.send(Command::Exports(ExportCommand::Stop { server, answer }));
+        asked.wait_for(limit).transpose().map(|stopped| stopped.is_some())
     }
 }
 

@@ -9,7 +9,8 @@
 //! Only clients with news are looked at: an idle one costs nothing but its memory and its receive on the ring.
 //!
 //! # Bounds
-//! Clients: [`NbdOptions::clients`]; who comes beyond that waits in the backlog. Memory: [`ConnectionLimits`] for each client, and what all
+//! Clients: [`NbdOptions::clients`]; who comes beyond that waits in the backlog (but is closed where other servers of the engine have taken its
+//! places). Memory: [`ConnectionLimits`] for each client, and what all
 //! of a server share. Time: a client that has not chosen an export within [`HANDSHAKE_TIME`] is closed, and so is one that has not left
 //! [`DRAIN_TIME`] after its export was closed; requests that it has on a disk are carried out even so.
 //!
@@ -26,12 +27,12 @@ use std::time::Duration;
 
 use slab::Slab;
 
+use super::DiskId;
 use super::ask::Answer;
 use super::carrier::IoOutcome;
 use super::token::{Owner, token_of};
 use crate::error::{Error, Operation, Refusal};
 use crate::nbd::connection::Connection;
-use crate::nbd::export::Export as Shown;
 use crate::nbd::limits::{ConnectionLimits, SharedBytes};
 use crate::ring::{Completion, FileId, Op, Output, Ring, SocketId, Token};
 use crate::units::Timestamp;
@@ -92,8 +93,8 @@ pub(super) struct Hub {
     shut: Vec<SocketId>,
 }
 
-/// What can be said of an export before the ring thread is asked.
-fn check(name: &str, description: &str, source: &ExportSource, writable: bool) -> Result<(), Error> {
+/// What cannot be said on the ring thread, which does not know how a disk was opened.
+fn check(name: &str, source: &ExportSource, writable: bool) -> Result<(), Error> {
     let takes_writes = match source {
         ExportSource::Disk(disk) => disk.is_writable(),
         ExportSource::Snapshot(_) => false,
@@ -103,7 +104,7 @@ fn check(name: &str, description: &str, source: &ExportSource, writable: bool) -
         return Err(Error::refused(Refusal::ReadOnly, Operation::Export, name.to_owned(), reason)
             .advise("open the disk writable, or export it read-only"));
     }
-    Shown::new(name, crate::units::Length(0), !writable)?.describe(description).map(drop)
+    Ok(())
 }
 
 impl Hub {
@@ -199,12 +200,7 @@ impl Hub {
     }
 
     /// Let everybody act who has something to do; requests for disks are in [`Self::take_wanted`] then.
-    pub(super) fn turn<R: Ring>(
-        &mut self,
-        now: Timestamp,
-        ring: &mut R,
-        file_of: impl Fn(Backend) -> Option<FileId>,
-    ) {
+    pub(super) fn turn<R: Ring>(&mut self, now: Timestamp, ring: &mut R, file_of: impl Fn(DiskId) -> FileId) {
         if std::mem::take(&mut self.closing) {
             self.drain_clients(now);
         }
@@ -302,7 +298,7 @@ impl Hub {
         if was_new && !client.is_new() {
             set_deadline(&mut self.deadlines, index, client, None);
         }
-        if client.has_queries() {
+        if client.has_queries() && !self.asking.contains(&index) {
             self.asking.push_back(index);
         }
         for (token, op) in self.ops.drain(..) {
@@ -330,7 +326,7 @@ impl Hub {
     }
 
     /// Ask disks for their holes, as far as there is room.
-    fn ask<R: Ring>(&mut self, ring: &mut R, file_of: impl Fn(Backend) -> Option<FileId>) {
+    fn ask<R: Ring>(&mut self, ring: &mut R, file_of: impl Fn(DiskId) -> FileId) {
         while let Some(&index) = self.asking.front() {
             let room = (ring.capacity() - ring.in_flight()).min(MAX_QUERIES - self.queries);
             if room == 0 {

@@ -1,0 +1,182 @@
+//! The daemon's exports, with the programs that use them: `qemu-io` is the guest, `nbdcopy` the backup tool.
+
+mod support;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::{Value, json};
+use support::qmp::{Daemon, Qmp};
+use support::{code, dense, directory, has, run_in, same, stderr, stdout};
+
+const LENGTH: usize = (8 << 20) + 512;
+
+fn with_disk(there: &Path) -> Daemon {
+    dense(&there.join("disk.img"), LENGTH, 3);
+    Daemon::start(there, &["--nbd", "unix:nbd.sock", "--disk", "vda=disk.img"])
+}
+
+fn uri(export: &str) -> String {
+    format!("nbd+unix:///{export}?socket=nbd.sock")
+}
+
+/// Run a program that gives up rather than hang.
+fn tool(there: &Path, arguments: &[&str]) -> Output {
+    Command::new("timeout").arg("60").args(arguments).current_dir(there).output().expect("runs")
+}
+
+/// A guest does what `commands` say to an export.
+fn guest(there: &Path, export: &str, commands: &[&str]) -> Output {
+    let uri = uri(export);
+    let mut arguments = vec!["qemu-io", "-f", "raw"];
+    arguments.extend(commands.iter().flat_map(|command| ["-c", command]));
+    arguments.push(&uri);
+    tool(there, &arguments)
+}
+
+#[track_caller]
+fn guest_does(there: &Path, export: &str, commands: &[&str]) {
+    let output = guest(there, export, commands);
+    let said = stdout(&output) + &stderr(&output);
+    assert!(output.status.success() && !said.contains("failed"), "{commands:?}: {said}");
+}
+
+fn exports(client: &mut Qmp) -> Vec<String> {
+    let exports = client.ok("query-block-exports", json!({}));
+    let ids = exports.as_array().expect("a list").iter();
+    ids.map(|export| export["id"].as_str().expect("an id").to_owned()).collect()
+}
+
+/// The next event of this name.
+fn event(client: &mut Qmp, name: &str) -> Value {
+    loop {
+        let event = client.event();
+        if event["event"] == name {
+            return event["data"].clone();
+        }
+    }
+}
+
+#[test]
+fn a_backup_shows_t0_while_a_guest_writes_and_a_tool_pulls_the_snapshot() {
+    if !has("qemu-io") || !has("nbdcopy") {
+        return;
+    }
+    let there = directory();
+    let daemon = with_disk(there.path());
+    let mut client = daemon.client();
+    guest_does(there.path(), "vda", &["write -P 1 4096 100000", "flush"]);
+    fs::copy(there.path().join("disk.img"), there.path().join("t0.img")).expect("copied");
+    dense(&there.path().join("target.img"), LENGTH, 9);
+    client.add_file("target", &there.path().join("target.img"));
+    let backup =
+        json!({ "job-id": "job", "device": "vda", "target": "target", "sync": "full", "speed": 1 << 20 });
+    client.ok("blockdev-backup", backup);
+    let snapshot =
+        json!({ "type": "nbd", "id": "t0", "node-name": "vda", "name": "t0", "x-snapshot": "job" });
+    client.ok("block-export-add", snapshot);
+    guest_does(there.path(), "vda", &["write -P 2 0 3M", "write -z 5M 1M", "write -f -P 3 8388608 512"]);
+    guest_does(there.path(), "vda", &["read -P 2 0 3M", "read -P 0 5M 1M", "read -P 3 8388608 512"]);
+    let pulled = tool(there.path(), &["nbdcopy", &uri("t0"), "pulled.img"]);
+    assert!(pulled.status.success(), "{}", stderr(&pulled));
+    client.ok("block-job-set-speed", json!({ "device": "job", "speed": 0 }));
+    client.until("job", "null");
+    for copy in ["pulled.img", "target.img"] {
+        assert!(same(&there.path().join("t0.img"), &there.path().join(copy)), "{copy} shows t0");
+    }
+    assert!(!same(&there.path().join("t0.img"), &there.path().join("disk.img")));
+    // The snapshot went with its job.
+    assert_eq!(exports(&mut client), ["vda"]);
+    // Nothing can be written to what is for reading.
+    client.ok("block-export-add", json!({ "type": "nbd", "id": "r", "node-name": "vda", "name": "r" }));
+    assert!(!guest(there.path(), "r", &["write 0 512"]).status.success());
+}
+
+#[test]
+fn exports_come_and_go() {
+    if !has("qemu-io") {
+        return;
+    }
+    let there = directory();
+    let daemon = with_disk(there.path());
+    let mut client = daemon.client();
+    assert_eq!(exports(&mut client), ["vda"]);
+    // A guest that stays: it reads, then waits for what it is told next.
+    let mut stays = Command::new("qemu-io")
+        .args(["-f", "raw", &uri("vda")])
+        .current_dir(there.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("runs");
+    stays.stdin.as_mut().expect("piped").write_all(b"read 0 512\n").expect("told");
+    until_said(stays.stdout.take().expect("piped"), "512/512");
+    assert!(client.refused("block-export-del", json!({ "id": "vda" })).contains("still in use"));
+    client.ok("block-export-del", json!({ "id": "vda", "mode": "hard" }));
+    assert_eq!(event(&mut client, "BLOCK_EXPORT_DELETED"), json!({ "id": "vda" }));
+    drop(stays.stdin.take());
+    assert!(stays.wait().is_ok());
+    assert!(!guest(there.path(), "vda", &["read 0 512"]).status.success(), "it is gone");
+    client.ok(
+        "block-export-add",
+        json!({ "type": "nbd", "id": "again", "node-name": "vda", "writable": true }),
+    );
+    guest_does(there.path(), "vda", &["write -P 7 0 512"]);
+    client.ok("nbd-server-stop", json!({}));
+    assert_eq!(event(&mut client, "BLOCK_EXPORT_DELETED"), json!({ "id": "again" }));
+    assert!(!there.path().join("nbd.sock").exists());
+    let address = json!({ "type": "unix", "data": { "path": there.path().join("nbd.sock") } });
+    client.ok("nbd-server-start", json!({ "addr": address }));
+    client.ok(
+        "block-export-add",
+        json!({ "type": "nbd", "id": "third", "node-name": "vda", "name": "vda", "writable": true }),
+    );
+    guest_does(there.path(), "vda", &["read -P 7 0 512"]);
+    client.ok("quit", json!({}));
+    assert!(!there.path().join("nbd.sock").exists());
+}
+
+/// Read what a program prints until it has said this.
+fn until_said(mut output: impl Read, words: &str) {
+    let (mut said, mut byte) = (Vec::new(), [0]);
+    while !said.ends_with(words.as_bytes()) {
+        output.read_exact(&mut byte).unwrap_or_else(|_| panic!("only {}", String::from_utf8_lossy(&said)));
+        said.push(byte[0]);
+    }
+}
+
+/// A tool starts the daemon by itself and hands its socket over.
+#[test]
+fn a_tool_that_hands_its_socket_over_copies_the_disk() {
+    if !has("nbdcopy") {
+        return;
+    }
+    let there = directory();
+    dense(&there.path().join("disk.img"), LENGTH, 3);
+    let program = support::program();
+    let program = program.to_str().expect("text");
+    let daemon = ["--", "[", program, "daemon", "--disk", "vda=disk.img", "]", "out.img"];
+    let output = tool(there.path(), &[&["nbdcopy"][..], &daemon].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(same(&there.path().join("disk.img"), &there.path().join("out.img")));
+}
+
+#[test]
+fn the_operator_hears_what_guests_felt() {
+    if !has("qemu-io") {
+        return;
+    }
+    let there = directory();
+    let daemon = with_disk(there.path());
+    drop(daemon.client());
+    guest_does(there.path(), "vda", &["write -P 1 0 4096", "write -P 2 4096 4096"]);
+    let arguments = ["backup", "--qmp", "unix:qmp.sock", "--disk", "vda", "--target", "copy.img", "--json"];
+    let output = run_in(there.path(), &arguments);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    let told = support::json(&output);
+    let before = &told["report"]["guests"]["before"];
+    assert!(before["requests"].as_u64().is_some_and(|count| count >= 2), "{told}");
+    assert!(same(&there.path().join("disk.img"), &there.path().join("copy.img")));
+}
