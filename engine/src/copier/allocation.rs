@@ -7,6 +7,7 @@
 //! flight, so the next window is asked for when half of the last is used, and all its extents go into one request.
 //! Reserving is an optimisation: when it fails (no space, not supported) it is given up, and the write says what is wrong.
 
+use super::Copier;
 use super::plan::Limits;
 use crate::units::ByteRange;
 
@@ -44,6 +45,18 @@ impl AllocateAhead {
             reserved: Vec::new(),
             limits,
         }
+    }
+
+    /// `spans` (ascending, disjoint) were reserved before the copy began.
+    pub(super) fn begin_with(&mut self, mut spans: Vec<ByteRange>) {
+        if spans.len() > MAX_RESERVED_SPANS {
+            // What lies between the last ones counts as reserved: to give back what was not does no harm.
+            let end = spans[spans.len() - 1].end();
+            spans.truncate(MAX_RESERVED_SPANS);
+            let last = &mut spans[MAX_RESERVED_SPANS - 1];
+            *last = ByteRange::between(last.offset, end);
+        }
+        self.reserved = spans;
     }
 
     /// Data was found.
@@ -111,6 +124,16 @@ impl AllocateAhead {
     }
 }
 
+impl Copier {
+    /// The same with `spans` of the target, ascending and disjoint, for which space was reserved before: what turns out to be zeros in them
+    /// is given back.
+    #[must_use]
+    pub(crate) fn with_reserved(mut self, spans: Vec<ByteRange>) -> Self {
+        self.allocation.begin_with(spans);
+        self
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -144,6 +167,18 @@ mod tests {
         assert_eq!(ahead.due(0), None);
         ahead.on_data(250);
         assert_eq!(ahead.due(0), Some((0, 1000)));
+    }
+
+    #[test]
+    fn what_was_reserved_before_is_known_within_the_bound() {
+        let mut ahead = AllocateAhead::new(false, limits());
+        let spans = |count: u64| (0..count).map(|at| ByteRange::new(at * 100, 10)).collect::<Vec<_>>();
+        ahead.begin_with(spans(3));
+        assert!(ahead.covers(ByteRange::new(205, 100)) && !ahead.covers(ByteRange::new(10, 90)));
+        ahead.begin_with(spans(2000));
+        assert_eq!(ahead.reserved.len(), MAX_RESERVED_SPANS);
+        assert!(!ahead.covers(ByteRange::new(10, 90)) && ahead.covers(ByteRange::new(150_010, 10)));
+        assert!(!ahead.covers(ByteRange::new(199_910, 10)));
     }
 
     #[test]

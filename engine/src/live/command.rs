@@ -15,6 +15,9 @@ use super::carrier::{IoOutcome, IoRequest};
 use super::controller::SweepDepth;
 use super::disk::DiskShared;
 use super::jobs::JobId;
+use super::listing::RunningJob;
+use super::opened::Opened;
+use super::room::Share;
 use crate::copier::plan::{Plan, Side};
 use crate::error::Error;
 use crate::interval_set::IntervalSet;
@@ -45,8 +48,10 @@ pub(super) struct NewJob<F> {
     pub(super) geometry: Geometry,
     pub(super) set: Arc<IntervalSet>,
     pub(super) shared: Arc<Shared>,
-    /// Bytes of the arena that it needs.
-    pub(super) memory: u32,
+    /// Of the engine's room.
+    pub(super) share: Share,
+    /// Where space was reserved on the target.
+    pub(super) reserved: Vec<ByteRange>,
     pub(super) depth: SweepDepth,
     pub(super) plan: MakePlan,
     pub(super) at_end: Option<AtEnd>,
@@ -65,11 +70,20 @@ pub enum GroupFailure {
 /// Jobs to start at one instant.
 pub(super) struct NewGroup<F> {
     pub(super) jobs: Vec<NewJob<F>>,
+    /// More disks at which the barrier is raised. Without jobs this is a rehearsal: it shows whether an instant can be found.
+    pub(super) more_disks: Vec<DiskId>,
     pub(super) on_failure: GroupFailure,
     /// How long guests may be kept waiting for those whose writes are under way.
     pub(super) timeout: Duration,
     /// Their numbers, in order.
     pub(super) answer: Answer<Result<Vec<JobId>, Error>>,
+}
+
+impl<F> NewGroup<F> {
+    /// At which the barrier is raised; some may be named more than once.
+    pub(super) fn disks(&self) -> impl Iterator<Item = DiskId> {
+        self.jobs.iter().map(|job| job.disk).chain(self.more_disks.iter().copied())
+    }
 }
 
 /// What the ring thread is asked for.
@@ -80,19 +94,26 @@ pub(super) enum Command<F> {
         /// Of direct I/O; `None`: buffered.
         direct_alignment: Option<u32>,
         disk: Arc<DiskShared>,
-        memory: u32,
+        opened: Option<Arc<Opened>>,
+        share: Share,
         answer: Answer<Result<(), Error>>,
     },
     /// The last handle of a disk is gone.
     RemoveDisk { disk: DiskId },
     /// A guest's request on a disk that the engine carries.
     Io { disk: DiskId, request: IoRequest, answer: Answer<IoOutcome> },
-    /// A guest is about to change clusters that a job has not copied.
-    Copy { job: JobId, clusters: ClusterRange, answer: Answer<Result<(), Arc<Error>>> },
+    /// A guest is about to change clusters that a job has not copied, and has waited for that since.
+    Copy { job: JobId, clusters: ClusterRange, waited: Duration, answer: Answer<Result<(), Arc<Error>>> },
+    /// Of those who wait for copies of a job some are gone.
+    ForgetCopies { job: JobId },
+    /// A guest is about to write by himself: discards of that range that were put off are not to come after it.
+    ForgetDiscards { disk: DiskId, range: ByteRange, answer: Answer<Result<(), Arc<Error>>> },
     /// A read of a range as it was at the t0 of a job.
     Snapshot { job: JobId, range: ByteRange, answer: Answer<IoOutcome> },
     /// Jobs to start.
     Start(NewGroup<F>),
+    /// Which jobs there are.
+    Jobs { answer: Answer<Result<Vec<RunningJob>, Error>> },
     /// Nothing comes any more: the last handle of the engine is gone.
     Quit,
 }

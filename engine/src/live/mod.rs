@@ -29,11 +29,14 @@
 //! | `gate`, `slot` | Permits are counted; guests are held back while t0 is taken. |
 //! | `jobs` | The list of the disk's jobs, which tells a guest what is still to be copied. |
 //! | `admission` | Asks the two in the order that makes t0 an instant. |
+//! | `own_write`, `waits` | What those who write by themselves wait for. |
 //! | `carrier` | Guest I/O that the engine carries: a state machine on the ring thread. |
-//! | `reactor`, `starts` | The loop of the ring thread over many disks and jobs; the start of jobs. |
+//! | `reactor`, `starts`, `ends` | The loop of the ring thread over many disks and jobs; the start and the end of jobs. |
+//! | `death` | What becomes of everybody when the ring thread dies. |
 //! | `controller` | How much of the sweep is in flight. |
-//! | `command`, `ask`, `memory` | What other threads ask for, how they get answers, who has which part of the arena. |
-//! | `engine`, `disk`, `backup` | The handles. |
+//! | `command`, `ask` | What other threads ask for, how they get answers. |
+//! | `room`, `memory` | Who has which part of the arena, and the places on the ring. |
+//! | `engine`, `disk`, `backup`, `opened`, `listing` | The handles; which disks are open; which jobs there are. |
 //! | `latency` | What guests felt. |
 
 mod admission;
@@ -42,16 +45,24 @@ mod backup;
 pub mod carrier;
 mod command;
 mod controller;
+mod death;
 mod disk;
+#[cfg(all(test, not(loom)))]
+mod disk_tests;
+mod ends;
 mod engine;
 mod gate;
 mod host;
 mod jobs;
 mod latency;
+mod listing;
 mod memory;
+mod opened;
+mod own_write;
 #[cfg(feature = "sim")]
 mod planted;
 mod reactor;
+mod room;
 #[cfg(feature = "sim")]
 pub mod sim;
 mod slot;
@@ -59,6 +70,9 @@ mod starts;
 #[cfg(all(test, not(loom)))]
 mod tests;
 mod token;
+#[cfg(all(test, feature = "sim", not(loom)))]
+mod turns_tests;
+mod waits;
 
 pub use self::admission::Permit;
 pub use crate::modes::CbwErrorPolicy;
@@ -70,6 +84,7 @@ pub use self::controller::SweepDepth;
 pub use self::disk::{BeginWrite, Io, LiveDisk, read};
 pub use self::engine::{DiskOptions, Engine, EngineOptions};
 pub use self::latency::Latencies;
+pub use self::listing::RunningJob;
 // Not for embedders: for the engine's own benches and model checks, which are crates of their own.
 #[doc(hidden)]
 pub use self::{

@@ -8,16 +8,14 @@
 //!
 //! # Ordering
 //! A job that is ending is detached from its disk before its guests are answered, so a guest that looks again does not find it. A
-//! job's files are let go before its result is told.
-//!
-//! # Death
-//! When the ring breaks or anything panics, [`Reactor::die`] detaches all jobs, lets all barriers down for ever, answers every request
-//! with the error and ends every job as failed: nothing waits for a thread that is gone.
+//! job's files are let go before its result is told; what may take its time about that is done elsewhere (`ends`).
+//! How it ends when it breaks: `death`.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Bound;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use slab::Slab;
 
 use super::DiskId;
@@ -27,19 +25,22 @@ use super::carrier::{Carrier, CarrierLimits, CarrierPlan, CopyWait, IoId, IoOutc
 use super::command::{Command, GroupFailure, Inbox, NewGroup};
 use super::controller::Controller;
 use super::disk::DiskShared;
+use super::ends::End;
 use super::host::{Host, ask_job};
 use super::jobs::{JobId, Watch};
-use super::memory::Memory;
+use super::opened::Opened;
 #[cfg(feature = "sim")]
 use super::planted::Planted;
+use super::room::{Room, Share};
 use super::starts::Raised;
 use super::token::{Owner, owner_of, token_of};
+use super::waits::ForgetWait;
 use crate::copier::guests::CbwId;
 use crate::copier::plan::Side;
 use crate::copier::snapshot::SnapshotId;
 use crate::error::{Error, ErrorKind, Operation, Refusal};
 use crate::job::runner::Runner;
-use crate::ring::{BufferRange, Completion, FileId, Op, Ring, RingFailure, Token, Wait};
+use crate::ring::{Completion, FileId, Op, Ring, RingFailure, Token, Wait};
 use crate::units::{ByteRange, ClusterRange, Timestamp};
 
 /// Who waits for a copy-before-write.
@@ -51,11 +52,13 @@ pub(super) enum Asker {
 pub(super) struct Disk {
     pub(super) shared: Arc<DiskShared>,
     pub(super) side: Side,
-    carrier: Carrier<Permit>,
-    memory: BufferRange,
-    answers: BTreeMap<IoId, Answer<IoOutcome>>,
+    pub(super) carrier: Carrier<Permit>,
+    /// Kept until it has left the ring.
+    share: Share,
+    opened: Option<Arc<Opened>>,
+    pub(super) answers: BTreeMap<IoId, Answer<IoOutcome>>,
     /// Requests for which the carrier has no room yet.
-    queue: VecDeque<(IoRequest, Answer<IoOutcome>, Timestamp)>,
+    pub(super) queue: VecDeque<(IoRequest, Answer<IoOutcome>)>,
     next_io: u64,
     /// Its last handle is gone: it goes when nothing is left to do.
     closing: bool,
@@ -66,11 +69,11 @@ impl Disk {
     fn feed(&mut self) -> bool {
         let mut fed = false;
         while self.carrier.has_room() {
-            let Some((request, answer, since)) = self.queue.pop_front() else { break };
+            let Some((request, answer)) = self.queue.pop_front() else { break };
             let id = IoId(self.next_io);
             self.next_io += 1;
             self.answers.insert(id, answer);
-            self.carrier.submit(id, request, since);
+            self.carrier.submit(id, request);
             fed = true;
         }
         fed
@@ -86,15 +89,19 @@ pub(super) struct Job {
     pub(super) disk: DiskId,
     pub(super) runner: Runner,
     pub(super) target: FileId,
+    pub(super) target_name: Arc<str>,
     pub(super) fleece: Option<FileId>,
-    pub(super) memory: BufferRange,
+    pub(super) share: Share,
     pub(super) watch: Arc<Watch>,
     pub(super) controller: Controller,
     pub(super) attached: bool,
+    /// Of those who wait for copies: see [`super::waits`].
+    pub(super) some_are_gone: bool,
     pub(super) group: u64,
     pub(super) on_failure: GroupFailure,
     pub(super) asks: BTreeMap<CbwId, Asker>,
-    reads: BTreeMap<SnapshotId, Answer<IoOutcome>>,
+    /// With how many bytes each asks for.
+    pub(super) reads: BTreeMap<SnapshotId, (u64, Answer<IoOutcome>)>,
     pub(super) next_ask: u64,
     /// Operations on the ring.
     in_flight: usize,
@@ -103,14 +110,17 @@ pub(super) struct Job {
 /// See the module's header.
 pub(super) struct Reactor<R: Ring> {
     pub(super) ring: R,
-    inbox: Arc<Inbox<R::File>>,
-    pub(super) memory: Memory,
+    pub(super) inbox: Arc<Inbox<R::File>>,
+    room: Arc<Room>,
     pub(super) disks: BTreeMap<DiskId, Disk>,
     /// Which of them is the first to act in the next turn.
     first_disk: DiskId,
     pub(super) jobs: Slab<Job>,
     pub(super) waiting: VecDeque<NewGroup<R::File>>,
     pub(super) raised: Option<Raised>,
+    /// Disks whose barrier was up, and until when it stays down.
+    pub(super) rests: BTreeMap<DiskId, Timestamp>,
+    pub(super) forgetting: Vec<ForgetWait>,
     pub(super) next_group: u64,
     pub(super) next_job: u64,
     completions: Vec<Completion>,
@@ -127,6 +137,16 @@ pub(super) struct Reactor<R: Ring> {
 /// without waiting.
 const MAX_QUEUED: usize = 16_384;
 
+/// Most guests with an I/O path of their own who wait for copies of a job.
+const MAX_ASKS: usize = 65_536;
+
+/// Most reads of a snapshot at a time, and most bytes of them together: what is read is kept until it is handed over.
+const MAX_READS: usize = 4096;
+const MAX_READ_BYTES: u64 = 256 << 20;
+
+/// Most commands taken in one turn: those who do not stop asking must not keep the others from the ring.
+const COMMANDS_A_TURN: usize = 512;
+
 /// Bytes of the arena that a carried disk gets.
 pub(super) const CARRIER_BYTES: u32 = 4 << 20;
 
@@ -142,12 +162,14 @@ impl<R: Ring> Reactor<R> {
         Self {
             ring,
             inbox,
-            memory: Memory::new(bytes),
+            room: Room::new(bytes),
             disks: BTreeMap::new(),
             first_disk: DiskId(0),
             jobs: Slab::new(),
             waiting: VecDeque::new(),
             raised: None,
+            rests: BTreeMap::new(),
+            forgetting: Vec::new(),
             next_group: 0,
             next_job: 0,
             completions: Vec::new(),
@@ -162,6 +184,11 @@ impl<R: Ring> Reactor<R> {
     /// Where commands are left.
     pub(super) fn inbox(&self) -> Arc<Inbox<R::File>> {
         Arc::clone(&self.inbox)
+    }
+
+    /// What there is room for.
+    pub(super) fn room(&self) -> Arc<Room> {
+        Arc::clone(&self.room)
     }
 
     /// The ring.
@@ -193,9 +220,11 @@ impl<R: Ring> Reactor<R> {
     /// The first half of a turn: everything up to the wait, which is returned; `None`: it is over.
     pub(super) fn act(&mut self) -> Option<Wait> {
         let now = self.ring.now();
-        self.take_commands(now);
+        let mut more = self.take_commands(now);
         self.advance_start(now);
-        let mut more = self.poll_disks(now);
+        more |= self.poll_disks(now);
+        self.answer_forgotten();
+        self.drop_those_gone();
         more |= self.poll_jobs(now);
         self.conclude_jobs(now);
         more |= self.remove_closed_disks();
@@ -220,30 +249,44 @@ impl<R: Ring> Reactor<R> {
     fn next_deadline(&self, now: Timestamp) -> Option<Timestamp> {
         let jobs = self.jobs.iter().filter_map(|(_, job)| job.runner.copier.next_deadline(now));
         let disks = self.disks.values().filter_map(|disk| disk.carrier.next_deadline(now));
-        let start = self.raised.as_ref().map(Raised::deadline);
+        let start = self.raised.as_ref().map_or_else(|| self.next_start(), |raised| Some(raised.deadline()));
         jobs.chain(disks).chain(start).min()
     }
 
-    fn take_commands(&mut self, now: Timestamp) {
-        while let Some(command) = self.inbox.take() {
-            match command {
-                Command::AddDisk { file, direct_alignment, disk, memory, answer } => {
-                    let added = self.add_disk(file, direct_alignment, disk, memory);
-                    answer.give(added);
-                }
-                Command::RemoveDisk { disk } => {
-                    if let Some(disk) = self.disks.get_mut(&disk) {
-                        disk.closing = true;
-                    }
-                }
-                Command::Io { disk, request, answer } => self.submit(disk, request, answer, now),
-                Command::Copy { job, clusters, answer } => {
-                    self.copy_before_write(job, clusters, Asker::Guest(answer), now);
-                }
-                Command::Snapshot { job, range, answer } => self.read_snapshot(job, range, answer),
-                Command::Start(group) => self.waiting.push_back(group),
-                Command::Quit => self.quit = true,
+    /// Take what other threads have left, a bounded part of it: `true`, there may be more. Whoever answers an answer with a new command (one
+    /// who is told to come again, and does so at once) is served in the next turn.
+    fn take_commands(&mut self, now: Timestamp) -> bool {
+        for _ in 0..COMMANDS_A_TURN {
+            let Some(command) = self.inbox.take() else { return false };
+            self.take_command(command, now);
+        }
+        true
+    }
+
+    fn take_command(&mut self, command: Command<R::File>, now: Timestamp) {
+        match command {
+            Command::AddDisk { file, direct_alignment, disk, opened, share, answer } => {
+                let added = self.add_disk(file, direct_alignment, disk, opened, share);
+                answer.give(added);
             }
+            Command::RemoveDisk { disk } => {
+                if let Some(disk) = self.disks.get_mut(&disk) {
+                    disk.closing = true;
+                }
+            }
+            Command::Io { disk, request, answer } => self.submit(disk, request, answer, now),
+            Command::Copy { job, clusters, waited, answer } => {
+                let since = Timestamp(now.0.saturating_sub(waited));
+                self.copy_before_write(job, clusters, answer, since);
+            }
+            Command::ForgetCopies { job } => self.forget_copies(job),
+            Command::ForgetDiscards { disk, range, answer } => {
+                self.forget_discards(disk, range, answer);
+            }
+            Command::Snapshot { job, range, answer } => self.read_snapshot(job, range, answer),
+            Command::Start(group) => self.waiting.push_back(group),
+            Command::Jobs { answer } => answer.give(Ok(self.running_jobs())),
+            Command::Quit => self.quit = true,
         }
     }
 
@@ -252,26 +295,18 @@ impl<R: Ring> Reactor<R> {
         file: R::File,
         direct_alignment: Option<u32>,
         shared: Arc<DiskShared>,
-        memory: u32,
+        opened: Option<Arc<Opened>>,
+        share: Share,
     ) -> Result<(), Error> {
-        let refused = |reason: &'static str| {
-            Error::refused(Refusal::Unavailable, Operation::OpenSource, shared.name().to_string(), reason)
-                .advise("give the engine more memory, or close other disks")
-        };
-        let memory =
-            self.memory.take(memory).ok_or_else(|| refused("the engine has no memory left for it"))?;
-        let file = match self.ring.add_file(file) {
-            Ok(file) => file,
-            Err(failure) => {
-                self.memory.give_back(memory);
-                return Err(refused("the engine carries as many disks as it can").because(failure));
-            }
-        };
+        let file = self.ring.add_file(file).map_err(|failure| {
+            let (name, reason) = (shared.name().to_string(), "the ring does not take it");
+            Error::refused(Refusal::Unavailable, Operation::OpenSource, name, reason).because(failure)
+        })?;
         let side = Side { file, name: shared.name(), direct_alignment };
         let plan = CarrierPlan {
             file: side.clone(),
             length: shared.length(),
-            buffers: memory,
+            buffers: share.memory(),
             limits: self.carrier_limits,
             #[cfg(feature = "sim")]
             planted: None,
@@ -279,7 +314,8 @@ impl<R: Ring> Reactor<R> {
         let disk = Disk {
             side,
             carrier: Carrier::new(plan),
-            memory,
+            share,
+            opened,
             answers: BTreeMap::new(),
             queue: VecDeque::new(),
             next_io: 0,
@@ -294,12 +330,9 @@ impl<R: Ring> Reactor<R> {
         let Some(disk) = self.disks.get_mut(&disk) else { return drop(answer) };
         if disk.queue.len() >= MAX_QUEUED {
             let name = disk.shared.name().to_string();
-            let reason = format!("{MAX_QUEUED} requests are waiting already");
-            let error = Error::new(ErrorKind::Io(nix::errno::Errno::EAGAIN), Operation::Queue, name, reason)
-                .advise("send fewer requests at a time");
-            return answer.give(IoOutcome { result: Err(error) });
+            return answer.give(IoOutcome { result: Err(too_many(Operation::Queue, name, MAX_QUEUED)) });
         }
-        disk.queue.push_back((request, answer, now));
+        disk.queue.push_back((request, answer));
         disk.feed();
         let (id, together) = (disk.shared.id(), disk.carrier.requests_under_way());
         for (_, job) in &mut self.jobs {
@@ -309,23 +342,46 @@ impl<R: Ring> Reactor<R> {
         }
     }
 
-    fn copy_before_write(&mut self, job: JobId, clusters: ClusterRange, asker: Asker, now: Timestamp) {
-        ask_job(&mut self.jobs, job, clusters, asker, now);
+    fn copy_before_write(
+        &mut self,
+        id: JobId,
+        clusters: ClusterRange,
+        answer: Answer<Result<(), Arc<Error>>>,
+        since: Timestamp,
+    ) {
+        let full = |job: &Job| job.watch.id() == id && job.asks.len() >= MAX_ASKS;
+        if let Some((_, job)) = self.jobs.iter().find(|(_, job)| full(job)) {
+            let name = self.disks[&job.disk].shared.name().to_string();
+            return answer.give(Err(Arc::new(too_many(Operation::CopyBeforeWrite, name, MAX_ASKS))));
+        }
+        ask_job(&mut self.jobs, id, clusters, Asker::Guest(answer), since);
     }
 
     fn read_snapshot(&mut self, id: JobId, range: ByteRange, answer: Answer<IoOutcome>) {
         let Some(job) = self.jobs.iter_mut().map(|(_, job)| job).find(|job| job.watch.id() == id) else {
             let error = Error::new(
-                ErrorKind::Io(nix::errno::Errno::ESTALE),
+                ErrorKind::Io(Errno::ESTALE),
                 Operation::ReadSnapshot,
                 "the disk",
                 "the job has ended, and with it the snapshot",
             );
             return answer.give(IoOutcome { result: Err(error.at(range)) });
         };
+        let bytes: u64 = job.reads.values().map(|(bytes, _)| bytes).sum();
+        if job.reads.len() >= MAX_READS || bytes.saturating_add(range.length) > MAX_READ_BYTES {
+            let name = self.disks[&job.disk].shared.name().to_string();
+            let error = if job.reads.is_empty() {
+                let reason = format!("{} bytes are more than are read at a time", range.length);
+                Error::new(ErrorKind::Io(Errno::EINVAL), Operation::ReadSnapshot, name, reason)
+                    .advise(format!("read at most {MAX_READ_BYTES} bytes at a time"))
+            } else {
+                too_many(Operation::ReadSnapshot, name, job.reads.len())
+            };
+            return answer.give(IoOutcome { result: Err(error.at(range)) });
+        }
         let read = SnapshotId(job.next_ask);
         job.next_ask += 1;
-        job.reads.insert(read, answer);
+        job.reads.insert(read, (range.length, answer));
         job.runner.copier.read_snapshot(read, range);
     }
 
@@ -356,6 +412,8 @@ impl<R: Ring> Reactor<R> {
                 planted: &mut self.planted,
             };
             more |= disk.carrier.poll(now, room, self.ring.arena_mut(), &mut host, &mut self.ops);
+            // Before anybody is told that his discard is done.
+            disk.shared.set_discards_put_off(disk.carrier.has_discards_put_off());
             for (token, op) in self.ops.drain(..) {
                 self.ring.push(token_of(Owner::Disk(id), token), op);
             }
@@ -398,7 +456,8 @@ impl<R: Ring> Reactor<R> {
                 }
             }
             for (id, result) in job.runner.copier.take_snapshot_outcomes() {
-                job.reads.remove(&id).expect("every read has its answer").give(IoOutcome { result });
+                let (_, answer) = job.reads.remove(&id).expect("every read has its answer");
+                answer.give(IoOutcome { result });
             }
             for (id, outcome) in job.runner.copier.take_cbw_outcomes() {
                 match job.asks.remove(&id).expect("every request has its asker") {
@@ -430,13 +489,13 @@ impl<R: Ring> Reactor<R> {
             .collect();
         for index in over {
             let engine = self.ring.name();
-            let Some(result) = self.jobs[index].runner.conclusion(now, engine) else { continue };
-            let job = self.jobs.remove(index);
-            for file in [Some(job.target), job.fleece].into_iter().flatten() {
+            let Some(result) = self.jobs[index].runner.verdict(now, engine) else { continue };
+            let Job { mut runner, target, fleece, share, watch, .. } = self.jobs.remove(index);
+            for file in [Some(target), fleece].into_iter().flatten() {
                 self.ring.remove_file(file);
             }
-            self.memory.give_back(job.memory);
-            job.runner.conclude(result);
+            let at_end = runner.take_at_end();
+            End { runner, result, at_end, share, watch }.begin();
         }
     }
 
@@ -456,7 +515,7 @@ impl<R: Ring> Reactor<R> {
         for id in &gone {
             let disk = self.disks.remove(id).expect("it is there");
             self.ring.remove_file(disk.side.file);
-            self.memory.give_back(disk.memory);
+            drop((disk.share, disk.opened));
         }
         !gone.is_empty()
     }
@@ -488,16 +547,29 @@ impl<R: Ring> Reactor<R> {
 
     /// A job that was attached to its disk gets its place.
     pub(super) fn put_job(&mut self, job: NewlyMade) {
-        let NewlyMade { disk, runner, controller, target, fleece, memory, watch, group, on_failure } = job;
+        let NewlyMade {
+            disk,
+            runner,
+            controller,
+            target,
+            target_name,
+            fleece,
+            share,
+            watch,
+            group,
+            on_failure,
+        } = job;
         let entry = Job {
             disk,
             runner,
             target,
+            target_name,
             fleece,
-            memory,
+            share,
             watch,
             controller,
             attached: true,
+            some_are_gone: false,
             group,
             on_failure,
             asks: BTreeMap::new(),
@@ -512,35 +584,12 @@ impl<R: Ring> Reactor<R> {
     pub(super) fn close(self) {
         self.inbox.close();
     }
+}
 
-    /// The ring is broken or something has panicked: let everybody go. See the module's header.
-    pub(super) fn die(mut self, reason: &str) {
-        let error = Arc::new(Error::engine_died("engine", reason.to_owned()));
-        let engine = self.ring.name();
-        for disk in self.disks.values_mut() {
-            for (_, job) in &self.jobs {
-                disk.shared.jobs().detach(job.watch.id());
-            }
-            disk.shared.gate().poison();
-            disk.answers.clear();
-            disk.queue.clear();
-        }
-        // Only now: one whose request is dropped looks again, and must find no job any more.
-        self.inbox.close();
-        self.raised = None;
-        self.waiting.clear();
-        let jobs: Vec<Job> = self.jobs.drain().collect();
-        // The ring goes first, and with it what is in flight.
-        drop(self);
-        for mut job in jobs {
-            let at_end = job.runner.take_at_end();
-            job.runner.shared().died(engine, Arc::clone(&error), |result| {
-                if let Some(at_end) = at_end {
-                    at_end(result);
-                }
-            });
-        }
-    }
+/// A request that is one too many.
+fn too_many(operation: Operation, name: String, most: usize) -> Error {
+    let reason = format!("{most} requests are waiting already");
+    Error::new(ErrorKind::Io(Errno::EAGAIN), operation, name, reason).advise("send fewer requests at a time")
 }
 
 /// How many of a ring's places those may take (guests' requests, or the jobs) who have `own` of the `in_flight`.
@@ -555,8 +604,9 @@ pub(super) struct NewlyMade {
     pub(super) runner: Runner,
     pub(super) controller: Controller,
     pub(super) target: FileId,
+    pub(super) target_name: Arc<str>,
     pub(super) fleece: Option<FileId>,
-    pub(super) memory: BufferRange,
+    pub(super) share: Share,
     pub(super) watch: Arc<Watch>,
     pub(super) group: u64,
     pub(super) on_failure: GroupFailure,

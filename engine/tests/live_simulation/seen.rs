@@ -23,10 +23,12 @@ pub(crate) struct Seen {
     pub(crate) lost: u64,
     /// Reads of the disk as of t0.
     pub(crate) snapshot: u64,
+    /// Discards that were put off, and forgotten for a guest who writes by himself.
+    pub(crate) forgot: u64,
 }
 
 impl Seen {
-    fn counts(&mut self) -> [&mut u64; 19] {
+    fn counts(&mut self) -> [&mut u64; 20] {
         [
             &mut self.granted,
             &mut self.at_barrier,
@@ -47,6 +49,7 @@ impl Seen {
             &mut self.died,
             &mut self.lost,
             &mut self.snapshot,
+            &mut self.forgot,
         ]
     }
 
