@@ -8,6 +8,7 @@ pub mod compare;
 pub mod copier;
 pub mod copy;
 pub mod error;
+mod foreign;
 pub mod interval_set;
 pub mod job;
 pub mod live;

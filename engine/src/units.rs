@@ -119,9 +119,20 @@ impl ByteRange {
     }
 
     /// One past the last byte.
+    ///
+    /// # Panics
+    /// If that cannot be counted: a range from outside is checked before ([`Self::checked_end`]).
+    #[inline]
     #[must_use]
     pub fn end(self) -> u64 {
-        self.offset + self.length
+        self.checked_end().expect("a range ends within what can be counted")
+    }
+
+    /// One past the last byte; `None` if that cannot be counted.
+    #[inline]
+    #[must_use]
+    pub fn checked_end(self) -> Option<u64> {
+        self.offset.checked_add(self.length)
     }
 
     /// Whether it holds no byte.
@@ -142,7 +153,8 @@ impl ByteRange {
 /// As users read it: first byte and one past the last, in bytes.
 impl fmt::Display for ByteRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "bytes {}..{}", self.offset, self.offset + self.length)
+        // A range that somebody made up is to be told of as well.
+        write!(f, "bytes {}..{}", self.offset, u128::from(self.offset) + u128::from(self.length))
     }
 }
 

@@ -33,7 +33,7 @@ use super::transfer::{Failure, TransferId};
 use super::{Copier, Ending, Task, one};
 use crate::error::{Error, ErrorKind, Operation};
 use crate::interval_set::{Cancellation, ClusterState, Registration, Ticket, Waiter};
-use crate::modes::{CbwErrorPolicy, ErrorPolicy};
+use crate::modes::{CbwErrorPolicy, ErrorPolicy, SyncMode};
 use crate::units::{ClusterCount, ClusterIndex, ClusterRange, Timestamp};
 
 /// Names a guest's request among those of one copier; ascending in the order of arrival.
@@ -86,8 +86,6 @@ impl Copier {
     /// If the plan is not for a live disk, or `id` is in use.
     pub fn copy_before_write(&mut self, id: CbwId, clusters: ClusterRange, since: Timestamp) {
         let live = self.plan.live.as_ref().expect("guests write to live disks only");
-        let tail = u64::from(clusters.count() > 1 && planted!(self.plan, TailForgotten));
-        let clusters = ClusterRange::new(clusters.start.0, clusters.end.0 - tail);
         let deadline = live.cbw_timeout.map(|timeout| since.after(timeout));
         tracing::trace!(?id, ?clusters, "guest waits");
         let request = Request { clusters, deadline, in_flight: 0, alone: false, waits: None };
@@ -328,7 +326,8 @@ impl Copier {
         now: Timestamp,
     ) {
         for &cluster in unsettled {
-            if self.ending.is_none() {
+            // In mode none nobody would ever take it from the list again.
+            if self.ending.is_none() && self.plan.sync != SyncMode::None {
                 // A run that failed is taken apart: which cluster of it is bad is not known yet.
                 let failed = u32::from(clusters.count() == 1);
                 self.retries.put(cluster, alone.unwrap_or(0) + failed, now);

@@ -174,6 +174,8 @@ pub enum PlantedBug {
     TailForgotten,
     /// A guest's discard is carried out at once, copied first or not.
     DiscardNotCopied,
+    /// A discard that was put off is carried out although a guest has written there by himself since.
+    DiscardNotForgotten,
     /// t0 is taken although a permit is out.
     PermitOutAtT0,
     /// A guest that had clusters copied for one job does not look at the jobs again.

@@ -92,11 +92,17 @@ impl Copier {
     /// # Panics
     /// If `id` is in use.
     pub fn read_snapshot(&mut self, id: SnapshotId, range: ByteRange) {
-        if range.end() > self.plan.geometry.length().0 {
+        if range.checked_end().is_none_or(|end| end > self.plan.geometry.length().0) {
             let error = self.snapshot_error(range, "it lies beyond the end of the disk", Errno::EINVAL);
             return self.snapshots.outcomes.push((id, Err(error)));
         }
-        let request = Request { range, bytes: Vec::new(), running: false, waits: None };
+        let mut bytes = Vec::new();
+        // As a whole, at once: growing, it would be copied again and again.
+        if usize::try_from(range.length).map_or(true, |length| bytes.try_reserve_exact(length).is_err()) {
+            let error = self.snapshot_error(range, "there is no memory for it", Errno::ENOMEM);
+            return self.snapshots.outcomes.push((id, Err(error)));
+        }
+        let request = Request { range, bytes, running: false, waits: None };
         let before = self.snapshots.requests.insert(id, request);
         assert!(before.is_none(), "{id:?} is in use");
         self.snapshots.ready.insert(id);

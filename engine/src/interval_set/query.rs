@@ -76,6 +76,24 @@ impl IntervalSet {
         self.find(from, |word| word.done().complement())
     }
 
+    /// The first cluster of `range` that is not done.
+    ///
+    /// # Panics
+    /// If `range` reaches beyond the set.
+    #[must_use]
+    pub fn first_not_done(&self, range: ClusterRange) -> Option<ClusterIndex> {
+        self.find_in(range, |word| word.done().complement())
+    }
+
+    /// The first cluster of `range` that is done.
+    ///
+    /// # Panics
+    /// If `range` reaches beyond the set.
+    #[must_use]
+    pub fn first_done(&self, range: ClusterRange) -> Option<ClusterIndex> {
+        self.find_in(range, Word::done)
+    }
+
     /// The done clusters as ranges without a gap, in order, as read while the iterator runs.
     ///
     /// For checkpoints: every cluster named was done when its word was read, and what its holder did is visible. A
@@ -94,11 +112,15 @@ impl IntervalSet {
 
     /// The first cluster at or after `from` that `pick` picks.
     fn find(&self, from: ClusterIndex, pick: impl Fn(Word) -> Mask) -> Option<ClusterIndex> {
-        let rest = ClusterRange { start: from, end: self.all().end };
-        self.check(rest);
-        let (span, seen) = self.find_word(rest, &pick)?;
+        self.find_in(ClusterRange { start: from, end: self.all().end }, pick)
+    }
+
+    /// The first cluster of `range` that `pick` picks.
+    fn find_in(&self, range: ClusterRange, pick: impl Fn(Word) -> Mask) -> Option<ClusterIndex> {
+        self.check(range);
+        let (span, seen) = self.find_word(range, &pick)?;
         let found = ClusterIndex(span.base + u64::from((pick(seen) & span.mask).lowest()));
-        debug_assert!(rest.contains(found));
+        debug_assert!(range.contains(found));
         Some(found)
     }
 

@@ -54,7 +54,8 @@ impl Waiter {
 
     pub(crate) fn wake(self) {
         match self.0 {
-            Kind::Task(waker) => waker.wake(),
+            // Somebody else's, and those behind it wait for us.
+            Kind::Task(waker) => crate::foreign::call("a waker", || waker.wake()),
             Kind::Callback(call) => call(),
             Kind::Thread(parker) => parker.wake(),
         }

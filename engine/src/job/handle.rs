@@ -4,7 +4,6 @@
 //! checked and recorded there, the ring thread woken; it acts when it looks. Progress goes the other way: the ring
 //! thread writes it once an iteration, whoever asks reads the last one. Waiting for the end uses a condition variable.
 
-use std::any::Any;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -21,15 +20,11 @@ use crate::error::Error;
 use crate::ring::Wake;
 use crate::units::Speed;
 
-/// Called once with the result, on the ring thread, after the job has ended and before [`JobHandle::wait`] returns. A panic in it
-/// changes nothing of the result but for a notice.
+/// Called once with the result, after the job has ended and before [`JobHandle::wait`] returns: on the thread that carried it, or, for a job of a
+/// live disk, on one of its own. A panic in it changes nothing of the result but for a notice.
 pub type CompletionCallback = Box<dyn FnOnce(&JobResult) + Send>;
 
-/// What a panic said.
-pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
-}
+pub(crate) use crate::foreign::panic_text;
 
 /// What the ring thread is asked to do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 //! # Rules
 //! An observer is called with the job's state locked, so that what it hears is in the order in which it happened: mostly on the ring thread, and
 //! for what a verb changes at once (a resume, a dismissal) on the thread that asked. It must be quick, must not block, and must not use the
-//! job's handle: it leaves what it heard for another thread.
+//! job's handle: it leaves what it heard for another thread. A panic in it harms nobody.
 
 use std::fmt;
 use std::sync::Arc;
@@ -49,7 +49,7 @@ impl Observer {
     }
 
     pub(crate) fn tell(&self, event: JobEvent<'_>) {
-        (self.0)(event);
+        crate::foreign::call("an observer", || (self.0)(event));
     }
 }
 

@@ -57,7 +57,7 @@ impl Runner {
         &self.shared
     }
 
-    /// Take out what was to run at the end: the loop is going away before that.
+    /// Take out what was to run at the end: the loop is going away before that, or has it run elsewhere.
     pub(crate) fn take_at_end(&mut self) -> Option<AtEnd> {
         self.at_end.take()
     }
@@ -69,6 +69,8 @@ impl Runner {
 
     /// Have the copier act at `now` and give at most `room` operations. `true`: there is more to do at once.
     pub(crate) fn poll(&mut self, now: Timestamp, room: usize, out: &mut Vec<(Token, Op)>) -> bool {
+        // Before the requests: one that was made since an error stopped the copier knows nothing of that, and must not pass for its resumption.
+        self.take_events();
         self.take_requests(now);
         let more = self.copier.poll(now, room, out);
         self.take_events();
@@ -152,6 +154,15 @@ impl Runner {
     /// When the copier is through and the job may conclude: cleans up and gives the result, once. The loop lets go of the job's files and
     /// then calls [`Self::conclude`].
     pub(crate) fn conclusion(&mut self, now: Timestamp, engine: &'static str) -> Option<JobResult> {
+        let mut result = self.verdict(now, engine)?;
+        if let Some(at_end) = self.at_end.take() {
+            at_end(&mut result);
+        }
+        Some(result)
+    }
+
+    /// The same with nothing cleaned up: see [`Self::take_at_end`].
+    pub(crate) fn verdict(&mut self, now: Timestamp, engine: &'static str) -> Option<JobResult> {
         if self.over {
             return None;
         }
@@ -166,7 +177,7 @@ impl Runner {
             Ending::Failed(error) => Outcome::Failed(Arc::clone(error)),
             Ending::Cancelled => Outcome::Cancelled,
         };
-        let mut result = JobResult {
+        let result = JobResult {
             outcome,
             progress: self.progress(now),
             skipped,
@@ -178,9 +189,6 @@ impl Runner {
             guests: None,
             notices: self.shared.notices(),
         };
-        if let Some(at_end) = self.at_end.take() {
-            at_end(&mut result);
-        }
         self.over = true;
         Some(result)
     }

@@ -3,8 +3,9 @@
 //! The two sides share the cell by counted reference and neither needs the other: an asker that goes away leaves a cell that the
 //! ring thread answers to nobody, and a ring thread that goes away answers what it still has (an [`Answer`] that is dropped
 //! says so). So whoever waits always wakes. An asker may leave word when it goes ([`ask_noting`]), so that what nobody waits for any
-//! more need not be done.
+//! more need not be done. A callback or a waker that panics harms nobody but itself.
 
+use std::cell::Cell;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -28,24 +29,24 @@ enum Listener<T> {
     Callback(Box<dyn FnOnce(T) + Send>),
 }
 
-struct Cell<T> {
+struct Shared<T> {
     state: Mutex<State<T>>,
     answered: Condvar,
     /// Set when the asker goes before it has its answer.
     gone: Option<Arc<AtomicBool>>,
 }
 
-impl<T> Cell<T> {
+impl<T> Shared<T> {
     fn new(listener: Listener<T>, gone: Option<Arc<AtomicBool>>) -> Arc<Self> {
         Arc::new(Self { state: Mutex::new(State::Open(listener)), answered: Condvar::new(), gone })
     }
 }
 
 /// The side that answers, once. Dropped without an answer it gives `T::lost()`.
-pub(super) struct Answer<T: Lost>(Option<Arc<Cell<T>>>);
+pub(super) struct Answer<T: Lost>(Option<Arc<Shared<T>>>);
 
 /// The side that waits: blocking, or as a future. Dropped, the answer is dropped too.
-pub(super) struct Asked<T>(Arc<Cell<T>>);
+pub(super) struct Asked<T>(Arc<Shared<T>>);
 
 /// What an answer is when the ring thread is gone.
 pub(super) trait Lost {
@@ -55,19 +56,19 @@ pub(super) trait Lost {
 
 /// A question with one who waits for the answer.
 pub(super) fn ask<T: Lost>() -> (Answer<T>, Asked<T>) {
-    let cell = Cell::new(Listener::Nobody, None);
-    (Answer(Some(Arc::clone(&cell))), Asked(cell))
+    let shared = Shared::new(Listener::Nobody, None);
+    (Answer(Some(Arc::clone(&shared))), Asked(shared))
 }
 
 /// The same, and `gone` is set if the one who waits goes before the answer is there.
 pub(super) fn ask_noting<T: Lost>(gone: &Arc<AtomicBool>) -> (Answer<T>, Asked<T>) {
-    let cell = Cell::new(Listener::Nobody, Some(Arc::clone(gone)));
-    (Answer(Some(Arc::clone(&cell))), Asked(cell))
+    let shared = Shared::new(Listener::Nobody, Some(Arc::clone(gone)));
+    (Answer(Some(Arc::clone(&shared))), Asked(shared))
 }
 
 /// A question whose answer goes to a callback, on the ring thread.
 pub(super) fn ask_with<T: Lost>(call: impl FnOnce(T) + Send + 'static) -> Answer<T> {
-    Answer(Some(Cell::new(Listener::Callback(Box::new(call)), None)))
+    Answer(Some(Shared::new(Listener::Callback(Box::new(call)), None)))
 }
 
 impl<T: Lost> Answer<T> {
@@ -86,14 +87,14 @@ impl<T: Lost> Answer<T> {
         match std::mem::replace(&mut *state, State::Over) {
             State::Open(Listener::Callback(call)) => {
                 drop(state);
-                call(answer);
+                crate::foreign::call("a callback", || call(answer));
             }
             State::Open(listener) => {
                 *state = State::Answered(answer);
                 cell.answered.notify_all();
                 drop(state);
                 if let Listener::Task(waker) = listener {
-                    waker.wake();
+                    crate::foreign::call("a waker", || waker.wake());
                 }
             }
             // Nobody wants it any more; dropped outside the lock.
@@ -110,9 +111,33 @@ impl<T: Lost> Drop for Answer<T> {
     }
 }
 
+std::thread_local! {
+    static ON_RING_THREAD: Cell<bool> = const { Cell::new(false) };
+}
+
+/// This thread answers: it must not wait for an answer.
+pub(super) fn this_is_a_ring_thread() {
+    ON_RING_THREAD.set(true);
+}
+
+/// Whoever is called here may sleep.
+///
+/// # Panics
+/// On a ring thread (in a callback, that is): it would wait for itself, and everybody for it.
+pub(super) fn may_wait() {
+    assert!(
+        !ON_RING_THREAD.get(),
+        "a call that waits, within a callback: the engine's thread would wait for itself. Use a form that does not wait"
+    );
+}
+
 impl<T> Asked<T> {
     /// Sleep until the answer is there.
+    ///
+    /// # Panics
+    /// See [`may_wait`].
     pub(super) fn wait(self) -> T {
+        may_wait();
         let mut state = self.0.state.lock();
         loop {
             match std::mem::replace(&mut *state, State::Over) {
@@ -251,6 +276,28 @@ mod tests {
         let (sender, receiver) = std::sync::mpsc::channel();
         ask_with::<Option<u32>>(move |answer| sender.send(answer).unwrap()).give(Some(3));
         assert_eq!(receiver.iter().collect::<Vec<_>>(), [Some(3)]);
+    }
+
+    #[test]
+    fn a_callback_or_a_waker_that_panics_harms_nobody() {
+        struct Grenade;
+        impl std::task::Wake for Grenade {
+            fn wake(self: Arc<Self>) {
+                panic!("as planned");
+            }
+        }
+        // One that is answered, and one that is dropped while the thread unwinds: two panics at a time would end the process.
+        ask_with::<Option<u32>>(|_| panic!("as planned")).give(Some(3));
+        let unwound = std::panic::catch_unwind(|| {
+            let _lost = ask_with::<Option<u32>>(|_| panic!("as planned"));
+            panic!("as planned");
+        });
+        assert!(unwound.is_err());
+        let waker = Waker::from(Arc::new(Grenade));
+        let (answer, mut asked) = ask::<Option<u32>>();
+        assert!(Pin::new(&mut asked).poll(&mut Context::from_waker(&waker)).is_pending());
+        answer.give(Some(5));
+        assert_eq!(asked.wait(), Some(5), "the answer is there all the same");
     }
 
     #[test]

@@ -4,19 +4,23 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::errno::Errno;
+
 use super::ask::{Answer, ask, ask_with};
 use super::carrier::IoOutcome;
 use super::command::{Command, NewFleece, NewJob};
 use super::controller::SweepDepth;
 use super::disk::{File, Io, LiveDisk, LiveInbox};
+use super::ends::at_end;
 use super::jobs::JobId;
+use super::room::{Room, Share};
 use crate::copier::fleece::{MAX_SLOTS, MIN_SLOTS as MIN_FLEECE_SLOTS};
 use crate::copier::plan::{Limits, LivePlan, Plan, Side};
-use crate::error::{Error, Operation, Refusal};
+use crate::error::{Error, ErrorKind, Operation, Refusal};
 use crate::interval_set::IntervalSet;
 use crate::job::handle::Shared;
-use crate::job::runner::{AtEnd, empty_progress};
-use crate::job::{JobHandle, JobResult, Lifecycle, Observer, Outcome};
+use crate::job::runner::empty_progress;
+use crate::job::{JobHandle, Lifecycle, Observer};
 use crate::modes::{CbwErrorPolicy, ErrorPolicy, Format, SyncMode};
 use crate::ring::{ExtentQuery, FileId};
 use crate::storage::{
@@ -74,7 +78,7 @@ pub struct BackupOptions {
     pub on_cbw_error: CbwErrorPolicy,
     /// How long a guest's write waits for its copy at most, counted from the moment it asks.
     pub cbw_timeout: Option<Duration>,
-    /// How long guests may wait, at the start, for writes that are under way.
+    /// How long guests may wait, at the start, for writes that are under way; counted from the start's turn. (A group has its own.)
     pub start_timeout: Duration,
     /// What the sweep may have in flight.
     pub depth: SweepDepth,
@@ -82,7 +86,8 @@ pub struct BackupOptions {
     pub zero_detect: bool,
     /// The target reads as zeros.
     pub target_is_zero: bool,
-    /// Overwrite an existing file.
+    /// Overwrite an existing file: it is emptied before the start, and stays so should that find no instant without writes after all
+    /// (it was tried before).
     pub force: bool,
     /// Overwrite what exists where it is, without emptying it first: a file keeps its length and what is not copied. It must exist.
     pub in_place: bool,
@@ -127,7 +132,8 @@ impl BackupOptions {
     }
 }
 
-/// A copy of a live disk that was started.
+/// A copy of a live disk that was started. Dropped, it runs on, to its end or until it is cancelled by another handle
+/// ([`Engine::jobs`](super::Engine::jobs) has one).
 #[derive(Debug)]
 pub struct Backup {
     /// To steer it and to wait for it.
@@ -194,6 +200,11 @@ impl Snapshot {
 
     fn send(&self, offset: u64, length: usize, answer: Answer<IoOutcome>) {
         let range = ByteRange::new(offset, length as u64);
+        if range.checked_end().is_none_or(|end| end > self.length.0) {
+            let (kind, reason) = (ErrorKind::Io(Errno::EINVAL), "it lies beyond the end of the disk");
+            let error = Error::new(kind, Operation::ReadSnapshot, "the disk", reason).at(range);
+            return answer.give(IoOutcome { result: Err(error) });
+        }
         self.inbox.send(Command::Snapshot { job: self.job, range, answer });
     }
 }
@@ -216,10 +227,17 @@ pub(super) struct Starting {
     job: JobHandle,
     notices: Vec<String>,
     length: Length,
+    fleece: Option<OpenedFleece>,
 }
 
 impl Starting {
-    pub(super) fn started(self, number: JobId, inbox: Arc<LiveInbox>) -> Backup {
+    pub(super) fn started(mut self, number: JobId, inbox: Arc<LiveInbox>) -> Backup {
+        if let Some(fleece) = &mut self.fleece {
+            if let Err(error) = fleece.keep() {
+                self.notices.push(format!("the fleece file keeps its name: {error}"));
+            }
+            fleece.in_use();
+        }
         let snapshot = Snapshot { job: number, inbox, length: self.length };
         Backup { job: self.job, notices: self.notices, snapshot }
     }
@@ -239,10 +257,23 @@ pub(super) struct Checked<'a> {
     target: TargetPlan,
     fleece: Option<OpenedFleece>,
     set: IntervalSet,
+    slots: u32,
+    share: Share,
 }
 
-/// Check everything.
-pub(super) fn check<'a>(disk: &'a LiveDisk, options: &'a BackupOptions) -> Result<Checked<'a>, Error> {
+impl Checked<'_> {
+    /// Whether preparing it destroys what the target holds now.
+    pub(super) fn destroys(&self) -> bool {
+        self.target.destroys()
+    }
+}
+
+/// Check everything, and have room kept for it.
+pub(super) fn check<'a>(
+    disk: &'a LiveDisk,
+    options: &'a BackupOptions,
+    room: &Arc<Room>,
+) -> Result<Checked<'a>, Error> {
     let source = &disk.inner.source;
     let target_options = TargetOptions {
         format: Format::Raw,
@@ -261,7 +292,12 @@ pub(super) fn check<'a>(disk: &'a LiveDisk, options: &'a BackupOptions) -> Resul
     let target = plan_target(&Locator::parse(&options.target)?, source, &target_options)?;
     let fleece =
         options.fleece.as_ref().map(|fleece| check_fleece(fleece, options.cluster_size, source, &target));
-    Ok(Checked { disk, options, fleece: fleece.transpose()?, target, set })
+    let fleece = fleece.transpose()?;
+    let cluster = options.cluster_size.bytes();
+    let slots = u32::try_from((BYTES_IN_FLIGHT / cluster).max(MIN_SLOTS)).expect("at most 5 MiB of 4 KiB");
+    let bytes = u32::try_from(u64::from(slots) * cluster).expect("at most 32 MiB");
+    let share = room.take(bytes, 1 + usize::from(fleece.is_some()), Operation::Copy, disk.name())?;
+    Ok(Checked { disk, options, target, fleece, set, slots, share })
 }
 
 /// Open the fleece file: nothing is left of that if the job does not start.
@@ -298,20 +334,31 @@ fn new_fleece(fleece: &OpenedFleece, cluster_size: ClusterSize) -> NewFleece<Fil
     }
 }
 
+/// Make the targets of a group ready, or leave them all as they were. What cannot be undone comes last: nothing of it is left to fail for a
+/// reason that could be known.
+pub(super) fn prepare_all(checked: Vec<Checked<'_>>) -> Result<Vec<Prepared>, Error> {
+    checked.iter().try_for_each(|checked| checked.target.try_length())?;
+    let mut prepared: Vec<Option<Prepared>> = checked.iter().map(|_| None).collect();
+    let mut left: Vec<(usize, Checked<'_>)> = checked.into_iter().enumerate().collect();
+    left.sort_by_key(|(_, checked)| checked.destroys());
+    for (at, checked) in left {
+        match prepare(checked) {
+            Ok(one) => prepared[at] = Some(one),
+            Err(error) => {
+                prepared.into_iter().flatten().for_each(|one| one.starting.undo());
+                return Err(error);
+            }
+        }
+    }
+    Ok(prepared.into_iter().flatten().collect())
+}
+
 /// Make the target ready.
-pub(super) fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
-    let Checked { disk, options, target, fleece, set } = checked;
+fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
+    let Checked { disk, options, target, fleece, set, slots, share } = checked;
     let source = &disk.inner.source;
     let geometry = Geometry::new(source.length(), options.cluster_size);
     let cluster = options.cluster_size.bytes();
-    let slots = u32::try_from((BYTES_IN_FLIGHT / cluster).max(MIN_SLOTS)).expect("at most 5 MiB of 4 KiB");
-    let fleece = match fleece {
-        Some(mut fleece) => {
-            fleece.keep()?;
-            Some(new_fleece(&fleece, options.cluster_size))
-        }
-        None => None,
-    };
     let target = target.prepare()?;
     let space_reserved = target.is_new_file();
     if space_reserved {
@@ -332,7 +379,7 @@ pub(super) fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
     let name: Arc<str> = Arc::from(storage.name());
     let alignment = alignment_of(storage.as_ref());
     let (known_zero, target_before) = (target.known_zero(), target.holds_before(false));
-    let (sweep_depth, sync) = (options.depth, options.sync);
+    let (sweep_depth, sync, cluster_size) = (options.depth, options.sync, options.cluster_size);
     let options = options.clone();
     let plan = move |source: Side, file: FileId, memory: crate::ring::BufferRange| Plan {
         geometry,
@@ -366,37 +413,21 @@ pub(super) fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
         #[cfg(feature = "sim")]
         planted: None,
     };
+    let at_end = at_end(Arc::clone(&target), fleece.as_ref().map(OpenedFleece::storage), sync);
     let job = NewJob {
         disk: disk.inner.shared.id(),
         target: storage,
-        fleece,
+        fleece: fleece.as_ref().map(|fleece| new_fleece(fleece, cluster_size)),
         geometry,
         set: Arc::new(set),
         shared,
-        memory: u32::try_from(u64::from(slots) * cluster).expect("at most 32 MiB"),
+        share,
         depth: sweep_depth,
         plan: Box::new(plan),
-        at_end: Some(at_end(Arc::clone(&target), sync)),
+        at_end: Some(at_end),
     };
-    Ok(Prepared { job, starting: Starting { target, job: handle, notices, length: geometry.length() } })
-}
-
-/// A new file of a copy that did not succeed is no use to anybody.
-fn at_end(target: Arc<OpenedTarget>, sync: SyncMode) -> AtEnd {
-    Box::new(move |result: &mut JobResult| {
-        if sync == SyncMode::None && matches!(result.outcome, Outcome::Cancelled) {
-            // What guests had copied until then is what was asked for.
-            return;
-        }
-        if matches!(result.outcome, Outcome::Complete | Outcome::CompleteWithSkipped) {
-            return;
-        }
-        match target.discard_new_file() {
-            Ok(true) => result.notices.push(format!("{} was removed", target.storage().name())),
-            Ok(false) => {}
-            Err(error) => result.notices.push(error.to_string()),
-        }
-    })
+    let length = geometry.length();
+    Ok(Prepared { job, starting: Starting { target, job: handle, notices, length, fleece } })
 }
 
 /// Reserve space on a new file for the data of the source as it is now, before guests wait for anything: some file systems keep direct I/O

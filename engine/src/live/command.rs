@@ -16,6 +16,9 @@ use super::controller::SweepDepth;
 use super::disk::DiskShared;
 use super::exports::ExportCommand;
 use super::jobs::JobId;
+use super::listing::RunningJob;
+use super::opened::Opened;
+use super::room::Share;
 use crate::copier::plan::{Plan, Side};
 use crate::error::Error;
 use crate::interval_set::IntervalSet;
@@ -46,8 +49,8 @@ pub(super) struct NewJob<F> {
     pub(super) geometry: Geometry,
     pub(super) set: Arc<IntervalSet>,
     pub(super) shared: Arc<Shared>,
-    /// Bytes of the arena that it needs.
-    pub(super) memory: u32,
+    /// Of the engine's room.
+    pub(super) share: Share,
     pub(super) depth: SweepDepth,
     pub(super) plan: MakePlan,
     pub(super) at_end: Option<AtEnd>,
@@ -66,11 +69,20 @@ pub enum GroupFailure {
 /// Jobs to start at one instant.
 pub(super) struct NewGroup<F> {
     pub(super) jobs: Vec<NewJob<F>>,
+    /// More disks at which the barrier is raised. Without jobs this is a rehearsal: it shows whether an instant can be found.
+    pub(super) more_disks: Vec<DiskId>,
     pub(super) on_failure: GroupFailure,
     /// How long guests may be kept waiting for those whose writes are under way.
     pub(super) timeout: Duration,
     /// Their numbers, in order.
     pub(super) answer: Answer<Result<Vec<JobId>, Error>>,
+}
+
+impl<F> NewGroup<F> {
+    /// At which the barrier is raised; some may be named more than once.
+    pub(super) fn disks(&self) -> impl Iterator<Item = DiskId> {
+        self.jobs.iter().map(|job| job.disk).chain(self.more_disks.iter().copied())
+    }
 }
 
 /// What the ring thread is asked for.
@@ -81,21 +93,26 @@ pub(super) enum Command<F, S> {
         /// Of direct I/O; `None`: buffered.
         direct_alignment: Option<u32>,
         disk: Arc<DiskShared>,
-        memory: u32,
+        opened: Option<Arc<Opened>>,
+        share: Share,
         answer: Answer<Result<(), Error>>,
     },
     /// The last handle of a disk is gone.
     RemoveDisk { disk: DiskId },
     /// A guest's request on a disk that the engine carries.
     Io { disk: DiskId, request: IoRequest, answer: Answer<IoOutcome> },
-    /// A guest is about to change clusters that a job has not copied.
-    Copy { job: JobId, clusters: ClusterRange, answer: Answer<Result<(), Arc<Error>>> },
+    /// A guest is about to change clusters that a job has not copied, and has waited for that since.
+    Copy { job: JobId, clusters: ClusterRange, waited: Duration, answer: Answer<Result<(), Arc<Error>>> },
+    /// A guest is about to write by himself: discards of that range that were put off are not to come after it.
+    ForgetDiscards { disk: DiskId, range: ByteRange, answer: Answer<Result<(), Arc<Error>>> },
     /// A read of a range as it was at the t0 of a job.
     Snapshot { job: JobId, range: ByteRange, answer: Answer<IoOutcome> },
     /// Jobs to start.
     Start(NewGroup<F>),
     /// Something about exports.
     Exports(ExportCommand<S>),
+    /// Which jobs there are.
+    Jobs { answer: Answer<Result<Vec<RunningJob>, Error>> },
     /// Nothing comes any more: the last handle of the engine is gone.
     Quit,
 }
@@ -149,15 +166,21 @@ impl<F, S> Inbox<F, S> {
         })
     }
 
-    /// Have `clusters` copied by `job`. Who goes before the answer is there does not want them copied any more.
-    pub(super) fn ask_copy(&self, job: JobId, clusters: ClusterRange) -> Asked<Result<(), Arc<Error>>> {
+    /// Have `clusters` copied by `job`, for which somebody has waited so long already. Who goes before the answer is there does not want
+    /// them copied any more.
+    pub(super) fn ask_copy(
+        &self,
+        job: JobId,
+        clusters: ClusterRange,
+        waited: Duration,
+    ) -> Asked<Result<(), Arc<Error>>> {
         let (answer, asked) = ask_noting(&self.left);
-        self.send(Command::Copy { job, clusters, answer });
+        self.send(Command::Copy { job, clusters, waited, answer });
         asked
     }
 
     /// Whether somebody who waited for a copy has gone since the last call. Nobody is woken for that: what has not begun by the next turn
-    /// does not begin.
+    /// does not begin, and what is late by then is no failure.
     pub(super) fn has_someone_left(&self) -> bool {
         self.left.load(Ordering::Relaxed) && self.left.swap(false, Ordering::Acquire)
     }

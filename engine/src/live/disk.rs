@@ -1,26 +1,36 @@
 //! A live disk as its users have it: permits for those who write by themselves, requests for those who let the engine do it.
 //!
-//! Every call is there in three forms: blocking, with a callback (called on the ring thread, so it must be quick), and as a future
-//! that needs no runtime. Any number of threads may call; whatever is dropped at whatever time harms nothing: a request under way
+//! Every call is there in three forms: blocking, with a callback, and as a future that needs no runtime. A callback is called on the ring
+//! thread, which everybody waits for: it must be quick, and call nothing that waits (the blocking forms panic there). Any number of threads may call; whatever is dropped at whatever time harms nothing: a request under way
 //! owns its buffer and its permit.
+//!
+//! # Both ways on one disk
+//! Who writes by himself may have the engine carry other requests to the same disk. Discards, reads and flushes mix with such writes freely. The
+//! engine carries a write or zeros of any alignment by reading the blocks at both ends and writing them back; it knows nothing of what others
+//! write to these blocks meanwhile. So whoever has writes carried and writes by himself does not do both within one block at the same time: a
+//! block is what direct I/O on the disk is aligned to, at most 4096 bytes.
 
 use std::fmt;
 use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
+use nix::errno::Errno;
 use parking_lot::Mutex;
 
 use super::DiskId;
 use super::admission::{Attempt, Permit, attempt, attempt_unnested};
-use super::ask::{Answer, Asked, ask, ask_with};
+use super::ask::{Answer, Asked, ask, ask_with, may_wait};
 use super::carrier::{IoOutcome, IoRequest};
 use super::command::{Command, Inbox};
 use super::gate::{Gate, WaitTicket};
 use super::jobs::JobList;
-use crate::error::{Error, Operation, Refusal};
+use super::opened::Opened;
+use super::own_write::{OwnWrite, Step};
+use crate::error::{Error, ErrorKind, Operation, Refusal};
 use crate::interval_set::{Cancellation, Waiter};
 use crate::ring::Wake;
 use crate::storage::{OpenedSource, Storage};
@@ -33,11 +43,15 @@ pub(super) struct DiskShared {
     length: Length,
     gate: Arc<Gate>,
     jobs: JobList,
+    /// Whether discards were put off: see [`super::own_write`].
+    discards_put_off: AtomicBool,
 }
 
 impl DiskShared {
     pub(super) fn new(id: DiskId, name: Arc<str>, length: Length, waker: Arc<dyn Wake>) -> Arc<Self> {
-        Arc::new(Self { id, name, length, gate: Gate::new(waker), jobs: JobList::new() })
+        let gate = Gate::new(waker);
+        let discards_put_off = AtomicBool::new(false);
+        Arc::new(Self { id, name, length, gate, jobs: JobList::new(), discards_put_off })
     }
 
     pub(super) fn id(&self) -> DiskId {
@@ -59,6 +73,19 @@ impl DiskShared {
     pub(super) fn jobs(&self) -> &JobList {
         &self.jobs
     }
+
+    /// Whether discards wait, or are being carried out, of which their guest was told that they are done.
+    #[inline]
+    pub(super) fn has_discards_put_off(&self) -> bool {
+        self.discards_put_off.load(Ordering::Acquire)
+    }
+
+    /// For the ring thread: before it tells anybody that a discard is done.
+    pub(super) fn set_discards_put_off(&self, put_off: bool) {
+        if put_off != self.discards_put_off.load(Ordering::Relaxed) {
+            self.discards_put_off.store(put_off, Ordering::Release);
+        }
+    }
 }
 
 /// The storages of an engine that is no simulation.
@@ -71,11 +98,15 @@ pub(super) struct Inner {
     pub(super) shared: Arc<DiskShared>,
     pub(super) inbox: Arc<LiveInbox>,
     pub(super) source: OpenedSource,
+    pub(super) opened: Option<Arc<Opened>>,
     pub(super) writable: bool,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        if let Some(opened) = &self.opened {
+            opened.close();
+        }
         self.inbox.send(Command::RemoveDisk { disk: self.shared.id });
     }
 }
@@ -115,50 +146,84 @@ impl LiveDisk {
     /// Before a write of one's own to `range`: waits until its old contents are copied by every job that needs them, and returns the permit to
     /// hold until the write is on the disk. Where they are copied already, or there is no job, this takes no lock and wakes nobody.
     ///
-    /// A thread that holds a permit already is let through the barrier of a job that starts, so permits may nest in a thread.
+    /// A thread that holds a permit of this disk already is let through the barrier of a job that starts, so permits may nest in a
+    /// thread. Only in this form, and only on one disk: who waits, with a permit in his hands, for a permit of another disk that the same
+    /// start holds back, or for a request that the engine carries, keeps that start from its instant, and waits until it gives up. Give
+    /// a permit back before waiting for anything but the write that it is for.
     ///
     /// # Errors
-    /// When the old contents cannot be copied and the job's choice is to break the guest's write. Nothing may be written then.
+    /// When the old contents cannot be copied and the job's choice is to break the guest's write, or the range cannot be one. Nothing
+    /// may be written then.
     #[inline]
     pub fn begin_write(&self, range: ByteRange) -> Result<Permit, Error> {
         let shared = &*self.inner.shared;
-        match attempt(&shared.gate, &shared.jobs, range) {
-            Attempt::Granted(permit) => Ok(permit),
-            other => self.begin_write_slowly(range, other),
+        if range.checked_end().is_some()
+            && !shared.has_discards_put_off()
+            && let Attempt::Granted(permit) = attempt(&shared.gate, &shared.jobs, range)
+        {
+            return Ok(permit);
         }
+        self.begin_write_slowly(range)
     }
 
     #[cold]
-    fn begin_write_slowly(&self, range: ByteRange, mut found: Attempt) -> Result<Permit, Error> {
+    fn begin_write_slowly(&self, range: ByteRange) -> Result<Permit, Error> {
         let shared = &*self.inner.shared;
+        let mut write = self.own_write(range)?;
         loop {
-            match found {
-                Attempt::Granted(permit) => return Ok(permit),
-                Attempt::AtBarrier => {
+            let asked = match write.next(shared, attempt) {
+                Step::Granted(permit) => return Ok(permit),
+                Step::AtBarrier => {
+                    may_wait();
                     let lowered = shared.gate.wait_blocking(None);
                     debug_assert!(lowered, "there is no timeout");
+                    continue;
                 }
-                Attempt::Copy(job, clusters) => {
-                    let asked = self.inner.inbox.ask_copy(job, clusters);
-                    asked.wait().map_err(|error| Error::clone(&error))?;
-                }
-            }
-            found = attempt(&shared.gate, &shared.jobs, range);
+                Step::Forget => self.ask_to_forget(range),
+                Step::Copy(job, clusters, waited) => self.inner.inbox.ask_copy(job, clusters, waited),
+            };
+            asked.wait().map_err(|error| Error::clone(&error))?;
         }
     }
 
-    /// As [`Self::begin_write`], as a future.
-    pub fn begin_write_async(&self, range: ByteRange) -> BeginWrite {
-        BeginWrite { disk: self.clone(), range, waits: Waits::No }
+    /// One who is about to write to `range` by himself, if that is one.
+    fn own_write(&self, range: ByteRange) -> Result<OwnWrite, Error> {
+        if range.checked_end().is_some() {
+            return Ok(OwnWrite::new(range));
+        }
+        Err(self.not_a_range(Operation::Write, range))
     }
 
-    /// As [`Self::begin_write`], with a callback: at once on this thread where nothing is to be waited for, else on the ring thread.
+    fn not_a_range(&self, operation: Operation, range: ByteRange) -> Error {
+        let reason = format!("the disk ends at byte {}", self.length().0);
+        let kind = ErrorKind::Io(Errno::EINVAL);
+        Error::new(kind, operation, self.name().to_owned(), reason).at(range).because(Errno::EINVAL)
+    }
+
+    fn ask_to_forget(&self, range: ByteRange) -> Asked<Result<(), Arc<Error>>> {
+        let (answer, asked) = ask();
+        let disk = self.inner.shared.id;
+        self.inner.inbox.send(Command::ForgetDiscards { disk, range, answer });
+        asked
+    }
+
+    /// As [`Self::begin_write`], as a future. It waits at a barrier whatever permits are out.
+    pub fn begin_write_async(&self, range: ByteRange) -> BeginWrite {
+        BeginWrite { disk: self.clone(), write: self.own_write(range), waits: Waits::No }
+    }
+
+    /// As [`Self::begin_write`], with a callback: at once on this thread where nothing is to be waited for, else on the ring thread. It
+    /// waits at a barrier whatever permits are out.
     pub fn begin_write_with(
         &self,
         range: ByteRange,
         call: impl FnOnce(Result<Permit, Error>) + Send + 'static,
     ) {
-        step(self.clone(), range, Arc::new(Mutex::new(Some(Box::new(call)))));
+        let call: PermitCall = Arc::new(Mutex::new(Some(Box::new(call))));
+        match self.own_write(range) {
+            Ok(write) => step(self.clone(), write, call),
+            Err(error) => finish(&call, Err(error)),
+        }
     }
 
     /// Read `length` bytes from `offset` on.
@@ -166,7 +231,13 @@ impl LiveDisk {
     /// # Errors
     /// The disk's, a range beyond its end, or that of an engine that is gone.
     pub fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>, Error> {
-        self.submit(read(offset, length)).wait().result
+        let range = ByteRange::new(offset, length as u64);
+        if range.checked_end().is_none_or(|end| end > self.length().0) {
+            return Err(self.not_a_range(Operation::Read, range));
+        }
+        let buffer = new_buffer(length)
+            .map_err(|errno| Error::io(Operation::Read, self.name(), Some(range), errno))?;
+        self.submit(IoRequest::Read { range, buffer }).wait().result
     }
 
     /// Write `data` at `offset`, after its old contents are copied.
@@ -223,6 +294,13 @@ impl LiveDisk {
     }
 
     fn send(&self, request: IoRequest, answer: Answer<IoOutcome>) {
+        if let IoRequest::Read { range, buffer } = &request
+            && buffer.len() as u64 != range.length
+        {
+            let reason = format!("its buffer has {} bytes and its range {}", buffer.len(), range.length);
+            let error = Error::refused(Refusal::BadArgument, Operation::Read, self.name().to_owned(), reason);
+            return answer.give(IoOutcome { result: Err(error) });
+        }
         let reads = matches!(request, IoRequest::Read { .. } | IoRequest::Flush);
         if !reads && !self.inner.writable {
             let name = self.name().to_owned();
@@ -235,7 +313,18 @@ impl LiveDisk {
     }
 }
 
+/// A buffer of `length` zeros, or none where there is no memory for it.
+pub(super) fn new_buffer(length: usize) -> Result<Vec<u8>, Errno> {
+    let mut buffer = Vec::new();
+    buffer.try_reserve_exact(length).map_err(|_| Errno::ENOMEM)?;
+    buffer.resize(length, 0);
+    Ok(buffer)
+}
+
 /// A request to read.
+///
+/// # Panics
+/// Where there is no memory for `length` bytes.
 #[must_use]
 pub fn read(offset: u64, length: usize) -> IoRequest {
     IoRequest::Read { range: ByteRange::new(offset, length as u64), buffer: vec![0; length] }
@@ -263,14 +352,14 @@ impl Future for Io {
 enum Waits {
     No,
     Barrier(WaitTicket),
-    Copy(Asked<Result<(), Arc<Error>>>),
+    Asked(Asked<Result<(), Arc<Error>>>),
 }
 
 /// A permit to come. Dropped, nothing is left behind: copies for it that have not begun are not made.
 #[must_use = "a future does nothing unless it is polled"]
 pub struct BeginWrite {
     disk: LiveDisk,
-    range: ByteRange,
+    write: Result<OwnWrite, Error>,
     waits: Waits,
 }
 
@@ -280,6 +369,10 @@ impl Future for BeginWrite {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         let shared = Arc::clone(&this.disk.inner.shared);
+        let write = match &mut this.write {
+            Ok(write) => write,
+            Err(error) => return Poll::Ready(Err(error.clone())),
+        };
         loop {
             match std::mem::replace(&mut this.waits, Waits::No) {
                 Waits::No => {}
@@ -287,25 +380,26 @@ impl Future for BeginWrite {
                     // Woken or not: a look costs little.
                     let (Cancellation::Removed | Cancellation::AlreadyWoken) = shared.gate.cancel(ticket);
                 }
-                Waits::Copy(mut asked) => match Pin::new(&mut asked).poll(context) {
+                Waits::Asked(mut asked) => match Pin::new(&mut asked).poll(context) {
                     Poll::Pending => {
-                        this.waits = Waits::Copy(asked);
+                        this.waits = Waits::Asked(asked);
                         return Poll::Pending;
                     }
                     Poll::Ready(Ok(())) => {}
                     Poll::Ready(Err(error)) => return Poll::Ready(Err(Error::clone(&error))),
                 },
             }
-            match attempt_unnested(&shared.gate, &shared.jobs, this.range) {
-                Attempt::Granted(permit) => return Poll::Ready(Ok(permit)),
-                Attempt::AtBarrier => {
+            match write.next(&shared, attempt_unnested) {
+                Step::Granted(permit) => return Poll::Ready(Ok(permit)),
+                Step::AtBarrier => {
                     if let Ok(ticket) = shared.gate.wait(Waiter::task(context.waker().clone())) {
                         this.waits = Waits::Barrier(ticket);
                         return Poll::Pending;
                     }
                 }
-                Attempt::Copy(job, clusters) => {
-                    this.waits = Waits::Copy(this.disk.inner.inbox.ask_copy(job, clusters));
+                Step::Forget => this.waits = Waits::Asked(this.disk.ask_to_forget(write.range)),
+                Step::Copy(job, clusters, waited) => {
+                    this.waits = Waits::Asked(this.disk.inner.inbox.ask_copy(job, clusters, waited));
                 }
             }
         }
@@ -323,37 +417,37 @@ impl Drop for BeginWrite {
 
 type PermitCall = Arc<Mutex<Option<Box<dyn FnOnce(Result<Permit, Error>) + Send>>>>;
 
+fn finish(call: &PermitCall, result: Result<Permit, Error>) {
+    let call = call.lock().take();
+    if let Some(call) = call {
+        crate::foreign::call("a callback", || call(result));
+    }
+}
+
 /// A step of [`LiveDisk::begin_write_with`]; the callback is behind a lock because a waiter that is not needed is handed back whole.
-fn step(disk: LiveDisk, range: ByteRange, call: PermitCall) {
-    let finish = |result| {
-        let call = call.lock().take();
-        if let Some(call) = call {
-            call(result);
-        }
-    };
+fn step(disk: LiveDisk, mut write: OwnWrite, call: PermitCall) {
     let shared = Arc::clone(&disk.inner.shared);
     loop {
-        match attempt_unnested(&shared.gate, &shared.jobs, range) {
-            Attempt::Granted(permit) => return finish(Ok(permit)),
-            Attempt::AtBarrier => {
-                let (again, call) = (disk.clone(), Arc::clone(&call));
-                let waiter = Waiter::callback(move || step(again, range, call));
-                if shared.gate.wait(waiter).is_ok() {
+        let next = write.next(&shared, attempt_unnested);
+        let (again, theirs) = (disk.clone(), Arc::clone(&call));
+        match next {
+            Step::Granted(permit) => return finish(&call, Ok(permit)),
+            Step::AtBarrier => {
+                if shared.gate.wait(Waiter::callback(move || step(again, write, theirs))).is_ok() {
                     return;
                 }
             }
-            Attempt::Copy(job, clusters) => {
-                let (again, call) = (disk.clone(), Arc::clone(&call));
+            Step::Forget => {
+                let range = write.range;
+                let answer = ask_with(move |_: Result<(), Arc<Error>>| step(again, write, theirs));
+                return disk.inner.inbox.send(Command::ForgetDiscards { disk: shared.id, range, answer });
+            }
+            Step::Copy(job, clusters, waited) => {
                 let answer = ask_with(move |copied: Result<(), Arc<Error>>| match copied {
-                    Ok(()) => step(again, range, call),
-                    Err(error) => {
-                        let call = call.lock().take();
-                        if let Some(call) = call {
-                            call(Err(Error::clone(&error)));
-                        }
-                    }
+                    Ok(()) => step(again, write, theirs),
+                    Err(error) => finish(&theirs, Err(Error::clone(&error))),
                 });
-                return disk.inner.inbox.send(Command::Copy { job, clusters, answer });
+                return disk.inner.inbox.send(Command::Copy { job, clusters, waited, answer });
             }
         }
     }

@@ -11,15 +11,19 @@ use crossbeam::channel::{Sender, bounded};
 use super::DiskId;
 use super::ask::ask;
 use super::backup::{self, Backup, BackupOptions};
-use super::command::{Command, GroupFailure, NewGroup};
+use super::command::{Command, GroupFailure, NewGroup, NewJob};
 use super::disk::{DiskShared, File, Inner, LiveDisk, LiveInbox};
 use super::exports::{MAX_CLIENTS, MAX_SERVERS, NbdListener, NbdOptions, NbdServer, ServerId};
+use super::jobs::JobId;
+use super::listing::RunningJob;
+use super::opened::Registry;
 use super::reactor::{CARRIER_BYTES, Reactor};
+use super::room::Room;
 use crate::copy::IoEngine;
 use crate::error::{Error, Operation, Refusal};
 use crate::ring::select::{self, OpenedRing, RingConfig};
 use crate::ring::{Ring, Wake};
-use crate::storage::{LiveAccess, Locator, alignment_of, open_live};
+use crate::storage::{LiveAccess, Locator, alignment_of, node_at, open_live};
 
 /// How to set an engine up.
 #[derive(Clone, Debug)]
@@ -58,6 +62,8 @@ struct Handle {
     next_disk: AtomicU64,
     next_server: AtomicU64,
     next_export: Arc<AtomicU64>,
+    room: Arc<Room>,
+    registry: Registry,
     memory: u64,
 }
 
@@ -67,7 +73,9 @@ impl Drop for Handle {
     }
 }
 
-/// A ring thread that carries disks and jobs. Cheap to clone. With the last clone gone it ends, after its disks and jobs.
+/// A ring thread that carries disks and jobs. Cheap to clone. With the last clone gone it ends, after its disks and jobs: a job runs on to
+/// its end whether or not anybody has a handle of it, so one that does not end by itself (mode `none`, or a pause) is cancelled first; [`Self::jobs`]
+/// has them all.
 #[derive(Clone)]
 pub struct Engine {
     handle: Arc<Handle>,
@@ -134,9 +142,25 @@ impl Engine {
     }
 
     fn open(&self, path: &str, access: LiveAccess) -> Result<LiveDisk, Error> {
-        let source = open_live(&Locator::parse(path)?, access)?;
+        let locator = Locator::parse(path)?;
+        // Before it is opened: the locks of a handle that is going would say that somebody else has it.
+        let node = node_at(&locator);
+        let enter = |node| self.handle.registry.enter(node, locator.as_str());
+        let opened = node.map(enter).transpose()?;
+        let source = open_live(&locator, access)?;
+        if source.node() != node {
+            let reason = "it was replaced by another file while it was being opened";
+            return Err(Error::refused(
+                Refusal::InUse,
+                Operation::OpenSource,
+                locator.as_str().to_owned(),
+                reason,
+            )
+            .advise("try again"));
+        }
         let id = DiskId(self.handle.next_disk.fetch_add(1, Ordering::Relaxed));
         let storage = source.storage();
+        let share = self.handle.room.take(CARRIER_BYTES, 1, Operation::OpenSource, storage.name())?;
         let shared =
             DiskShared::new(id, Arc::from(storage.name()), source.length(), Arc::clone(&self.handle.waker));
         let (answer, asked) = ask();
@@ -144,14 +168,14 @@ impl Engine {
             direct_alignment: alignment_of(storage.as_ref()),
             file: storage,
             disk: Arc::clone(&shared),
-            memory: CARRIER_BYTES,
+            opened: opened.clone(),
+            share,
             answer,
         });
         asked.wait()?;
         let inbox = Arc::clone(&self.handle.inbox);
-        Ok(LiveDisk {
-            inner: Arc::new(Inner { shared, inbox, source, writable: access == LiveAccess::Carried }),
-        })
+        let writable = access == LiveAccess::Carried;
+        Ok(LiveDisk { inner: Arc::new(Inner { shared, inbox, source, opened, writable }) })
     }
 
     /// Serve disks and snapshots over NBD to those who come in by `listener`. There are none yet: see [`NbdServer::add_export`].
@@ -164,7 +188,17 @@ impl Engine {
         NbdServer::start(server, inbox, Arc::clone(&self.handle.next_export), listener, options)
     }
 
-    /// Start a copy of `disk` as it is at one instant from now on.
+    /// The jobs that run, those included of which nobody has a handle any more.
+    ///
+    /// # Errors
+    /// When the engine is gone, and its jobs with it.
+    pub fn jobs(&self) -> Result<Vec<RunningJob>, Error> {
+        let (answer, asked) = ask();
+        self.handle.inbox.send(Command::Jobs { answer });
+        asked.wait()
+    }
+
+    /// Start a copy of `disk` as it is at one instant from now on. `disk` is one of this engine.
     ///
     /// # Errors
     /// Refusals, with nothing touched, and a start that found no instant without writes within its timeout.
@@ -175,7 +209,11 @@ impl Engine {
         Ok(backups.pop().expect("one for each disk"))
     }
 
-    /// Start copies of several disks as they all are at the same instant: all of them, or none.
+    /// Start copies of several disks as they all are at the same instant: all of them, or none. One start is under way at a time: `timeout` counts
+    /// from its turn, and holds for all of them ([`BackupOptions::start_timeout`] is for one alone).
+    ///
+    /// An existing file that is to be overwritten is emptied before the start, but not before an instant without writes was found, for a
+    /// trial: a write that hangs leaves the old contents as they are.
     ///
     /// # Errors
     /// As [`Self::start_backup`].
@@ -186,25 +224,28 @@ impl Engine {
         timeout: Duration,
     ) -> Result<Vec<Backup>, Error> {
         // All that can be refused before anything of any target is touched.
-        let checked: Result<Vec<_>, Error> =
-            disks.iter().map(|(disk, options)| backup::check(disk, options)).collect();
-        let (mut jobs, mut backups) = (Vec::new(), Vec::new());
-        for checked in checked? {
-            match backup::prepare(checked) {
-                Ok(prepared) => {
-                    let (job, backup) = prepared.split();
-                    jobs.push(job);
-                    backups.push(backup);
-                }
-                Err(error) => {
-                    backups.into_iter().for_each(backup::Starting::undo);
-                    return Err(error);
-                }
+        for (disk, _) in disks {
+            if !Arc::ptr_eq(&disk.inner.inbox, &self.handle.inbox) {
+                let (name, reason) = (disk.name().to_owned(), "it was opened on another engine");
+                return Err(Error::refused(Refusal::BadArgument, Operation::Copy, name, reason)
+                    .advise("start its backup there, or open it here"));
             }
         }
-        let (answer, asked) = ask();
-        self.handle.inbox.send(Command::Start(NewGroup { jobs, on_failure, timeout, answer }));
-        match asked.wait() {
+        let room = &self.handle.room;
+        let checked: Result<Vec<_>, Error> =
+            disks.iter().map(|(disk, options)| backup::check(disk, options, room)).collect();
+        let checked = checked?;
+        if checked.iter().any(backup::Checked::destroys) {
+            let more_disks = disks.iter().map(|(disk, _)| disk.inner.shared.id()).collect();
+            self.ask_to_start(Vec::new(), more_disks, on_failure, timeout)?;
+        }
+        let (mut jobs, mut backups) = (Vec::new(), Vec::new());
+        for prepared in backup::prepare_all(checked)? {
+            let (job, backup) = prepared.split();
+            jobs.push(job);
+            backups.push(backup);
+        }
+        match self.ask_to_start(jobs, Vec::new(), on_failure, timeout) {
             Ok(numbers) => {
                 let inbox = &self.handle.inbox;
                 let started = backups.into_iter().zip(numbers);
@@ -215,6 +256,19 @@ impl Engine {
                 Err(error)
             }
         }
+    }
+
+    fn ask_to_start(
+        &self,
+        jobs: Vec<NewJob<File>>,
+        more_disks: Vec<DiskId>,
+        on_failure: GroupFailure,
+        timeout: Duration,
+    ) -> Result<Vec<JobId>, Error> {
+        let (answer, asked) = ask();
+        let group = NewGroup { jobs, more_disks, on_failure, timeout, answer };
+        self.handle.inbox.send(Command::Start(group));
+        asked.wait()
     }
 }
 
@@ -253,12 +307,15 @@ fn carry_on<R: Ring<File = File, Socket = OwnedFd>>(
 ) {
     let waker = ring.waker();
     let mut reactor = Reactor::new(ring);
+    super::ask::this_is_a_ring_thread();
     let handle = Handle {
         inbox: reactor.inbox(),
         waker,
         next_disk: AtomicU64::new(0),
         next_server: AtomicU64::new(0),
         next_export: Arc::default(),
+        room: reactor.room(),
+        registry: Registry::default(),
         memory: options.memory,
     };
     let engine = Engine { handle: Arc::new(handle), notice };

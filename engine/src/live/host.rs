@@ -48,7 +48,11 @@ impl AdmissionHost for Host<'_> {
 
     fn attempt(&mut self, range: ByteRange) -> Attempt<Permit> {
         use super::admission::Attempt as Found;
-        let look = || attempt_unnested(self.disk.gate(), self.disk.jobs(), range);
+        #[cfg(feature = "sim")]
+        let asked = self.planted.looked_at(range);
+        #[cfg(not(feature = "sim"))]
+        let asked = range;
+        let look = || attempt_unnested(self.disk.gate(), self.disk.jobs(), asked);
         #[cfg(feature = "sim")]
         let found = self.planted.pass(self.disk.id(), self.disk.gate(), range).unwrap_or_else(look);
         #[cfg(not(feature = "sim"))]

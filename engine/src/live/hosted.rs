@@ -11,9 +11,10 @@ use super::carrier::{Carrier, CarrierLimits, CarrierPlan, IoId, IoOutcome, IoReq
 use super::disk::DiskShared;
 use super::exports::ServedIo;
 use super::felt::Felt;
+use super::opened::Opened;
+use super::room::Share;
 use crate::copier::plan::Side;
 use crate::error::{Error, ErrorKind, Operation};
-use crate::ring::BufferRange;
 use crate::units::Timestamp;
 
 /// Most requests of a disk that wait for room in its carrier. Each has its own buffer, so this is a bound on memory for those who send
@@ -40,7 +41,9 @@ pub(super) struct HostedDisk {
     pub(super) shared: Arc<DiskShared>,
     pub(super) side: Side,
     pub(super) carrier: Carrier<Permit>,
-    pub(super) memory: BufferRange,
+    /// Kept until it has left the ring.
+    _share: Share,
+    _opened: Option<Arc<Opened>>,
     /// With the moment at which each request came.
     askers: BTreeMap<IoId, (IoAsker, Timestamp)>,
     /// What its guests felt of late.
@@ -55,13 +58,14 @@ impl HostedDisk {
     pub(super) fn new(
         side: Side,
         shared: Arc<DiskShared>,
-        memory: BufferRange,
+        share: Share,
+        opened: Option<Arc<Opened>>,
         limits: CarrierLimits,
     ) -> Self {
         let plan = CarrierPlan {
             file: side.clone(),
             length: shared.length(),
-            buffers: memory,
+            buffers: share.memory(),
             limits,
             #[cfg(feature = "sim")]
             planted: None,
@@ -69,7 +73,8 @@ impl HostedDisk {
         Self {
             side,
             carrier: Carrier::new(plan),
-            memory,
+            _share: share,
+            _opened: opened,
             askers: BTreeMap::new(),
             felt: Felt::default(),
             queue: VecDeque::new(),
@@ -91,10 +96,7 @@ impl HostedDisk {
     ) -> Result<(), (IoAsker, Error)> {
         if self.queue.len() >= MAX_QUEUED {
             let name = self.shared.name().to_string();
-            let reason = format!("{MAX_QUEUED} requests are waiting already");
-            let error = Error::new(ErrorKind::Io(Errno::EAGAIN), Operation::Queue, name, reason)
-                .advise("send fewer requests at a time");
-            return Err((asker, error));
+            return Err((asker, too_many(Operation::Queue, name, MAX_QUEUED)));
         }
         self.queue.push_back(Queued { request, asker, since: now });
         self.feed();
@@ -109,7 +111,7 @@ impl HostedDisk {
             let id = IoId(self.next_io);
             self.next_io += 1;
             self.askers.insert(id, (asker, since));
-            self.carrier.submit(id, request, since);
+            self.carrier.submit(id, request);
             fed = true;
         }
         fed
@@ -126,14 +128,21 @@ impl HostedDisk {
         outcomes.map(with_asker).collect()
     }
 
-    /// Drop every request: the ring thread is going. Whoever waits is answered by that.
-    pub(super) fn drop_requests(&mut self) {
-        self.askers.clear();
-        self.queue.clear();
+    /// Whoever waits for a request: the ring thread is going. Dropped, they are answered.
+    pub(super) fn take_askers(&mut self) -> Vec<IoAsker> {
+        let submitted = std::mem::take(&mut self.askers).into_values().map(|(asker, _)| asker);
+        let queued = std::mem::take(&mut self.queue).into_iter().map(|queued| queued.asker);
+        submitted.chain(queued).collect()
     }
 
     /// Whether nothing is left to do, discards that were put off included.
     pub(super) fn is_idle(&self) -> bool {
         self.queue.is_empty() && self.carrier.is_idle() && self.carrier.deferred_bytes() == 0
     }
+}
+
+/// A request that is one too many.
+pub(super) fn too_many(operation: Operation, name: String, most: usize) -> Error {
+    let reason = format!("{most} requests are waiting already");
+    Error::new(ErrorKind::Io(Errno::EAGAIN), operation, name, reason).advise("send fewer requests at a time")
 }

@@ -21,13 +21,17 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::interval_set::{ClusterState, IntervalSet};
+use crate::interval_set::IntervalSet;
 use crate::sync::{Mutex, Published};
 use crate::units::{ByteRange, ClusterIndex, ClusterRange, Geometry};
 
 /// Names a job, for as long as the engine lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct JobId(pub u64);
+
+/// Most bytes that a guest has copied at a time before a write: more are asked for piece by piece, so that a write of any length neither
+/// keeps others waiting for long nor runs into a time-out that was meant for a copy.
+const MOST_AT_A_TIME: u64 = 16 << 20;
 
 /// What guests need of a job: its number, and what it has copied.
 #[derive(Debug)]
@@ -60,8 +64,8 @@ impl Watch {
         &self.set
     }
 
-    /// The clusters that `range` touches, if they are not all done. What lies beyond the disk as it was at t0 is no
-    /// part of the copy.
+    /// Of the clusters that `range` touches the first that are to be copied, if they are not all done; some of these may be done as well. What
+    /// lies beyond the disk as it was at t0 is no part of the copy.
     #[inline]
     fn undone(&self, range: ByteRange) -> Option<ClusterRange> {
         let ClusterRange { start, end } = self.geometry.covering(range);
@@ -70,22 +74,38 @@ impl Watch {
             return None;
         }
         let touched = ClusterRange { start, end };
-        (!self.set.is_done(touched)).then_some(touched)
+        if self.set.is_done(touched) {
+            return None;
+        }
+        self.first_undone(touched)
     }
 
-    /// Up to where everything from `at` on is done; or, if the cluster of `at` is not, where the next done one begins.
-    fn done_from(&self, at: u64) -> Result<u64, u64> {
-        let cluster = self.geometry.covering(ByteRange::new(at, 1)).start;
-        let all = self.set.clusters().0;
-        if cluster.0 >= all {
+    #[cold]
+    fn first_undone(&self, touched: ClusterRange) -> Option<ClusterRange> {
+        let start = self.set.first_not_done(touched)?;
+        let most = (MOST_AT_A_TIME / self.geometry.cluster_size().bytes()).max(1);
+        Some(ClusterRange { start, end: ClusterIndex(touched.end.0.min(start.0 + most)) })
+    }
+
+    /// Up to where everything from the start of `range` on is done; or, if its first cluster is not, where the next done one begins. Nothing
+    /// beyond the end of `range` is looked at.
+    fn done_from(&self, range: ByteRange) -> Result<u64, u64> {
+        let ClusterRange { start, end } = self.geometry.covering(range);
+        let end = ClusterIndex(end.0.min(self.set.clusters().0));
+        if start >= end {
             return Ok(u64::MAX);
         }
-        let is_done = |cluster: u64| self.set.state(ClusterIndex(cluster)) == ClusterState::Done;
-        if is_done(cluster.0) {
-            return Ok(self.set.next_not_done(cluster).map_or(u64::MAX, |end| self.geometry.offset_of(end)));
+        let offset_of = |cluster: Option<ClusterIndex>| {
+            cluster.map_or(u64::MAX, |cluster| self.geometry.offset_of(cluster))
+        };
+        let touched = ClusterRange { start, end };
+        match self.set.first_not_done(touched) {
+            Some(first) if first == start => {
+                let rest = ClusterRange { start: ClusterIndex(start.0 + 1), end };
+                Err(offset_of(self.set.first_done(rest)))
+            }
+            undone => Ok(offset_of(undone)),
         }
-        let next = (cluster.0 + 1..all).find(|&cluster| is_done(cluster));
-        Err(next.map_or(u64::MAX, |next| self.geometry.offset_of(ClusterIndex(next))))
     }
 }
 
@@ -104,7 +124,8 @@ impl JobList {
         Self { attached: Mutex::new(Vec::new()), published: Published::none() }
     }
 
-    /// The first job of whose clusters those that `range` touches (in part, too) are not all done, and these clusters.
+    /// The first job of whose clusters those that `range` touches (in part, too) are not all done, and the first of these clusters, from one on
+    /// that is not done: as many as are copied at a time.
     ///
     /// For a guest that holds its pass, and takes the answer `None` for the permission to write to `range`.
     #[inline]
@@ -125,7 +146,7 @@ impl JobList {
             'search: while at < range.end() {
                 let mut end = range.end();
                 for job in jobs {
-                    match job.done_from(at) {
+                    match job.done_from(ByteRange::between(at, range.end())) {
                         Ok(done_to) => end = end.min(done_to),
                         Err(next) => {
                             at = next;

@@ -29,12 +29,16 @@
 //! | `gate`, `slot` | Permits are counted; guests are held back while t0 is taken. |
 //! | `jobs` | The list of the disk's jobs, which tells a guest what is still to be copied. |
 //! | `admission` | Asks the two in the order that makes t0 an instant. |
+//! | `own_write`, `waits` | What those who write by themselves wait for. |
 //! | `carrier` | Guest I/O that the engine carries: a state machine on the ring thread. |
-//! | `reactor`, `starts`, `groups` | The loop of the ring thread over many disks and jobs; how jobs start, and end, together. |
+//! | `reactor`, `hosted`, `host` | The loop of the ring thread over many disks and jobs. |
+//! | `starts`, `groups`, `ends` | How jobs start, stand, and end together; the last steps of each. |
+//! | `death` | What becomes of everybody when the ring thread dies. |
 //! | `controller` | How much of the sweep is in flight. |
-//! | `command`, `ask`, `memory` | What other threads ask for, how they get answers, who has which part of the arena. |
+//! | `command`, `ask` | What other threads ask for, how they get answers. |
+//! | `room`, `memory` | Who has which part of the arena, and the places on the ring. |
 //! | `exports` | Disks and snapshots served over NBD. |
-//! | `engine`, `disk`, `backup` | The handles. |
+//! | `engine`, `disk`, `backup`, `opened`, `listing` | The handles; which disks are open; which jobs there are. |
 //! | `latency`, `felt` | What guests felt. |
 
 mod admission;
@@ -43,7 +47,11 @@ mod backup;
 pub mod carrier;
 mod command;
 mod controller;
+mod death;
 mod disk;
+#[cfg(all(test, not(loom)))]
+mod disk_tests;
+mod ends;
 mod engine;
 mod exports;
 mod felt;
@@ -53,10 +61,14 @@ mod host;
 mod hosted;
 mod jobs;
 mod latency;
+mod listing;
 mod memory;
+mod opened;
+mod own_write;
 #[cfg(feature = "sim")]
 mod planted;
 mod reactor;
+mod room;
 #[cfg(feature = "sim")]
 pub mod sim;
 mod slot;
@@ -64,6 +76,9 @@ mod starts;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests;
 mod token;
+#[cfg(all(test, feature = "sim", not(loom)))]
+mod turns_tests;
+mod waits;
 
 pub use self::admission::Permit;
 pub use crate::modes::CbwErrorPolicy;
@@ -76,6 +91,7 @@ pub use self::disk::{BeginWrite, Io, LiveDisk, read};
 pub use self::engine::{DiskOptions, Engine, EngineOptions};
 pub use self::exports::{Export, ExportOptions, ExportSource, NbdListener, NbdOptions, NbdServer, Removal};
 pub use self::latency::{GuestLatencies, Latencies};
+pub use self::listing::RunningJob;
 // Not for embedders: for the engine's own benches and model checks, which are crates of their own.
 #[doc(hidden)]
 pub use self::{

@@ -44,6 +44,13 @@ impl Planted {
         Some(attempt)
     }
 
+    /// For which bytes somebody who wants to change `range` looks at the jobs.
+    pub(super) fn looked_at(&self, range: ByteRange) -> ByteRange {
+        let tail =
+            if self.has(PlantedBug::TailForgotten) { range.length.saturating_sub(1).min(4096) } else { 0 };
+        ByteRange::new(range.offset, range.length - tail)
+    }
+
     /// Somebody who wants to change `range` has to have clusters copied first.
     pub(super) fn looked(&mut self, disk: DiskId, range: ByteRange) {
         if self.has(PlantedBug::NoSecondLook) {

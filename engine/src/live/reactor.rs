@@ -8,16 +8,14 @@
 //!
 //! # Ordering
 //! A job that is ending is detached from its disk before its guests are answered, so a guest that looks again does not find it. A
-//! job's files are let go before its result is told.
-//!
-//! # Death
-//! When the ring breaks or anything panics, [`Reactor::die`] detaches all jobs, lets all barriers down for ever, answers every request
-//! with the error and ends every job as failed: nothing waits for a thread that is gone.
+//! job's files are let go before its result is told; what may take its time about that is done elsewhere (`ends`).
+//! How it ends when it breaks: `death`.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Bound;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use slab::Slab;
 
 use super::DiskId;
@@ -26,23 +24,26 @@ use super::carrier::{CarrierLimits, CopyWait, IoOutcome, IoRequest};
 use super::command::{Command, GroupFailure, Inbox, NewGroup};
 use super::controller::Controller;
 use super::disk::DiskShared;
+use super::ends::End;
 use super::exports::{Backend, Hub};
-use super::host::{Host, ask_job};
-use super::hosted::{HostedDisk, IoAsker};
+use super::host::Host;
+use super::hosted::{HostedDisk, IoAsker, too_many};
 use super::jobs::{JobId, Watch};
 use super::latency::GuestLatencies;
-use super::memory::Memory;
+use super::opened::Opened;
 #[cfg(feature = "sim")]
 use super::planted::Planted;
+use super::room::{Room, Share};
 use super::starts::Raised;
 use super::token::{Owner, owner_of, token_of};
+use super::waits::ForgetWait;
 use crate::copier::guests::CbwId;
 use crate::copier::plan::Side;
 use crate::copier::snapshot::SnapshotId;
 use crate::error::{Error, ErrorKind, Operation, Refusal};
 use crate::job::runner::Runner;
-use crate::ring::{BufferRange, Completion, FileId, Op, Ring, RingFailure, Token, Wait};
-use crate::units::{ByteRange, ClusterRange, Timestamp};
+use crate::ring::{Completion, FileId, Op, Ring, RingFailure, Token, Wait};
+use crate::units::{ByteRange, Timestamp};
 
 /// Who waits for a copy-before-write.
 pub(super) enum Asker {
@@ -54,8 +55,9 @@ pub(super) struct Job {
     pub(super) disk: DiskId,
     pub(super) runner: Runner,
     pub(super) target: FileId,
+    pub(super) target_name: Arc<str>,
     pub(super) fleece: Option<FileId>,
-    pub(super) memory: BufferRange,
+    pub(super) share: Share,
     pub(super) watch: Arc<Watch>,
     pub(super) controller: Controller,
     pub(super) attached: bool,
@@ -64,7 +66,8 @@ pub(super) struct Job {
     pub(super) group: u64,
     pub(super) on_failure: GroupFailure,
     pub(super) asks: BTreeMap<CbwId, Asker>,
-    reads: BTreeMap<SnapshotId, IoAsker>,
+    /// With how many bytes each asks for.
+    pub(super) reads: BTreeMap<SnapshotId, (u64, IoAsker)>,
     pub(super) next_ask: u64,
     /// Operations on the ring.
     in_flight: usize,
@@ -73,14 +76,17 @@ pub(super) struct Job {
 /// See the module's header.
 pub(super) struct Reactor<R: Ring> {
     pub(super) ring: R,
-    inbox: Arc<Inbox<R::File, R::Socket>>,
-    pub(super) memory: Memory,
+    pub(super) inbox: Arc<Inbox<R::File, R::Socket>>,
+    room: Arc<Room>,
     pub(super) disks: BTreeMap<DiskId, HostedDisk>,
     /// Which of them is the first to act in the next turn.
     first_disk: DiskId,
     pub(super) jobs: Slab<Job>,
     pub(super) waiting: VecDeque<NewGroup<R::File>>,
     pub(super) raised: Option<Raised>,
+    /// Disks whose barrier was up, and until when it stays down.
+    pub(super) rests: BTreeMap<DiskId, Timestamp>,
+    pub(super) forgetting: Vec<ForgetWait>,
     pub(super) next_group: u64,
     pub(super) next_job: u64,
     exports: Hub,
@@ -93,6 +99,13 @@ pub(super) struct Reactor<R: Ring> {
     #[cfg(feature = "sim")]
     pub(super) planted: Planted,
 }
+
+/// Most reads of a snapshot at a time, and most bytes of them together: what is read is kept until it is handed over.
+const MAX_READS: usize = 4096;
+const MAX_READ_BYTES: u64 = 256 << 20;
+
+/// Most commands taken in one turn: those who do not stop asking must not keep the others from the ring.
+const COMMANDS_A_TURN: usize = 512;
 
 /// Bytes of the arena that a carried disk gets.
 pub(super) const CARRIER_BYTES: u32 = 4 << 20;
@@ -109,12 +122,14 @@ impl<R: Ring> Reactor<R> {
         Self {
             ring,
             inbox,
-            memory: Memory::new(bytes),
+            room: Room::new(bytes),
             disks: BTreeMap::new(),
             first_disk: DiskId(0),
             jobs: Slab::new(),
             waiting: VecDeque::new(),
             raised: None,
+            rests: BTreeMap::new(),
+            forgetting: Vec::new(),
             next_group: 0,
             next_job: 0,
             exports: Hub::default(),
@@ -130,6 +145,11 @@ impl<R: Ring> Reactor<R> {
     /// Where commands are left.
     pub(super) fn inbox(&self) -> Arc<Inbox<R::File, R::Socket>> {
         Arc::clone(&self.inbox)
+    }
+
+    /// What there is room for.
+    pub(super) fn room(&self) -> Arc<Room> {
+        Arc::clone(&self.room)
     }
 
     /// The ring.
@@ -161,13 +181,12 @@ impl<R: Ring> Reactor<R> {
     /// The first half of a turn: everything up to the wait, which is returned; `None`: it is over.
     pub(super) fn act(&mut self) -> Option<Wait> {
         let now = self.ring.now();
-        self.take_commands(now);
-        if self.inbox.has_someone_left() {
-            self.forget_those_who_left();
-        }
+        let mut more = self.take_commands(now);
+        self.forget_those_who_left();
         self.advance_start(now);
         self.serve(now);
-        let mut more = self.poll_disks(now);
+        more |= self.poll_disks(now);
+        self.answer_forgotten();
         more |= self.poll_jobs(now);
         more |= self.settle_groups();
         // What has just ended is told at once.
@@ -196,35 +215,48 @@ impl<R: Ring> Reactor<R> {
     fn next_deadline(&self, now: Timestamp) -> Option<Timestamp> {
         let jobs = self.jobs.iter().filter_map(|(_, job)| job.runner.copier.next_deadline(now));
         let disks = self.disks.values().filter_map(|disk| disk.carrier.next_deadline(now));
-        let start = self.raised.as_ref().map(Raised::deadline);
+        let start = self.raised.as_ref().map_or_else(|| self.next_start(), |raised| Some(raised.deadline()));
         jobs.chain(disks).chain(start).chain(self.exports.next_deadline()).min()
     }
 
-    fn take_commands(&mut self, now: Timestamp) {
-        while let Some(command) = self.inbox.take() {
-            match command {
-                Command::AddDisk { file, direct_alignment, disk, memory, answer } => {
-                    let added = self.add_disk(file, direct_alignment, disk, memory);
-                    answer.give(added);
-                }
-                Command::RemoveDisk { disk } => {
-                    if let Some(disk) = self.disks.get_mut(&disk) {
-                        disk.closing = true;
-                    }
-                }
-                Command::Io { disk, request, answer } => {
-                    self.submit(disk, request, IoAsker::Caller(answer), now);
-                }
-                Command::Copy { job, clusters, answer } => {
-                    self.copy_before_write(job, clusters, Asker::Guest(answer), now);
-                }
-                Command::Snapshot { job, range, answer } => {
-                    self.read_snapshot(job, range, IoAsker::Caller(answer));
-                }
-                Command::Start(group) => self.waiting.push_back(group),
-                Command::Exports(command) => self.exports.command(command, &mut self.ring),
-                Command::Quit => self.quit = true,
+    /// Take what other threads have left, a bounded part of it: `true`, there may be more. Whoever answers an answer with a new command (one
+    /// who is told to come again, and does so at once) is served in the next turn.
+    fn take_commands(&mut self, now: Timestamp) -> bool {
+        for _ in 0..COMMANDS_A_TURN {
+            let Some(command) = self.inbox.take() else { return false };
+            self.take_command(command, now);
+        }
+        true
+    }
+
+    fn take_command(&mut self, command: Command<R::File, R::Socket>, now: Timestamp) {
+        match command {
+            Command::AddDisk { file, direct_alignment, disk, opened, share, answer } => {
+                let added = self.add_disk(file, direct_alignment, disk, opened, share);
+                answer.give(added);
             }
+            Command::RemoveDisk { disk } => {
+                if let Some(disk) = self.disks.get_mut(&disk) {
+                    disk.closing = true;
+                }
+            }
+            Command::Io { disk, request, answer } => {
+                self.submit(disk, request, IoAsker::Caller(answer), now);
+            }
+            Command::Copy { job, clusters, waited, answer } => {
+                let since = Timestamp(now.0.saturating_sub(waited));
+                self.copy_before_write(job, clusters, answer, since);
+            }
+            Command::ForgetDiscards { disk, range, answer } => {
+                self.forget_discards(disk, range, answer);
+            }
+            Command::Snapshot { job, range, answer } => {
+                self.read_snapshot(job, range, IoAsker::Caller(answer));
+            }
+            Command::Start(group) => self.waiting.push_back(group),
+            Command::Exports(command) => self.exports.command(command, &mut self.ring),
+            Command::Jobs { answer } => answer.give(Ok(self.running_jobs())),
+            Command::Quit => self.quit = true,
         }
     }
 
@@ -233,23 +265,15 @@ impl<R: Ring> Reactor<R> {
         file: R::File,
         direct_alignment: Option<u32>,
         shared: Arc<DiskShared>,
-        memory: u32,
+        opened: Option<Arc<Opened>>,
+        share: Share,
     ) -> Result<(), Error> {
-        let refused = |reason: &'static str| {
-            Error::refused(Refusal::Unavailable, Operation::OpenSource, shared.name().to_string(), reason)
-                .advise("give the engine more memory, or close other disks")
-        };
-        let memory =
-            self.memory.take(memory).ok_or_else(|| refused("the engine has no memory left for it"))?;
-        let file = match self.ring.add_file(file) {
-            Ok(file) => file,
-            Err(failure) => {
-                self.memory.give_back(memory);
-                return Err(refused("the engine carries as many disks as it can").because(failure));
-            }
-        };
+        let file = self.ring.add_file(file).map_err(|failure| {
+            let (name, reason) = (shared.name().to_string(), "the ring does not take it");
+            Error::refused(Refusal::Unavailable, Operation::OpenSource, name, reason).because(failure)
+        })?;
         let side = Side { file, name: shared.name(), direct_alignment };
-        let disk = HostedDisk::new(side, shared, memory, self.carrier_limits);
+        let disk = HostedDisk::new(side, shared, share, opened, self.carrier_limits);
         self.disks.insert(disk.shared.id(), disk);
         Ok(())
     }
@@ -267,10 +291,6 @@ impl<R: Ring> Reactor<R> {
                 job.controller.on_guest(now, together);
             }
         }
-    }
-
-    fn copy_before_write(&mut self, job: JobId, clusters: ClusterRange, asker: Asker, now: Timestamp) {
-        ask_job(&mut self.jobs, job, clusters, asker, now);
     }
 
     /// Let clients of exports act, and hand their requests on; whether there were any.
@@ -295,33 +315,31 @@ impl<R: Ring> Reactor<R> {
         any
     }
 
-    /// Copies that nobody waits for any more are not begun.
-    fn forget_those_who_left(&mut self) {
-        for (_, job) in &mut self.jobs {
-            let copier = &mut job.runner.copier;
-            job.asks.retain(|&id, asker| {
-                let wanted = !matches!(asker, Asker::Guest(answer) if !answer.is_wanted());
-                if !wanted {
-                    copier.forget_cbw(id);
-                }
-                wanted
-            });
-        }
-    }
-
     fn read_snapshot(&mut self, id: JobId, range: ByteRange, asker: IoAsker) {
         let Some(job) = self.jobs.iter_mut().map(|(_, job)| job).find(|job| job.watch.id() == id) else {
             let error = Error::new(
-                ErrorKind::Io(nix::errno::Errno::ESTALE),
+                ErrorKind::Io(Errno::ESTALE),
                 Operation::ReadSnapshot,
                 "the disk",
                 "the job has ended, and with it the snapshot",
             );
             return tell(asker, IoOutcome { result: Err(error.at(range)) }, &mut self.exports);
         };
+        let bytes: u64 = job.reads.values().map(|(bytes, _)| bytes).sum();
+        if job.reads.len() >= MAX_READS || bytes.saturating_add(range.length) > MAX_READ_BYTES {
+            let name = self.disks[&job.disk].shared.name().to_string();
+            let error = if job.reads.is_empty() {
+                let reason = format!("{} bytes are more than are read at a time", range.length);
+                Error::new(ErrorKind::Io(Errno::EINVAL), Operation::ReadSnapshot, name, reason)
+                    .advise(format!("read at most {MAX_READ_BYTES} bytes at a time"))
+            } else {
+                too_many(Operation::ReadSnapshot, name, job.reads.len())
+            };
+            return tell(asker, IoOutcome { result: Err(error.at(range)) }, &mut self.exports);
+        }
         let read = SnapshotId(job.next_ask);
         job.next_ask += 1;
-        job.reads.insert(read, asker);
+        job.reads.insert(read, (range.length, asker));
         job.runner.copier.read_snapshot(read, range);
     }
 
@@ -352,6 +370,8 @@ impl<R: Ring> Reactor<R> {
                 planted: &mut self.planted,
             };
             more |= disk.carrier.poll(now, room, self.ring.arena_mut(), &mut host, &mut self.ops);
+            // Before anybody is told that his discard is done.
+            disk.shared.set_discards_put_off(disk.carrier.has_discards_put_off());
             for (token, op) in self.ops.drain(..) {
                 self.ring.push(token_of(Owner::Disk(id_of_disk), token), op);
             }
@@ -398,7 +418,7 @@ impl<R: Ring> Reactor<R> {
                 }
             }
             for (id, result) in job.runner.copier.take_snapshot_outcomes() {
-                let asker = job.reads.remove(&id).expect("every read has its asker");
+                let (_, asker) = job.reads.remove(&id).expect("every read has its asker");
                 tell(asker, IoOutcome { result }, &mut self.exports);
             }
             for (id, outcome) in job.runner.copier.take_cbw_outcomes() {
@@ -431,17 +451,17 @@ impl<R: Ring> Reactor<R> {
             .collect();
         for index in over {
             let engine = self.ring.name();
-            let Some(mut result) = self.jobs[index].runner.conclusion(now, engine) else { continue };
-            let job = self.jobs.remove(index);
-            if let Some(disk) = self.disks.get_mut(&job.disk) {
+            let Some(mut result) = self.jobs[index].runner.verdict(now, engine) else { continue };
+            let Job { disk, mut runner, target, fleece, share, watch, guests, .. } = self.jobs.remove(index);
+            if let Some(disk) = self.disks.get_mut(&disk) {
                 disk.felt.forget(now);
             }
-            result.guests = Some(job.guests);
-            for file in [Some(job.target), job.fleece].into_iter().flatten() {
+            result.guests = Some(guests);
+            for file in [Some(target), fleece].into_iter().flatten() {
                 self.ring.remove_file(file);
             }
-            self.memory.give_back(job.memory);
-            job.runner.conclude(result);
+            let at_end = runner.take_at_end();
+            End { runner, result, at_end, share, watch }.begin();
         }
     }
 
@@ -461,7 +481,8 @@ impl<R: Ring> Reactor<R> {
         for id in &gone {
             let disk = self.disks.remove(id).expect("it is there");
             self.ring.remove_file(disk.side.file);
-            self.memory.give_back(disk.memory);
+            // With it its part of the room, and the disk may be opened again.
+            drop(disk);
         }
         !gone.is_empty()
     }
@@ -495,15 +516,27 @@ impl<R: Ring> Reactor<R> {
 
     /// A job that was attached to its disk gets its place.
     pub(super) fn put_job(&mut self, job: NewlyMade, now: Timestamp) {
-        let NewlyMade { disk, runner, controller, target, fleece, memory, watch, group, on_failure } = job;
+        let NewlyMade {
+            disk,
+            runner,
+            controller,
+            target,
+            target_name,
+            fleece,
+            share,
+            watch,
+            group,
+            on_failure,
+        } = job;
         let before = self.disks.get_mut(&disk).expect("it was found at the start").felt.recent(now);
         let guests = Box::new(GuestLatencies { before, ..GuestLatencies::default() });
         let entry = Job {
             disk,
             runner,
             target,
+            target_name,
             fleece,
-            memory,
+            share,
             watch,
             controller,
             attached: true,
@@ -521,34 +554,6 @@ impl<R: Ring> Reactor<R> {
     /// It is over, and nobody has a handle.
     pub(super) fn close(self) {
         self.inbox.close();
-    }
-
-    /// The ring is broken or something has panicked: let everybody go. See the module's header.
-    pub(super) fn die(mut self, reason: &str) {
-        let error = Arc::new(Error::engine_died("engine", reason.to_owned()));
-        let engine = self.ring.name();
-        for disk in self.disks.values_mut() {
-            for (_, job) in &self.jobs {
-                disk.shared.jobs().detach(job.watch.id());
-            }
-            disk.shared.gate().poison();
-            disk.drop_requests();
-        }
-        // Only now: one whose request is dropped looks again, and must find no job any more.
-        self.inbox.close();
-        self.raised = None;
-        self.waiting.clear();
-        let jobs: Vec<Job> = self.jobs.drain().collect();
-        // The ring goes first, and with it what is in flight.
-        drop(self);
-        for mut job in jobs {
-            let at_end = job.runner.take_at_end();
-            job.runner.shared().died(engine, Arc::clone(&error), |result| {
-                if let Some(at_end) = at_end {
-                    at_end(result);
-                }
-            });
-        }
     }
 }
 
@@ -572,8 +577,9 @@ pub(super) struct NewlyMade {
     pub(super) runner: Runner,
     pub(super) controller: Controller,
     pub(super) target: FileId,
+    pub(super) target_name: Arc<str>,
     pub(super) fleece: Option<FileId>,
-    pub(super) memory: BufferRange,
+    pub(super) share: Share,
     pub(super) watch: Arc<Watch>,
     pub(super) group: u64,
     pub(super) on_failure: GroupFailure,

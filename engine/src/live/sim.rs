@@ -10,25 +10,25 @@ use super::DiskId;
 use super::admission::{Attempt, attempt_unnested};
 use super::ask::{Answer, Asked, ask};
 use super::carrier::{CarrierLimits, IoOutcome, IoRequest};
-use super::command::{Command, GroupFailure, NewFleece, NewGroup, NewJob};
+use super::command::{Command, GroupFailure, Inbox, NewFleece, NewGroup, NewJob};
 use super::controller::SweepDepth;
 use super::disk::DiskShared;
 use super::exports::{Backend, ExportCommand, ExportId, NbdOptions, NewExport, Removal, ServerId};
 use super::jobs::JobId;
 use super::reactor::{CARRIER_BYTES, Reactor};
 use crate::copier::plan::{Plan, PlantedBug, Side};
-use crate::error::Error;
+use crate::error::{Error, Operation};
 use crate::interval_set::IntervalSet;
 use crate::job::handle::Shared;
-use crate::job::runner::empty_progress;
-use crate::job::{JobHandle, Lifecycle};
+use crate::job::runner::{AtEnd, empty_progress};
+use crate::job::{JobHandle, JobResult, Lifecycle};
 use crate::ring::sim::{SimRing, SimSocket};
 use crate::ring::{BufferRange, FileId, Ring, Wait};
 use crate::units::{ByteRange, ClusterRange, Geometry, Length, Timestamp};
 
 /// A disk of a [`SimEngine`].
 #[derive(Clone)]
-pub struct SimDisk(Arc<DiskShared>);
+pub struct SimDisk(pub(super) Arc<DiskShared>);
 
 /// A job for a [`SimEngine`].
 pub struct SimJob {
@@ -96,13 +96,20 @@ pub struct SimEngine {
     reactor: Option<Reactor<SimRing>>,
     next_disk: u64,
     carrier_bytes: u32,
+    at_end: Option<Arc<dyn Fn() + Send + Sync>>,
 }
 
 impl SimEngine {
     /// An engine over `ring`.
     #[must_use]
     pub fn new(ring: SimRing) -> Self {
-        Self { reactor: Some(Reactor::new(ring)), next_disk: 0, carrier_bytes: CARRIER_BYTES }
+        let reactor = Some(Reactor::new(ring));
+        Self { reactor, next_disk: 0, carrier_bytes: CARRIER_BYTES, at_end: None }
+    }
+
+    /// What is to be done, off the ring thread, at the end of each job that is asked for from now on.
+    pub fn set_at_end(&mut self, at_end: impl Fn() + Send + Sync + 'static) {
+        self.at_end = Some(Arc::new(at_end));
     }
 
     /// Put a bug in, or none.
@@ -124,8 +131,12 @@ impl SimEngine {
         self.reactor.as_ref().expect("it has not died")
     }
 
-    fn send(&self, command: Command<usize, SimSocket>) {
-        self.reactor().inbox().send(command);
+    pub(super) fn send(&self, command: Command<usize, SimSocket>) {
+        self.inbox().send(command);
+    }
+
+    pub(super) fn inbox(&self) -> Arc<Inbox<usize, SimSocket>> {
+        self.reactor().inbox()
     }
 
     /// Carry disk `file` of the world.
@@ -140,14 +151,14 @@ impl SimEngine {
         let waker = self.reactor().ring().waker();
         let disk = DiskShared::new(id, Arc::from(format!("disk{file}")), length, waker);
         let (answer, asked) = ask();
-        let command = Command::AddDisk {
-            file,
-            direct_alignment,
-            disk: Arc::clone(&disk),
-            memory: self.carrier_bytes,
-            answer,
-        };
-        self.send(command);
+        let bytes = self.carrier_bytes;
+        match self.reactor().room().take(bytes, 1, Operation::OpenSource, &disk.name()) {
+            Ok(share) => {
+                let (disk, opened) = (Arc::clone(&disk), None);
+                self.send(Command::AddDisk { file, direct_alignment, disk, opened, share, answer });
+            }
+            Err(error) => answer.give(Err(error)),
+        }
         (SimDisk(disk), Pending(asked))
     }
 
@@ -169,6 +180,8 @@ impl SimEngine {
         timeout: Duration,
     ) -> (Vec<JobHandle>, Pending<Result<Vec<JobId>, Error>>) {
         let mut handles = Vec::new();
+        let room = self.reactor().room();
+        let at_end = &self.at_end;
         let make = |(job, fleece): (SimJob, Option<SimFleece>)| {
             let SimJob { disk, target, geometry, slots, depth, plan } = job;
             let shared = Shared::new(Lifecycle::new(true, false), empty_progress(geometry.length().0), None);
@@ -176,28 +189,37 @@ impl SimEngine {
             let set = Arc::new(IntervalSet::new(geometry.clusters()).expect("memory for a test"));
             let memory = u64::from(slots) * geometry.cluster_size().bytes();
             let memory = u32::try_from(memory).expect("a small test");
+            let places = 1 + usize::from(fleece.is_some());
+            let share = room.take(memory, places, Operation::Copy, &disk.0.name())?;
             let fleece = fleece.map(|SimFleece { file, direct_alignment, slots }| NewFleece {
                 file,
                 name: Arc::from(format!("fleece{file}")),
                 direct_alignment,
                 slots,
             });
-            NewJob {
+            let at_end = at_end.clone().map(|at_end| Box::new(move |_: &mut JobResult| at_end()) as AtEnd);
+            Ok(NewJob {
                 disk: disk.0.id(),
                 target,
                 fleece,
                 geometry,
                 set,
                 shared,
-                memory,
+                share,
                 depth,
                 plan,
-                at_end: None,
-            }
+                at_end,
+            })
         };
-        let jobs = jobs.into_iter().map(make).collect();
+        let made: Vec<Result<_, Error>> = jobs.into_iter().map(make).collect();
         let (answer, asked) = ask();
-        self.send(Command::Start(NewGroup { jobs, on_failure, timeout, answer }));
+        match made.into_iter().collect() {
+            Ok(jobs) => {
+                let more_disks = Vec::new();
+                self.send(Command::Start(NewGroup { jobs, more_disks, on_failure, timeout, answer }));
+            }
+            Err(error) => answer.give(Err(error)),
+        }
         (handles, Pending(asked))
     }
 
@@ -217,11 +239,28 @@ impl SimEngine {
         if let Some(attempt) = planted.pass(disk.0.id(), gate, range) {
             return attempt;
         }
-        let attempt = attempt_unnested(gate, disk.0.jobs(), range);
+        let attempt = attempt_unnested(gate, disk.0.jobs(), planted.looked_at(range));
         if matches!(attempt, Attempt::Copy(..)) {
             planted.looked(disk.0.id(), range);
         }
         attempt
+    }
+
+    /// A guest with an I/O path of its own has discards forgotten that were put off in `range`, before it tries to get its permit; `None`: there
+    /// are none.
+    #[must_use]
+    pub fn forget_discards(
+        &self,
+        disk: &SimDisk,
+        range: ByteRange,
+    ) -> Option<Pending<Result<(), Arc<Error>>>> {
+        let reactor = self.reactor.as_ref()?;
+        if !disk.0.has_discards_put_off() || reactor.planted.has(PlantedBug::DiscardNotForgotten) {
+            return None;
+        }
+        let (answer, asked) = ask();
+        self.send(Command::ForgetDiscards { disk: disk.0.id(), range, answer });
+        Some(Pending(asked))
     }
 
     /// The last handle of a disk is gone.
@@ -308,13 +347,13 @@ impl SimEngine {
     /// Parts of the arena and places on the ring that are taken.
     #[must_use]
     pub fn taken(&self) -> (usize, usize) {
-        (self.reactor().memory.parts(), self.reactor().ring.files())
+        (self.reactor().room().parts(), self.reactor().ring.files())
     }
 
     /// Such a guest has clusters copied.
     #[must_use]
     pub fn copy(&self, job: JobId, clusters: ClusterRange) -> Pending<Result<(), Arc<Error>>> {
-        Pending(self.reactor().inbox().ask_copy(job, clusters))
+        Pending(self.inbox().ask_copy(job, clusters, Duration::ZERO))
     }
 
     /// Read a range as it was at the t0 of a job.

@@ -1,13 +1,16 @@
 //! Starting jobs: one t0 for all disks of a group, or nothing.
 //!
 //! # Order
-//! 1. Everything that can fail is done first, with guests writing on: memory, places on the ring, the copiers.
+//! 1. Everything that can fail is done first, with guests writing on. (Memory and places on the ring were had before that: see `room`.)
 //! 2. The barriers of the disks are raised. Writes under way go on; new ones wait.
 //! 3. When the last permit of the last disk is back, that is t0: the jobs are attached, the barriers lowered.
 //! 4. If that does not come within the start's timeout (a permit that was forgotten, an I/O that hangs), the barriers are lowered, the jobs
 //!    undone and the start fails. Nothing was copied.
 //!
-//! One start is under way at a time; the others wait for their turn, their timeouts counted from then on.
+//! One start is under way at a time; the others wait for their turn, their timeouts counted from then on. After a barrier was up, the disks
+//! rest for as long before the next is raised, so that guests who are held back write at least half of the time.
+//!
+//! A start without jobs is a *rehearsal*: what would be destroyed by preparing the jobs is not, if no instant can be found.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +34,7 @@ use nix::errno::Errno;
 pub(super) struct Raised {
     jobs: Vec<NewlyMade>,
     disks: Vec<DiskId>,
+    since: Timestamp,
     deadline: Timestamp,
     timeout: Duration,
     answer: super::ask::Answer<Result<Vec<JobId>, Error>>,
@@ -58,19 +62,38 @@ impl<R: Ring> Reactor<R> {
                 if drained {
                     self.take_t0(raised, now);
                 } else if now >= raised.deadline {
-                    self.give_up(raised);
+                    self.give_up(raised, now);
                 } else {
                     self.raised = Some(raised);
                     return;
                 }
             }
-            let Some(group) = self.waiting.pop_front() else { return };
+            self.rests.retain(|_, &mut until| until > now);
+            let rested =
+                |group: &NewGroup<R::File>| group.disks().all(|disk| !self.rests.contains_key(&disk));
+            let Some(next) = self.waiting.iter().position(rested) else { return };
+            let group = self.waiting.remove(next).expect("just seen");
             self.raise(group, now);
         }
     }
 
+    /// When a start that waits may begin.
+    pub(super) fn next_start(&self) -> Option<Timestamp> {
+        let may_begin =
+            |group: &NewGroup<R::File>| group.disks().filter_map(|disk| self.rests.get(&disk)).max().copied();
+        self.waiting.iter().filter_map(may_begin).min()
+    }
+
+    /// The barriers of a start are to come down: guests have as long now as they were held back.
+    fn rest(&mut self, raised: &Raised, now: Timestamp) {
+        let until = now.after(now.since(raised.since));
+        if until > now {
+            self.rests.extend(raised.disks.iter().map(|&disk| (disk, until)));
+        }
+    }
+
     fn raise(&mut self, group: NewGroup<R::File>, now: Timestamp) {
-        let NewGroup { jobs, on_failure, timeout, answer } = group;
+        let NewGroup { jobs, more_disks, on_failure, timeout, answer } = group;
         let number = self.next_group;
         self.next_group += 1;
         let mut made: Vec<NewlyMade> = Vec::new();
@@ -84,13 +107,15 @@ impl<R: Ring> Reactor<R> {
             }
         }
         let mut disks: Vec<DiskId> = made.iter().map(|job| job.disk).collect();
+        disks.extend(more_disks.into_iter().filter(|disk| self.disks.contains_key(disk)));
         disks.sort_unstable();
         disks.dedup();
         for disk in &disks {
             self.disks[disk].shared.gate().raise();
         }
         tracing::debug!(disks = disks.len(), jobs = made.len(), "barrier raised");
-        self.raised = Some(Raised { jobs: made, disks, deadline: now.after(timeout), timeout, answer });
+        let deadline = now.after(timeout);
+        self.raised = Some(Raised { jobs: made, disks, since: now, deadline, timeout, answer });
     }
 
     /// Everything of a job that can fail.
@@ -101,37 +126,29 @@ impl<R: Ring> Reactor<R> {
         on_failure: GroupFailure,
         now: Timestamp,
     ) -> Result<NewlyMade, Error> {
-        let NewJob { disk: id, target, fleece, geometry, set, shared, memory, depth, plan, at_end } = job;
+        let NewJob { disk: id, target, fleece, geometry, set, shared, share, depth, plan, at_end } = job;
         let Some(disk) = self.disks.get(&id) else {
             let reason = "its disk has left the engine";
             return Err(Error::refused(Refusal::Unavailable, Operation::Copy, "disk", reason));
         };
         let name = disk.shared.name().to_string();
-        let refused = |reason: &'static str| {
-            Error::refused(Refusal::Unavailable, Operation::Copy, name.clone(), reason)
-                .advise("wait until another job has ended, or give the engine more memory")
+        let refused = |failure| {
+            let reason = "the ring does not take its files";
+            Error::refused(Refusal::Unavailable, Operation::Copy, name.clone(), reason).because(failure)
         };
         let side = disk.side.clone();
-        let Some(memory) = self.memory.take(memory) else {
-            return Err(refused("the engine has no memory left for another job"));
-        };
-        let target = match self.ring.add_file(target) {
-            Ok(target) => target,
-            Err(failure) => {
-                self.memory.give_back(memory);
-                return Err(refused("the engine carries as many disks as it can").because(failure));
-            }
-        };
+        let target = self.ring.add_file(target).map_err(refused)?;
         let fleece = match fleece.map(|fleece| self.add_fleece(fleece)).transpose() {
             Ok(fleece) => fleece,
             Err(failure) => {
                 self.ring.remove_file(target);
-                self.memory.give_back(memory);
-                return Err(refused("the engine carries as many disks as it can").because(failure));
+                return Err(refused(failure));
             }
         };
         shared.set_waker(self.ring.waker());
-        let mut copier = Copier::new(plan(side, target, memory), Arc::clone(&set));
+        let plan = plan(side, target, share.memory());
+        let target_name = Arc::clone(&plan.target.name);
+        let mut copier = Copier::new(plan, Arc::clone(&set));
         let fleece_file = fleece.as_ref().map(|fleece| fleece.side.file);
         if let Some(fleece) = fleece {
             copier = copier.with_fleece(fleece);
@@ -145,8 +162,9 @@ impl<R: Ring> Reactor<R> {
             runner,
             controller,
             target,
+            target_name,
             fleece: fleece_file,
-            memory,
+            share,
             watch,
             group,
             on_failure,
@@ -161,6 +179,7 @@ impl<R: Ring> Reactor<R> {
 
     /// Every permit is back: this is t0.
     fn take_t0(&mut self, raised: Raised, now: Timestamp) {
+        self.rest(&raised, now);
         let Raised { jobs, disks, answer, .. } = raised;
         let numbers = jobs.iter().map(|job| job.watch.id()).collect();
         let together = jobs.len() > 1;
@@ -178,7 +197,8 @@ impl<R: Ring> Reactor<R> {
         answer.give(Ok(numbers));
     }
 
-    fn give_up(&mut self, raised: Raised) {
+    fn give_up(&mut self, raised: Raised, now: Timestamp) {
+        self.rest(&raised, now);
         let Raised { jobs, disks, answer, timeout, .. } = raised;
         self.barrier_lowered(&disks);
         let name = self.disks[&disks[0]].shared.name().to_string();
@@ -196,7 +216,6 @@ impl<R: Ring> Reactor<R> {
             for file in [Some(job.target), job.fleece].into_iter().flatten() {
                 self.ring.remove_file(file);
             }
-            self.memory.give_back(job.memory);
         }
     }
 }

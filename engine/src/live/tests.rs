@@ -328,7 +328,7 @@ fn the_first_job_that_lacks_a_cluster_is_named() {
     let one_byte_more = ByteRange::new(CLUSTER - 1, 2 * CLUSTER + 1);
     assert_eq!(jobs.first_undone(one_byte_more), Some((JobId(8), ClusterRange::new(0, 3))));
     let one_byte_after = ByteRange::new(CLUSTER, 2 * CLUSTER + 1);
-    assert_eq!(jobs.first_undone(one_byte_after), Some((JobId(8), ClusterRange::new(1, 4))));
+    assert_eq!(jobs.first_undone(one_byte_after), Some((JobId(8), ClusterRange::new(3, 4))));
     assert!(jobs.detach(JobId(8)).is_some());
     assert!(jobs.detach(JobId(8)).is_none());
     assert_eq!(jobs.first_undone(all), None);
@@ -348,6 +348,50 @@ fn what_is_no_part_of_the_copy_needs_none() {
     let set = Arc::new(IntervalSet::new(ClusterCount(0)).unwrap());
     nowhere.attach(Arc::new(Watch::new(JobId(1), set, geometry)));
     assert_eq!(nowhere.first_undone(ByteRange::new(0, 1)), None);
+}
+
+#[test]
+fn a_large_write_is_copied_piece_by_piece() {
+    let jobs = JobList::new();
+    let watch = job(1, 4000);
+    jobs.attach(watch.clone());
+    let all = ByteRange::new(0, 3000 * CLUSTER);
+    assert_eq!(jobs.first_undone(all), Some((JobId(1), ClusterRange::new(0, 256))));
+    watch.set().mark_done(ClusterRange::new(0, 256));
+    assert_eq!(jobs.first_undone(all), Some((JobId(1), ClusterRange::new(256, 512))));
+    watch.set().mark_done(ClusterRange::new(256, 2900));
+    assert_eq!(jobs.first_undone(all), Some((JobId(1), ClusterRange::new(2900, 3000))));
+}
+
+#[test]
+fn what_may_be_discarded_is_found_run_by_run() {
+    let jobs = JobList::new();
+    let all = ByteRange::new(0, 4 * CLUSTER);
+    assert_eq!(jobs.first_done(all), Some(all), "without jobs everything may");
+    let watches = [job(1, 4), job(2, 4)];
+    watches.iter().for_each(|watch| jobs.attach(watch.clone()));
+    assert_eq!(jobs.first_done(all), None);
+    watches[0].set().mark_done(ClusterRange::new(1, 4));
+    assert_eq!(jobs.first_done(all), None, "the other has copied nothing");
+    watches[1].set().mark_done(ClusterRange::new(0, 3));
+    assert_eq!(jobs.first_done(all), Some(ByteRange::between(CLUSTER, 3 * CLUSTER)));
+    let inside = ByteRange::new(CLUSTER + 5, 10);
+    assert_eq!(jobs.first_done(inside), Some(inside));
+    assert_eq!(jobs.first_done(ByteRange::new(3, CLUSTER)), Some(ByteRange::between(CLUSTER, CLUSTER + 3)));
+}
+
+/// A disk of 64 TiB: each look at all of it would take a second and more.
+#[test]
+fn a_discard_looks_at_its_own_range_only() {
+    let jobs = JobList::new();
+    let (before, all) = (std::time::Instant::now(), 1 << 30);
+    let watch = job(1, all);
+    jobs.attach(watch.clone());
+    for number in 0..20_000 {
+        let range = ByteRange::new(number * 100 * CLUSTER, 512 * CLUSTER);
+        assert_eq!(jobs.first_done(range), None);
+    }
+    assert!(before.elapsed() < Duration::from_secs(20), "{:?}", before.elapsed());
 }
 
 #[test]

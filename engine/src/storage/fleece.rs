@@ -2,7 +2,7 @@
 //!
 //! # Rules
 //! - A path that does not exist becomes a new file, which loses its name at once: nothing is left of it however the program ends. An empty
-//!   regular file is taken as well, and loses its name when the job is about to start. Anything else that exists is refused, but a block
+//!   regular file is taken as well, and loses its name when the job has started. Anything else that exists is refused, but a block
 //!   device: that must be free as a target must be.
 //! - It shares no byte with the disk or the target, by whatever name.
 //! - The space of a file is reserved before the job starts: a fleece file that runs out of space would hold up the guests that it is there
@@ -50,7 +50,7 @@ impl OpenedFleece {
         self.length
     }
 
-    /// The job is about to start: an existing file that was taken loses its name.
+    /// The job has started: an existing file that was taken loses its name.
     ///
     /// # Errors
     /// The system's, with nothing changed.
@@ -65,6 +65,13 @@ impl OpenedFleece {
                 Err(Error::refused_by_system(OPERATION, locator.as_str(), errno))
             }
         }
+    }
+}
+
+impl OpenedFleece {
+    /// The job runs: whatever becomes of its name, the file is in use.
+    pub(crate) fn in_use(&mut self) {
+        self.taken = None;
     }
 }
 

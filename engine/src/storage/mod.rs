@@ -35,7 +35,7 @@ pub use identity::{Difference, DiskId, FileTime, Identity};
 pub use info::{DiskInfo, DiskKind, info};
 pub use locator::Locator;
 pub use null::NullStorage;
-pub(crate) use open::{LiveAccess, open_live};
+pub(crate) use open::{LiveAccess, node_at, open_live};
 pub use open::{OpenedSource, SourceOptions, open_source, source_unchanged};
 pub use sharing::Permission;
 pub use target::{OpenedTarget, Resume, TargetOptions, TargetPlan, plan_target};

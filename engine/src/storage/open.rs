@@ -152,6 +152,12 @@ pub(crate) fn open_live(locator: &Locator, access: LiveAccess) -> Result<OpenedS
     }
 }
 
+/// The file or device that `locator` names now, whatever it is good for; `None` where there is none.
+pub(crate) fn node_at(locator: &Locator) -> Option<Node> {
+    let Place::Path(path) = locator.place() else { return None };
+    std::fs::metadata(path).ok().map(|seen| Node::of(&seen))
+}
+
 /// Whether the source is still what it was when it was opened, as far as its file system tells. A device's contents may
 /// change without a trace.
 ///

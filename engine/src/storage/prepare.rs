@@ -65,6 +65,18 @@ pub(crate) fn open_directory(path: &Path) -> std::result::Result<File, Errno> {
     File::options().read(true).custom_flags(libc::O_DIRECTORY).open(path).map_err(|error| errno_of(&error))
 }
 
+/// See whether an existing file can have that length; it is as it was afterwards.
+pub(super) fn try_length(locator: &Locator, pair: &OpenedPair, length: Length) -> Result<()> {
+    let before = pair.metadata.len();
+    if length.0 <= before {
+        return Ok(());
+    }
+    let refused = |error: std::io::Error| {
+        Error::refused_by_system(Operation::Resize, locator.as_str(), errno_of(&error))
+    };
+    pair.buffered.set_len(length.0).and_then(|()| pair.buffered.set_len(before)).map_err(refused)
+}
+
 /// Empty an existing file and give it its length. It is lengthened first: what the file system cannot hold is refused
 /// while the old contents are still there.
 pub(super) fn empty(locator: &Locator, pair: &OpenedPair, length: Length) -> Result<()> {

@@ -179,6 +179,24 @@ impl TargetPlan {
         }
     }
 
+    /// Whether preparing it destroys what it holds now.
+    pub(crate) fn destroys(&self) -> bool {
+        matches!(&self.state, Planned::Existing { pair, empty_it: true, .. } if pair.metadata.len() > 0)
+    }
+
+    /// See whether a file that is to be emptied can have its new length, with its contents as they were.
+    ///
+    /// # Errors
+    /// A refusal where it cannot.
+    pub(crate) fn try_length(&self) -> Result<()> {
+        match &self.state {
+            Planned::Existing { pair, empty_it: true, .. } => {
+                super::prepare::try_length(&self.locator, pair, self.length)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Whether it is a file that is yet to be made at `path`.
     pub(super) fn will_be_at(&self, path: &Path) -> bool {
         let Planned::New(place) = &self.state else { return false };

@@ -261,7 +261,7 @@ impl Run {
             (Kind::Beyond, _) => {}
         }
         self.waiting.insert(id, kind);
-        self.carrier.submit(id, request, self.ring.now());
+        self.carrier.submit(id, request);
     }
 
     /// Jobs start, copy, answer and end.

@@ -343,7 +343,11 @@ impl<S: Subject> Driver<'_, S> {
         same("has_waiters", set.has_waiters(range), waited_for)?;
         let next = (range.start.0..self.clusters).map(ClusterIndex);
         let next = next.into_iter().find(|&cluster| self.at(cluster) != ClusterState::Done);
-        same("next_not_done", set.next_not_done(range.start), next)
+        same("next_not_done", set.next_not_done(range.start), next)?;
+        let find =
+            |done: bool| range.iter().find(|&cluster| (self.at(cluster) == ClusterState::Done) == done);
+        same("first_not_done", set.first_not_done(range), find(false))?;
+        same("first_done", set.first_done(range), find(true))
     }
 
     /// Everything that can be seen without changing it.

@@ -44,9 +44,22 @@ enum Act {
     Nothing,
 }
 
+impl Act {
+    /// What it leaves.
+    fn content(self, id: RequestId) -> Option<Content> {
+        match self {
+            Self::Write => Some(Content::Data(id)),
+            Self::Punch => Some(Content::Zeros),
+            Self::Nothing => None,
+        }
+    }
+}
+
 enum Stage {
     /// Tries to get his permit, not before this.
     Trying(Timestamp),
+    /// Has discards forgotten before.
+    Forgetting(Pending<Result<(), Arc<Error>>>),
     Copying(Pending<Result<(), Arc<Error>>>),
     /// Writes at that time.
     Holding {
@@ -60,6 +73,8 @@ struct Own {
     range: ByteRange,
     act: Act,
     stage: Stage,
+    /// Discards that were put off are forgotten.
+    forgotten: bool,
     since: Timestamp,
 }
 
@@ -120,7 +135,7 @@ impl Guests {
     pub(crate) fn next_event(&self) -> Option<Timestamp> {
         let own = self.own.iter().filter_map(|own| match own.stage {
             Stage::Trying(at) | Stage::Holding { until: at, .. } => Some(at),
-            Stage::Copying(_) => None,
+            Stage::Copying(_) | Stage::Forgetting(_) => None,
         });
         own.chain(self.may_submit().then_some(self.next_at)).min()
     }
@@ -144,7 +159,7 @@ impl Guests {
                 at += 1;
                 continue;
             }
-            let Own { id, range, act, stage, since } = self.own.swap_remove(at);
+            let Own { id, range, act, stage, since, .. } = self.own.swap_remove(at);
             if matches!(stage, Stage::Holding { .. }) {
                 self.longest = self.longest.max(now.since(since));
                 jobs.iter().try_for_each(|job| job.check_copied(self.number, range, world))?;
@@ -198,14 +213,16 @@ impl Guests {
         let own = match self.spec.path {
             Path::Carried => false,
             Path::Own => true,
-            Path::Both => self.rng.bool(),
+            Path::Both | Path::Mixed => self.rng.bool(),
         };
         let range = self.range(own);
         if own {
             return self.submit_own(id, range, now);
         }
         let bytes = usize::try_from(range.length).unwrap();
-        let (kind, request) = match self.rng.u8(..20) {
+        let choice = self.rng.u8(..20);
+        let choice = if self.spec.path == Path::Mixed { 9 + choice % 3 * 5 } else { choice };
+        let (kind, request) = match choice {
             0..9 => (Kind::Write, IoRequest::Write { offset: range.offset, data: data(id, range) }),
             9..13 => (Kind::Read, IoRequest::Read { range, buffer: vec![0xEE; bytes] }),
             13..16 => (Kind::Discard, IoRequest::Discard { range }),
@@ -236,7 +253,13 @@ impl Guests {
             range = ByteRange::between(start, (range.end() / BLOCK * BLOCK).max(start));
         }
         if !range.is_empty() {
-            self.own.push(Own { id, range, act, stage: Stage::Trying(now), since: now });
+            // A discard that is asked for meanwhile may come after it.
+            if self.spec.path == Path::Mixed
+                && let Some(content) = act.content(id)
+            {
+                self.shadow.change(id, range, content);
+            }
+            self.own.push(Own { id, range, act, stage: Stage::Trying(now), forgotten: false, since: now });
         }
     }
 
@@ -247,6 +270,13 @@ impl Guests {
         let gives_up = !self.spec.patient && self.rng.u16(..500) == 0;
         let own = &mut self.own[at];
         match &mut own.stage {
+            Stage::Trying(due) if *due <= now && !own.forgotten => {
+                own.forgotten = true;
+                if let Some(pending) = engine.forget_discards(&self.disk, own.range) {
+                    seen.forgot += 1;
+                    own.stage = Stage::Forgetting(pending);
+                }
+            }
             Stage::Trying(due) if *due <= now => match engine.attempt(&self.disk, own.range) {
                 Attempt::Granted(permit) => {
                     seen.granted += 1;
@@ -264,7 +294,7 @@ impl Guests {
             // He does not wait; the copy goes on.
             Stage::Copying(_) if gives_up => return false,
             Stage::Holding { until, .. } if *until <= now => return false,
-            Stage::Trying(_) | Stage::Copying(_) | Stage::Holding { .. } => {}
+            Stage::Trying(_) | Stage::Forgetting(_) | Stage::Copying(_) | Stage::Holding { .. } => {}
         }
         true
     }
@@ -273,15 +303,14 @@ impl Guests {
         let mut world = world.borrow_mut();
         let disk = world.disk(self.number);
         match act {
-            Act::Write => {
-                disk.fill(range.offset, &data(id, range));
-                self.shadow.change_now(id, range, Content::Data(id));
-            }
-            Act::Punch => {
-                disk.punch(range.offset / BLOCK..range.end() / BLOCK);
-                self.shadow.change_now(id, range, Content::Zeros);
-            }
+            Act::Write => disk.fill(range.offset, &data(id, range)),
+            Act::Punch => disk.punch(range.offset / BLOCK..range.end() / BLOCK),
             Act::Nothing => {}
+        }
+        match act.content(id) {
+            None => {}
+            Some(_) if self.spec.path == Path::Mixed => self.shadow.changed(id, true),
+            Some(content) => self.shadow.change_now(id, range, content),
         }
     }
 
@@ -302,7 +331,7 @@ impl Guests {
                 .map_err(|wrong| format!("disk {}, {kind:?} {id:?}: {wrong}", self.number))?;
         }
         for own in &mut self.own {
-            let Stage::Copying(pending) = &own.stage else { continue };
+            let (Stage::Copying(pending) | Stage::Forgetting(pending)) = &own.stage else { continue };
             match pending.take() {
                 None => {}
                 Some(Ok(())) => own.stage = Stage::Trying(now),
@@ -359,7 +388,11 @@ impl Guests {
         now: Timestamp,
         seen: &mut Seen,
     ) -> Result<(), String> {
-        let copying = self.own.iter().filter(|own| matches!(own.stage, Stage::Copying(_))).count();
+        let copying = self
+            .own
+            .iter()
+            .filter(|own| matches!(own.stage, Stage::Copying(_) | Stage::Forgetting(_)))
+            .count();
         let carried = self.carried.len();
         for (id, Carried { kind, pending, .. }) in std::mem::take(&mut self.carried) {
             let outcome = pending.take().ok_or_else(|| format!("{kind:?} {id:?} waits for the dead"))?;
@@ -368,7 +401,7 @@ impl Guests {
         }
         let own_before = self.own.len();
         self.take_answers(world, now, true, seen)?;
-        if self.own.iter().any(|own| matches!(own.stage, Stage::Copying(_))) {
+        if self.own.iter().any(|own| matches!(own.stage, Stage::Copying(_) | Stage::Forgetting(_))) {
             return Err("a copy waits for the dead".into());
         }
         seen.orphaned += (carried + copying) as u64;
@@ -398,6 +431,7 @@ impl Guests {
         let carried: Vec<_> = self.carried.iter().map(|(id, carried)| (id, carried.kind)).collect();
         let own = self.own.iter().map(|own| match &own.stage {
             Stage::Trying(_) => format!("{} tries", own.range),
+            Stage::Forgetting(_) => format!("{} has discards forgotten", own.range),
             Stage::Copying(_) => format!("{} copies", own.range),
             Stage::Holding { .. } => format!("{} holds", own.range),
         });

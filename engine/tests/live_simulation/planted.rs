@@ -66,6 +66,11 @@ fn a_discard_that_is_not_copied_first() {
 }
 
 #[test]
+fn a_discard_put_off_that_comes_after_a_write() {
+    expect_caught(PlantedBug::DiscardNotForgotten);
+}
+
+#[test]
 fn t0_taken_with_a_permit_out() {
     expect_caught(PlantedBug::PermitOutAtT0);
 }

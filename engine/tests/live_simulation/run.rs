@@ -262,7 +262,8 @@ impl<'a> Run<'a> {
             // One after the other.
             let waits =
                 self.starts.iter().filter(|start| start.pending.is_some()).map(|start| start.answer_by);
-            let answer_by = waits.max().unwrap_or(now).max(now).after(spec.timeout + SLACK);
+            // As long as its barrier was up, the disks rest.
+            let answer_by = waits.max().unwrap_or(now).max(now).after(2 * spec.timeout + SLACK);
             let jobs = first..self.jobs.len();
             self.starts.push(Start { jobs, pending: Some(pending), answer_by });
         }

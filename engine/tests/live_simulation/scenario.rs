@@ -27,6 +27,8 @@ pub(crate) enum Path {
     Own,
     /// The former to the first half of the disk, the latter to the second.
     Both,
+    /// They write by themselves, and have the engine carry discards, reads and flushes of the same bytes.
+    Mixed,
 }
 
 /// What the top layer of a disk holds.
@@ -187,7 +189,7 @@ impl DiskSpec {
                 fixed_length: rng.bool(),
             },
             bad: if faulty { bad(rng, length) } else { Vec::new() },
-            path: pick(rng, &[Path::Carried, Path::Carried, Path::Own, Path::Both]),
+            path: pick(rng, &[Path::Carried, Path::Carried, Path::Own, Path::Both, Path::Mixed]),
             requests: if rng.u8(..10) == 0 { 0 } else { rng.u64(5..60) },
             at_a_time: rng.usize(1..10),
             pace: Duration::from_micros(rng.u64(1..pace)),

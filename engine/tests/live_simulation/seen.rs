@@ -25,12 +25,14 @@ pub(crate) struct Seen {
     pub(crate) snapshot: u64,
     /// Complete copies of disks under guests' writes of which something was not covered.
     pub(crate) uncovered: u64,
+    /// Discards that were put off, and forgotten for a guest who writes by himself.
+    pub(crate) forgot: u64,
     /// What was left out, and then tried by a guest.
     pub(crate) unskipped: u64,
 }
 
 impl Seen {
-    fn counts(&mut self) -> [&mut u64; 21] {
+    fn counts(&mut self) -> [&mut u64; 22] {
         [
             &mut self.granted,
             &mut self.at_barrier,
@@ -52,6 +54,7 @@ impl Seen {
             &mut self.lost,
             &mut self.snapshot,
             &mut self.uncovered,
+            &mut self.forgot,
             &mut self.unskipped,
         ]
     }

@@ -144,6 +144,7 @@ impl<P> Carrier<P> {
         let request = &mut self.requests[key];
         request.at = end;
         request.narrow = false;
+        request.waits_since = None;
         let over = end == request.range.end() || self.dead.is_some();
         let deferred = matches!(request.body, Body::Deferred);
         if let Some(failure) = failure {

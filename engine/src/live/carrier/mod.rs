@@ -124,7 +124,8 @@ struct Request<P> {
     range: ByteRange,
     /// Where the next window starts.
     at: u64,
-    since: Timestamp,
+    /// When the next window was first kept waiting for a copy or at the barrier.
+    waits_since: Option<Timestamp>,
     /// Whether anything of it was ever started.
     started: bool,
     /// The next window has something to be copied before, and is no wide one.
@@ -169,14 +170,15 @@ enum Doing {
 }
 
 /// How far the discards that were put off have been looked at.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Background {
     /// Where to look next.
     cursor: u64,
     /// Not before this.
     next_look: Timestamp,
-    /// A piece is being discarded.
+    /// A piece is being discarded: this one.
     running: bool,
+    piece: ByteRange,
 }
 
 /// Guest I/O on one disk. See the module's header. `P`: the permits of its host.
@@ -239,7 +241,12 @@ impl<P> Carrier<P> {
             backlog: VecDeque::new(),
             outcomes: Vec::new(),
             deferred: DeferredDiscards::new(limits.deferred_ranges, limits.deferred_grain),
-            background: Background::default(),
+            background: Background {
+                cursor: 0,
+                next_look: Timestamp::default(),
+                running: false,
+                piece: ByteRange::new(0, 0),
+            },
             can_unmap: true,
             can_keep: true,
             can_discard: true,
@@ -252,7 +259,7 @@ impl<P> Carrier<P> {
     ///
     /// # Panics
     /// If there are too many, or a read's buffer is not as long as its range.
-    pub fn submit(&mut self, id: IoId, request: IoRequest, now: Timestamp) {
+    pub fn submit(&mut self, id: IoId, request: IoRequest) {
         assert!(self.has_room(), "the caller bounds its requests");
         let (body, mut range) = match request {
             IoRequest::Read { range, buffer } => (Body::Read(buffer), range),
@@ -285,7 +292,7 @@ impl<P> Carrier<P> {
             body,
             range,
             at: range.offset,
-            since: now,
+            waits_since: None,
             started: false,
             narrow: false,
             claimed: None,
@@ -382,6 +389,24 @@ impl<P> Carrier<P> {
     #[must_use]
     pub fn deferred_bytes(&self) -> u64 {
         self.deferred.bytes()
+    }
+
+    /// Whether discards were put off that are not over yet.
+    #[must_use]
+    pub fn has_discards_put_off(&self) -> bool {
+        self.background.running || !self.deferred.is_empty()
+    }
+
+    /// A guest is about to change `range` by other means: discards put off are not to be carried out there any more. `false`: one is
+    /// just being carried out there; ask again after the next completion.
+    pub fn forget_discards(&mut self, range: ByteRange) -> bool {
+        let end = range.checked_end().unwrap_or(u64::MAX).min(self.plan.length.0);
+        if range.offset >= end {
+            return true;
+        }
+        let range = ByteRange::between(range.offset, end);
+        self.deferred.remove(self.cutter.outward(range));
+        !(self.background.running && self.background.piece.intersection(range).is_some())
     }
 
     /// Ranges of discards that were given up because there were too many.

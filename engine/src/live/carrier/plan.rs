@@ -66,7 +66,8 @@ impl IoOutcome {
 pub struct CopyWait {
     /// Never used twice by a carrier.
     pub number: u64,
-    /// When the guest submitted the request that waits: a timeout counts from there.
+    /// When the window that waits was first kept waiting: a timeout counts from there. What came before it of the same request is
+    /// another matter, however long that took.
     pub since: Timestamp,
 }
 

@@ -36,7 +36,7 @@ impl<P> Carrier<P> {
                 break;
             }
             match self.ready.pop_front() {
-                Some(key) if self.start(key, arena, host) == Turn::Starved => return false,
+                Some(key) if self.start(key, now, arena, host) == Turn::Starved => return false,
                 Some(_) => {}
                 // Guests come first.
                 None if self.discard_deferred(now, host) => {}
@@ -55,7 +55,13 @@ impl<P> Carrier<P> {
     }
 
     /// Start the next window of a request that was ready, or have it wait for what it lacks.
-    fn start(&mut self, key: Key, arena: &mut Arena, host: &mut dyn AdmissionHost<Permit = P>) -> Turn {
+    fn start(
+        &mut self,
+        key: Key,
+        now: Timestamp,
+        arena: &mut Arena,
+        host: &mut dyn AdmissionHost<Permit = P>,
+    ) -> Turn {
         if matches!(self.requests[key].body, Body::Discard) {
             self.start_discard(key, host);
             return Turn::Next;
@@ -80,7 +86,7 @@ impl<P> Carrier<P> {
         }
         let mut running =
             Running { window, buffer: buffer.flatten(), lock, permit: None, operations: 0, failure: None };
-        if window.modifies() && !self.admit(key, &mut running, host) {
+        if window.modifies() && !self.admit(key, now, &mut running, host) {
             return Turn::Next;
         }
         self.launch(key, running, arena);
@@ -114,6 +120,7 @@ impl<P> Carrier<P> {
     fn admit(
         &mut self,
         key: Key,
+        now: Timestamp,
         running: &mut Running<P>,
         host: &mut dyn AdmissionHost<Permit = P>,
     ) -> bool {
@@ -137,6 +144,7 @@ impl<P> Carrier<P> {
                 return true;
             }
             Attempt::AtBarrier => {
+                self.requests[key].waits_since.get_or_insert(now);
                 self.barred.push(key);
                 Stage::AtBarrier
             }
@@ -147,7 +155,8 @@ impl<P> Carrier<P> {
                 Stage::Ready
             }
             Attempt::Copy(job, clusters) => {
-                let wait = CopyWait { number: self.next_wait, since: self.requests[key].since };
+                let since = *self.requests[key].waits_since.get_or_insert(now);
+                let wait = CopyWait { number: self.next_wait, since };
                 self.next_wait += 1;
                 self.copying.insert(wait.number, key);
                 host.copy(job, clusters, wait);
@@ -301,7 +310,7 @@ impl<P> Carrier<P> {
                 body: Body::Deferred,
                 range,
                 at: range.offset,
-                since: now,
+                waits_since: None,
                 started: false,
                 narrow: false,
                 claimed: None,
@@ -309,6 +318,7 @@ impl<P> Carrier<P> {
             });
             if self.try_discard(key, self.cutter.discard(range), host) {
                 self.background.running = true;
+                self.background.piece = range;
                 return true;
             }
             self.requests.remove(key);

@@ -98,7 +98,7 @@ impl Rig {
     }
 
     fn submit(&mut self, id: u64, request: IoRequest) -> &mut Self {
-        self.carrier.submit(IoId(id), request, self.now);
+        self.carrier.submit(IoId(id), request);
         self.poll()
     }
 
@@ -499,6 +499,47 @@ fn errors_name_what_was_done_where_and_why() {
 }
 
 #[test]
+fn the_time_of_a_copy_counts_from_the_window_that_waits_for_it() {
+    let second = |seconds| Timestamp(std::time::Duration::from_secs(seconds));
+    let mut rig = Rig::new(Some(512));
+    rig.write(1, 0, &[1; 16384]);
+    rig.now = second(60);
+    rig.host.to_copy = Some(ClusterRange::new(0, 1));
+    rig.succeed();
+    assert_eq!(rig.host.asked[0].since, second(60), "its first window took a minute, and waited for nothing");
+    rig.now = second(70);
+    rig.carrier.copied(rig.host.asked[0], Ok(()));
+    rig.poll();
+    assert_eq!(rig.host.asked[1].since, second(60), "the clock goes on, whatever is asked for next");
+    rig.host.to_copy = None;
+    rig.carrier.copied(rig.host.asked[1], Ok(()));
+    rig.poll().succeed();
+    assert!(rig.outcome(1).is_ok());
+}
+
+#[test]
+fn discards_put_off_are_forgotten_for_those_who_write_by_themselves() {
+    let mut rig = Rig::new(Some(512));
+    rig.host.discardable = None;
+    rig.submit(1, IoRequest::Discard { range: ByteRange::new(0, 65_536) });
+    assert!(rig.outcome(1).is_ok() && rig.carrier.has_discards_put_off());
+    assert!(rig.carrier.forget_discards(ByteRange::new(10, 4000)), "none is under way");
+    assert!(rig.carrier.forget_discards(ByteRange::new(LENGTH, u64::MAX)), "beyond the end there is none");
+    assert_eq!(rig.carrier.deferred_bytes(), 65_536 - 4096);
+    rig.host.discardable = Some(ByteRange::new(0, LENGTH));
+    rig.now = Timestamp(std::time::Duration::from_secs(1));
+    rig.poll();
+    let (token, op) = rig.one();
+    assert!(matches!(op, Op::Discard { range, .. } if range == ByteRange::between(4096, 32_768)), "{op:?}");
+    assert!(rig.carrier.forget_discards(ByteRange::new(0, 4096)), "it is carried out elsewhere");
+    assert!(!rig.carrier.forget_discards(ByteRange::new(8192, 1)), "it is being carried out here");
+    assert!(rig.carrier.forget_discards(ByteRange::between(32_768, 65_536)));
+    rig.carrier.on_completion(Completion { token, result: Ok(Output::Done) }, &mut rig.arena, rig.now);
+    assert!(rig.carrier.forget_discards(ByteRange::new(8192, 1)));
+    assert!(!rig.carrier.has_discards_put_off());
+}
+
+#[test]
 #[should_panic(expected = "the caller bounds its requests")]
 fn too_many_requests_are_the_callers_bug() {
     let mut rig = Rig::new(Some(512));
@@ -511,7 +552,7 @@ fn too_many_requests_are_the_callers_bug() {
 fn no_more_is_given_out_than_there_is_room_for() {
     let mut rig = Rig::new(Some(512));
     for id in 0..4 {
-        rig.carrier.submit(IoId(id), IoRequest::Flush, rig.now);
+        rig.carrier.submit(IoId(id), IoRequest::Flush);
     }
     for want in 1..=4 {
         assert!(!rig.carrier.poll(rig.now, 1, &mut rig.arena, &mut rig.host, &mut rig.ops));

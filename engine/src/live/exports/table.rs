@@ -29,7 +29,7 @@ struct OnGone(Option<Box<dyn FnOnce() + Send>>);
 impl Drop for OnGone {
     fn drop(&mut self) {
         if let Some(call) = self.0.take() {
-            call();
+            crate::foreign::call("a callback", call);
         }
     }
 }

@@ -1,0 +1,49 @@
+//! The end of a ring thread that did not come to its end: the ring broke, or something of ours panicked.
+//!
+//! # Order
+//! All jobs are detached, all barriers are let down for ever, no more commands are taken; then the ring goes, and the exports with their
+//! clients; every job is told that it has failed, and every request is answered with the error. Who is told something looks again, and finds
+//! no job and no barrier any more. Nothing
+//! waits for a thread that is gone. (A callback that panics is no death: see `crate::foreign`.)
+
+use std::sync::Arc;
+
+use super::ends::run_aside;
+use super::reactor::{Job, Reactor};
+use crate::error::Error;
+use crate::ring::Ring;
+
+impl<R: Ring> Reactor<R> {
+    /// The ring is broken or something has panicked: let everybody go. See the module's header.
+    pub(super) fn die(mut self, reason: &str) {
+        let error = Arc::new(Error::engine_died("engine", reason.to_owned()));
+        let engine = self.ring.name();
+        // One who is told looks again, and must find no job any more.
+        for disk in self.disks.values() {
+            for (_, job) in &self.jobs {
+                disk.shared.jobs().detach(job.watch.id());
+            }
+        }
+        self.disks.values().for_each(|disk| disk.shared.gate().poison());
+        self.inbox.close();
+        let jobs: Vec<Job> = self.jobs.drain().collect();
+        let mut answers = Vec::new();
+        for disk in self.disks.values_mut() {
+            answers.extend(disk.take_askers());
+        }
+        // The ring goes first, and with it what is in flight; then what is served, whose clients have lost their sockets.
+        drop(self);
+        for job in jobs {
+            let Job { mut runner, asks, reads, .. } = job;
+            let error = Arc::clone(&error);
+            let Some(at_end) = runner.take_at_end() else {
+                runner.shared().died(engine, error, |_| {});
+                continue;
+            };
+            let shared = Arc::clone(runner.shared());
+            run_aside("engine-end", move || shared.died(engine, error, at_end));
+            drop((runner, asks, reads));
+        }
+        drop(answers);
+    }
+}

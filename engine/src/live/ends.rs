@@ -1,0 +1,155 @@
+//! The last steps of a job, off the ring thread.
+//!
+//! # Model
+//! When a job is over and has left its disk and the ring, what is left to do may take its time: to ask for the target's name and to remove a
+//! partial file (on a server that does not answer, for ever), to close files (the last close of one without a name gives its space
+//! back), to unmap what told of its clusters. The ring thread serves everybody else meanwhile. So each job's end is a thread of its own, for as long
+//! as that takes, and an end that hangs keeps nobody but those who wait for that very job. Their number is bounded: each keeps the job's share
+//! of the engine's room until its storages are closed.
+//!
+//! # Order
+//! The target is looked at and cleaned up; the storages are closed; the share goes back; then the result is told; then the memory goes.
+//!
+//! # The set of clusters
+//! A guest that is held up in the midst of its look at the jobs may be the last to let go of it. The thread waits for such guests, a while, so
+//! that none of them has to give the memory back.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::jobs::{JobList, Watch};
+use super::room::Share;
+use crate::error::{Error, ErrorKind};
+use crate::foreign;
+use crate::job::runner::{AtEnd, Runner};
+use crate::job::{JobResult, Outcome};
+use crate::modes::SyncMode;
+use crate::storage::{OpenedTarget, Storage};
+
+/// How long guests that look at a job which is over are waited for: ever longer pauses, 8 s together.
+const LOOKS: u32 = 14;
+
+/// A job that has left its disk and the ring.
+pub(super) struct End {
+    pub(super) runner: Runner,
+    pub(super) result: JobResult,
+    pub(super) at_end: Option<AtEnd>,
+    pub(super) share: Share,
+    pub(super) watch: Arc<Watch>,
+}
+
+impl End {
+    /// Take the last steps. At once, where nothing is to be done that may take its time.
+    pub(super) fn begin(self) {
+        if self.at_end.is_none() {
+            drop(self.finish());
+        } else {
+            run_aside("engine-end", move || let_go(self.finish()));
+        }
+    }
+
+    fn finish(self) -> Arc<Watch> {
+        let Self { runner, mut result, at_end, share, watch } = self;
+        if let Some(at_end) = at_end {
+            foreign::call("the end of a job", || at_end(&mut result));
+        }
+        drop(share);
+        runner.conclude(result);
+        watch
+    }
+}
+
+/// Run `work` in a thread of its own; here, where none is to be had.
+pub(super) fn run_aside(name: &str, work: impl FnOnce() + Send + 'static) {
+    // The thread that cannot be had must not take the work with it.
+    let work = Arc::new(Mutex::new(Some(work)));
+    let theirs = Arc::clone(&work);
+    let run = move || {
+        let work = theirs.lock().take();
+        if let Some(work) = work {
+            work();
+        }
+    };
+    if let Err(error) = thread::Builder::new().name(name.into()).spawn(run) {
+        tracing::warn!(%error, "no thread for what may take its time");
+        let work = work.lock().take();
+        if let Some(work) = work {
+            work();
+        }
+    }
+}
+
+/// Give back the memory of a job that nobody looks at any more.
+fn let_go(watch: Arc<Watch>) {
+    for look in 0..LOOKS {
+        if Arc::strong_count(&watch) == 1 && Arc::strong_count(watch.set()) == 1 {
+            return;
+        }
+        JobList::collect();
+        thread::sleep(Duration::from_micros(500) * 2_u32.pow(look));
+    }
+    tracing::debug!(job = ?watch.id(), "a guest has not looked away from a job that is over");
+}
+
+/// What is to be done when a copy of a live disk is over: a target whose name does not mean it any more makes it a failure, and a new file of one that
+/// did not succeed is no use to anybody. The storages are closed here, and nowhere else.
+pub(super) fn at_end(target: Arc<OpenedTarget>, fleece: Option<Arc<dyn Storage>>, sync: SyncMode) -> AtEnd {
+    Box::new(move |result: &mut JobResult| {
+        // What guests had copied until then is what was asked for.
+        let kept = sync == SyncMode::None && matches!(result.outcome, Outcome::Cancelled);
+        if kept || matches!(result.outcome, Outcome::Complete | Outcome::CompleteWithSkipped) {
+            if let Err(error) = target.still_there() {
+                judge(result, error);
+            }
+        } else {
+            match target.discard_new_file() {
+                Ok(true) => result.notices.push(format!("{} was removed", target.storage().name())),
+                Ok(false) => {}
+                Err(error) => result.notices.push(error.to_string()),
+            }
+        }
+        drop((target, fleece));
+    })
+}
+
+/// Make of the result what it is when asking for the target gave `error`.
+fn judge(result: &mut JobResult, error: Error) {
+    if error.kind() == ErrorKind::TargetLost {
+        result.outcome = Outcome::Failed(Arc::new(error));
+    } else {
+        // Everything was written and flushed. That nobody answers now says nothing about that.
+        result.notices.push(format!("cannot tell whether the target is still there: {error}"));
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::super::jobs::JobId;
+    use super::*;
+    use crate::interval_set::IntervalSet;
+    use crate::units::{ClusterSize, Geometry, Length};
+
+    #[test]
+    fn the_memory_of_a_job_is_not_left_to_a_guest() {
+        let geometry = Geometry::new(Length(1 << 20), ClusterSize::DEFAULT);
+        let set = Arc::new(IntervalSet::new(geometry.clusters()).unwrap());
+        let watch = Arc::new(Watch::new(JobId(1), set, geometry));
+        let (looked_at, gone) = (Arc::clone(&watch), Arc::downgrade(&watch));
+        let aside = thread::spawn(move || let_go(watch));
+        thread::sleep(Duration::from_millis(30));
+        assert!(!aside.is_finished(), "a guest looks at it yet");
+        drop(looked_at);
+        aside.join().unwrap();
+        assert_eq!(gone.strong_count(), 0);
+    }
+
+    #[test]
+    fn what_is_run_aside_is_run_once() {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        run_aside("a-test", move || sender.send(1).unwrap());
+        assert_eq!(receiver.iter().collect::<Vec<_>>(), [1]);
+    }
+}

@@ -1,0 +1,85 @@
+//! What guests who write by themselves ask of the ring thread: copies, and to have put-off discards forgotten. Who goes is forgotten himself.
+
+use std::sync::Arc;
+
+use super::DiskId;
+use super::ask::Answer;
+use super::host::ask_job;
+use super::hosted::too_many;
+use super::jobs::JobId;
+use super::reactor::{Asker, Job, Reactor};
+use crate::error::{Error, Operation};
+use crate::ring::Ring;
+use crate::units::{ByteRange, ClusterRange, Timestamp};
+
+/// Most guests with an I/O path of their own who wait for copies of a job.
+const MAX_ASKS: usize = 65_536;
+
+/// One who waits until a discard that was put off, and is just being carried out, is over.
+pub(super) struct ForgetWait {
+    disk: DiskId,
+    range: ByteRange,
+    answer: Answer<Result<(), Arc<Error>>>,
+}
+
+impl<R: Ring> Reactor<R> {
+    /// A guest is about to write to `range` by himself.
+    pub(super) fn forget_discards(
+        &mut self,
+        disk: DiskId,
+        range: ByteRange,
+        answer: Answer<Result<(), Arc<Error>>>,
+    ) {
+        self.forgetting.push(ForgetWait { disk, range, answer });
+        self.answer_forgotten();
+    }
+
+    /// Let those go who have nothing more to wait for.
+    pub(super) fn answer_forgotten(&mut self) {
+        let disks = &mut self.disks;
+        let waits = |wait: &ForgetWait| {
+            disks.get_mut(&wait.disk).is_some_and(|disk| !disk.carrier.forget_discards(wait.range))
+        };
+        let (waiting, over): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.forgetting).into_iter().partition(waits);
+        self.forgetting = waiting;
+        over.into_iter().for_each(|wait| wait.answer.give(Ok(())));
+    }
+
+    /// A guest has waited since then to have `clusters` copied by a job.
+    pub(super) fn copy_before_write(
+        &mut self,
+        id: JobId,
+        clusters: ClusterRange,
+        answer: Answer<Result<(), Arc<Error>>>,
+        since: Timestamp,
+    ) {
+        // He may have left word before his command was taken.
+        if !answer.is_wanted() {
+            return;
+        }
+        let full = |job: &Job| job.watch.id() == id && job.asks.len() >= MAX_ASKS;
+        if let Some((_, job)) = self.jobs.iter().find(|(_, job)| full(job)) {
+            let name = self.disks[&job.disk].shared.name().to_string();
+            return answer.give(Err(Arc::new(too_many(Operation::CopyBeforeWrite, name, MAX_ASKS))));
+        }
+        ask_job(&mut self.jobs, id, clusters, Asker::Guest(answer), since);
+    }
+
+    /// Copies that nobody waits for any more are not begun, and do not run into the time-out of their job.
+    pub(super) fn forget_those_who_left(&mut self) {
+        if !self.inbox.has_someone_left() {
+            return;
+        }
+        for (_, job) in &mut self.jobs {
+            let copier = &mut job.runner.copier;
+            job.asks.retain(|&id, asker| {
+                let wanted = !matches!(asker, Asker::Guest(answer) if !answer.is_wanted());
+                if !wanted {
+                    copier.forget_cbw(id);
+                }
+                wanted
+            });
+        }
+    }
+}
