@@ -28,7 +28,7 @@ pub(super) const GRAIN: u64 = 4096;
 ///
 /// (before an export is chosen: options and their replies, at most 96 KiB). So *n* connections have at most the shared bytes and
 /// *n* × (3 × `reserve_bytes` + 2 × `read_ahead` + `requests` × 512 B + 4 KiB): with the defaults 388 KiB each. One that is idle has less than
-/// 2 KiB, and the receive of 4 KiB that waits for its next request.
+/// 6 KiB, and the receive of 4 KiB that waits for its next request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConnectionLimits {
     /// Most requests whose reply has not left yet. The default is 128: fio and guests send up to 64 at a time on a connection, nbdcopy too,

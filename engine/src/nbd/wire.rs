@@ -221,7 +221,7 @@ impl From<&Error> for WireError {
             ErrorKind::NoSpace => Self::NoSpace,
             ErrorKind::Refused(Refusal::ReadOnly | Refusal::PermissionDenied) => Self::Permission,
             ErrorKind::Refused(Refusal::BadArgument | Refusal::TooLarge) => Self::Invalid,
-            ErrorKind::Cancelled | ErrorKind::EngineDied => Self::Shutdown,
+            ErrorKind::EngineDied => Self::Shutdown,
             _ => Self::Io,
         }
     }
@@ -489,6 +489,11 @@ mod tests {
         assert_eq!(of(ErrorKind::NoSpace), WireError::NoSpace);
         assert_eq!(of(ErrorKind::FlushFailed(Errno::EIO)), WireError::Io);
         assert_eq!(of(ErrorKind::EngineDied), WireError::Shutdown);
+        assert_eq!(
+            of(ErrorKind::Cancelled),
+            WireError::Io,
+            "a job that was cancelled is no reason to disconnect"
+        );
         assert_eq!(of(ErrorKind::Refused(Refusal::ReadOnly)), WireError::Permission);
         assert_eq!(of(ErrorKind::SourceShrank), WireError::Io);
     }

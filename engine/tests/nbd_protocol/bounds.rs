@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use engine::nbd::{Connection, ConnectionLimits, Export, Outcome, Receive, SharedBytes};
+use engine::nbd::{Connection, ConnectionLimits, Export, Outcome, Receive, SharedBytes, WireError};
 use engine::units::Length;
 
 use crate::client::*;
@@ -169,11 +169,30 @@ fn an_idle_connection_is_small() {
     }
     assert_eq!(session.connection.wants(), Some(Receive::Any { most: 4096 }));
     assert_eq!(session.connection.buffered(), Default::default());
-    assert!(
-        session.connection.heap_bytes() + size_of::<Connection>() <= 6 << 10,
-        "{}",
-        session.connection.heap_bytes()
-    );
+    let idle = session.connection.heap_bytes() + size_of::<Connection>();
+    assert!(idle <= 6 << 10, "{idle}");
+}
+
+#[test]
+fn what_a_request_takes_besides_its_payload_is_as_documented() {
+    let limits = ConnectionLimits::default();
+    // All that there may be, in the way that takes the most: each under way, then each answered with an error and not sent.
+    for command in [FLUSH, READ, BLOCK_STATUS] {
+        let mut session = open_with(limits, true, 64 << 20);
+        session.drains = false;
+        let length = if command == FLUSH { 0 } else { 512 };
+        for cookie in 0..limits.requests as u64 {
+            session.connection.received(&Request::new(command, 0, cookie, 0, length).bytes());
+        }
+        let held = session.connection.heap_bytes() + size_of::<Connection>();
+        assert!(held <= limits.requests * 512 + (4 << 10), "{held}");
+        session.turn();
+        for (id, _) in std::mem::take(&mut session.ios) {
+            session.connection.answered(id, Outcome::Failed(WireError::Io));
+        }
+        let held = session.connection.heap_bytes() + size_of::<Connection>();
+        assert!(held <= limits.requests * 512 + (4 << 10), "{held}");
+    }
 }
 
 #[test]

@@ -292,3 +292,52 @@ fn several_long_whole_replies_take_turns() {
         }
     }
 }
+
+#[test]
+fn a_window_is_filled_before_the_header_also_behind_another_reply() {
+    for seed in 0..200 {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let mut session = open_long(false, 64 << 20);
+        session.drains = false;
+        session.request(Request::new(READ, 0, 1, 0, 2 << 20));
+        session.request(Request::new(READ, 0, 2, 4 << 20, 2 << 20));
+        // The first fails nowhere, the second in its first window.
+        let bad = (16 + rng.u64(0..4)) * PIECE;
+        let (mut failed, mut begun_after) = (false, 0);
+        while !session.ios.is_empty() || session.sending {
+            let (known_to_fail, mut left) = (failed, session.ios.len());
+            if session.sending && (session.ios.is_empty() || rng.u8(..4) == 0) {
+                session.sent();
+                session.turn();
+            } else {
+                let (id, kind) = session.ios.swap_remove_back(rng.usize(..session.ios.len())).unwrap();
+                let fails = range_of(&kind).offset == bad;
+                failed |= fails;
+                left -= 1;
+                session.answer(id, if fails { Outcome::Failed(WireError::Io) } else { well(&kind) });
+            }
+            if known_to_fail {
+                begun_after += session.ios.len() - left;
+            }
+            assert_eq!(session.closed, None, "seed {seed}");
+        }
+        let replies = session.replies();
+        assert_eq!((replies[&1].errors.len(), &replies[&2].errors[..]), (0, &[(EIO, None)][..]));
+        assert_eq!(begun_after, 0, "seed {seed}: nothing is read for a reply that has failed");
+    }
+}
+
+#[test]
+fn long_reads_take_turns_piece_by_piece() {
+    let mut session = open_long(true, 64 << 20);
+    // Two that fill what a connection may have, and two that wait.
+    for (cookie, length) in [(0, 1 << 20), (1, 1 << 20), (2, 8 << 20), (3, 8 << 20)] {
+        session.request(Request::new(READ, 0, cookie, cookie << 23, length));
+    }
+    assert_eq!(session.ios.len(), 8);
+    for _ in 0..4 {
+        session.answer_next(well);
+    }
+    let turns: Vec<u64> = session.ios.iter().skip(4).map(|(_, kind)| range_of(kind).offset >> 23).collect();
+    assert_eq!(turns, [2, 3, 2, 3]);
+}

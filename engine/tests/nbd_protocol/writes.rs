@@ -177,8 +177,11 @@ fn once_a_piece_has_failed_the_rest_is_dropped() {
     assert_eq!(session.ios.len(), 3);
     session.answer_next(|_| Outcome::Done);
     session.answer_next(|_| Outcome::Failed(WireError::NoSpace));
-    // The piece that is being received may still be received, but not written.
-    assert!(session.feed(&bytes[28 + 3 * PIECE..]).is_empty());
+    // The piece that is being received may still be received, but not written; for those after it there is not even memory.
+    let middle = 28 + 5 * PIECE + 1000;
+    assert!(session.feed(&bytes[28 + 3 * PIECE..middle]).is_empty());
+    assert_eq!(session.connection.buffered().incoming, PIECE, "that on the disk");
+    assert!(session.feed(&bytes[middle..]).is_empty());
     assert_eq!(session.ios.len(), 1);
     assert!(session.replies().is_empty(), "a piece is on the disk");
     session.answer_next(|_| Outcome::Done);
