@@ -102,6 +102,8 @@ fn follow(copy: &Copy, signalled: &Signalled, meter: &mut Meter, told: &mut Vec<
         if let Some(result) = copy.job.wait_timeout(TICK) {
             return result;
         }
+        // In this order: a pause that is lifted between the two is not taken for another one.
+        let lifted = signalled.resumes();
         let progress = copy.job.progress();
         meter.update(&Snapshot::of_copy(&progress));
         for notice in copy.job.notices(seen) {
@@ -114,7 +116,7 @@ fn follow(copy: &Copy, signalled: &Signalled, meter: &mut Meter, told: &mut Vec<
             meter.say(format_args!("{}: ending cleanly; a second one ends at once", ending.name()));
         }
         if !told_ending {
-            pauses.look(&progress, signalled, meter);
+            pauses.look(&progress, lifted, signalled, meter);
         }
     }
 }
@@ -128,8 +130,8 @@ struct Pauses {
 }
 
 impl Pauses {
-    fn look(&mut self, progress: &Progress, signalled: &Signalled, meter: &Meter) {
-        let lifted = signalled.resumes();
+    /// `lifted`: how many pauses had been lifted before `progress` was taken.
+    fn look(&mut self, progress: &Progress, lifted: u64, signalled: &Signalled, meter: &Meter) {
         if progress.status != Status::Paused || progress.io_status == IoStatus::Ok {
             return;
         }

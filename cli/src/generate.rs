@@ -1,5 +1,7 @@
 //! Completion scripts and man pages, from the definition of the command line.
 
+mod manual;
+
 use std::path::Path;
 
 use clap::CommandFactory;
@@ -37,16 +39,22 @@ pub(crate) fn man(args: &ManArgs) -> u8 {
         return write_all(directory);
     }
     let mut page = Vec::new();
-    match clap_mangen::Man::new(Cli::command()).render(&mut page) {
+    match manual::render(&command(), &mut page) {
         Ok(()) => print(&page),
         Err(error) => failed(&format!("cannot make the man page: {}", out::reason(&error))),
     }
 }
 
+/// The definition, with the names of commands as users write them.
+fn command() -> clap::Command {
+    let mut command = Cli::command();
+    command.build();
+    command
+}
+
 fn write_all(directory: &Path) -> u8 {
     let name = out::one_line(&directory.to_string_lossy());
-    let written =
-        std::fs::create_dir_all(directory).and_then(|()| clap_mangen::generate_to(Cli::command(), directory));
+    let written = std::fs::create_dir_all(directory).and_then(|()| manual::write_all(&command(), directory));
     match written {
         Ok(()) => {
             out::say(format_args!("wrote the man pages into {name}"));

@@ -131,9 +131,11 @@ impl State {
         if let Some(job) = &*self.job() {
             let progress = job.progress();
             if progress.status == Status::Paused && progress.io_status != IoStatus::Ok {
-                self.resumes.fetch_add(1, Ordering::SeqCst);
                 // Refused when it was resumed or cancelled meanwhile: nothing is left to do.
-                job.resume().ok();
+                if job.resume().is_ok() {
+                    // After it: whoever sees this does not see that pause any more.
+                    self.resumes.fetch_add(1, Ordering::SeqCst);
+                }
             }
         }
     }

@@ -167,9 +167,14 @@ fn completions_and_man_pages_come_from_the_same_definition() {
         "engine-cli-compare.1",
         "engine-cli-info.1",
         "engine-cli-demo.1",
+        "engine-cli-daemon.1",
+        "engine-cli-backup.1",
+        "engine-cli-job.1",
     ] {
         let text = std::fs::read_to_string(there.path().join("pages").join(page)).expect(page);
-        assert!(text.contains("engine"), "{page}");
+        for section in ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXAMPLES", "\"EXIT STATUS\""] {
+            assert!(text.contains(&format!(".SH {section}\n")), "{page} has {section}: {text}");
+        }
     }
     std::fs::write(there.path().join("file"), "x").expect("written");
     let output = run_in(there.path(), &["man", "file"]);

@@ -27,11 +27,17 @@ impl Exports for EngineExports {
         let options = live::NbdOptions {
             clients: options.max_connections as usize,
             default_export: options.default_export.clone(),
+            closed: true,
             ..live::NbdOptions::default()
         };
         let server = self.engine.start_nbd(listener, options).map_err(|error| error.to_string())?;
         self.server = Some(server);
         Ok(())
+    }
+
+    fn open(&mut self) -> Result<(), String> {
+        let server = self.server.as_ref().ok_or("the NBD server is not running")?;
+        server.open().map_err(|error| error.to_string())
     }
 
     fn add(&mut self, export: ExportOptions, gone: Gone) -> Result<Box<dyn Exported>, String> {

@@ -60,11 +60,17 @@ pub(crate) trait Exported {
 
 /// The NBD server.
 pub(crate) trait Exports {
-    /// Accept connections on `listener`.
+    /// Accept connections on `listener`, from [`Self::open`] on.
     ///
     /// # Errors
     /// Why not, in one line.
     fn start(&mut self, listener: Listener, options: &NbdOptions) -> Result<(), String>;
+
+    /// Accept connections from now on. Not before everything is there that clients may ask for at once.
+    ///
+    /// # Errors
+    /// Why not, in one line.
+    fn open(&mut self) -> Result<(), String>;
 
     /// Add an export to the running server.
     ///

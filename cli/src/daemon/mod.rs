@@ -172,7 +172,8 @@ fn set_up(
         let added = control.add_export(export.as_object().expect("an object"));
         added.map_err(|error| told(&format!("--disk {}={}", disk.name, disk.path), error))?;
     }
-    Ok(())
+    // Clients may be waiting already: whoever had the socket handed over, or saw it appear.
+    control.serving.open().map_err(|error| told("--nbd", error))
 }
 
 /// Open files besides those of clients: disks and targets, twice each, monitors, and the engine's own.

@@ -94,7 +94,7 @@ impl Serving {
             .collect()
     }
 
-    /// Serve on a socket that is there already.
+    /// Serve on a socket that is there already, from [`Self::open`] on.
     pub(super) fn start(
         &mut self,
         listener: Listener,
@@ -107,6 +107,11 @@ impl Serving {
         self.server.start(listener, options).map_err(QmpError::generic)?;
         (self.running, self.file) = (true, file);
         Ok(())
+    }
+
+    /// Let clients in.
+    pub(super) fn open(&mut self) -> Result<(), QmpError> {
+        self.server.open().map_err(QmpError::generic)
     }
 }
 
@@ -136,7 +141,8 @@ impl Control {
             most => most,
         };
         let (listener, file) = listen(&endpoint).map_err(QmpError::generic)?;
-        self.serving.start(listener, file, &NbdOptions { max_connections, default_export: None })
+        self.serving.start(listener, file, &NbdOptions { max_connections, default_export: None })?;
+        self.serving.open()
     }
 
     /// `nbd-server-stop`: all exports go.

@@ -46,6 +46,10 @@ impl Exports for Bookkeeper {
         Ok(())
     }
 
+    fn open(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
     fn add(&mut self, export: ExportOptions, gone: Gone) -> Result<Box<dyn Exported>, String> {
         self.0.borrow_mut().exports.push((export.name.clone(), export.writable, false, Some(gone)));
         Ok(Box::new(Entry(self.clone(), export.name)))

@@ -182,7 +182,7 @@ impl<'a> Run<'a> {
         let (disk, added) = engine.add_disk(0, Length(length), scenario.traits.direct_alignment);
         let (listener, address) = SimSocket::listen(&world);
         let options =
-            NbdOptions { clients: scenario.most_clients, memory: scenario.memory, default_export: None };
+            NbdOptions { clients: scenario.most_clients, memory: scenario.memory, ..NbdOptions::default() };
         let (server, listens) = engine.listen(listener, options);
         let gone = Arc::new(AtomicU32::new(0));
         let (export, exported) = engine.export(server, "disk", &disk, None, counts(&gone));

@@ -220,6 +220,20 @@ fn a_name_is_taken_once_and_found_when_it_is_the_only_one() {
 }
 
 #[test]
+fn who_comes_before_a_server_is_opened_finds_everything_there() {
+    let fixture = Fixture::with(CLUSTER, NbdOptions { closed: true, ..NbdOptions::default() });
+    let socket = fixture.socket();
+    let early = std::thread::spawn(move || Client::open(&socket, "disk").map(|client| client.length));
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(!early.is_finished(), "it is not even greeted");
+    let (_export, _gone) = fixture.export_disk();
+    fixture.server.open().unwrap();
+    assert_eq!(early.join().unwrap(), Ok(CLUSTER));
+    fixture.server.stop().unwrap();
+    assert!(fixture.server.open().is_err(), "it has stopped");
+}
+
+#[test]
 fn a_server_that_stops_lets_its_clients_finish() {
     let fixture = Fixture::new(4);
     let (_export, gone) = fixture.export_disk();

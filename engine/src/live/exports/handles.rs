@@ -36,12 +36,14 @@ pub struct NbdOptions {
     pub memory: u64,
     /// The export for those who ask for none by name. `None`: the one without a name, or the only one.
     pub default_export: Option<String>,
+    /// Take no clients before [`NbdServer::open`]: whoever comes earlier waits, rather than miss the exports that are still to be added.
+    pub closed: bool,
 }
 
 impl Default for NbdOptions {
     /// 1,024 clients, 64 MiB.
     fn default() -> Self {
-        Self { clients: 1024, memory: 64 << 20, default_export: None }
+        Self { clients: 1024, memory: 64 << 20, default_export: None, closed: false }
     }
 }
 
@@ -133,6 +135,7 @@ pub(in crate::live) enum ExportCommand<S> {
     Listen { server: ServerId, socket: S, options: NbdOptions, answer: Answer<Result<(), Error>> },
     Add { server: ServerId, export: NewExport, answer: Answer<Result<(), Error>> },
     Remove { export: ExportId, removal: Removal, answer: Answer<Result<(), Error>> },
+    Open { server: ServerId, answer: Answer<Result<(), Error>> },
     Stop { server: ServerId, answer: Answer<Result<(), Error>> },
 }
 
@@ -201,6 +204,14 @@ impl NbdServer {
         let export = NewExport { id, name, description, length, writable, trim, backend, hold, on_gone };
         self.0.ask(|answer| ExportCommand::Add { server: self.0.server, export, answer })?;
         Ok(Export { server: self.clone(), id })
+    }
+
+    /// Take clients, where it was begun [closed](NbdOptions::closed).
+    ///
+    /// # Errors
+    /// When it was stopped, or the engine has died.
+    pub fn open(&self) -> Result<(), Error> {
+        self.0.ask(|answer| ExportCommand::Open { server: self.0.server, answer })
     }
 
     /// Take no more clients, disconnect those that are there, once what they have in flight is carried out, and give up all

@@ -64,6 +64,8 @@ struct Server {
     id: ServerId,
     listener: SocketId,
     accepting: bool,
+    /// It takes nobody before it is opened.
+    closed: bool,
     /// No accept before this.
     accept_after: Timestamp,
     table: Table,
@@ -128,16 +130,27 @@ impl Hub {
                 answer.give(self.listen(server, socket, options, ring));
             }
             ExportCommand::Add { server, export, answer } => {
-                let server = self.servers.iter_mut().find(|(_, known)| known.id == server);
-                let added = match server {
-                    Some((_, server)) if server.stopping.is_none() => server.table.add(export),
-                    _ => Err(refused(Refusal::NotFound, export.name, "its server has stopped")),
+                let added = match self.running(server) {
+                    Some(server) => server.table.add(export),
+                    None => Err(refused(Refusal::NotFound, export.name, "its server has stopped")),
                 };
                 answer.give(added);
+            }
+            ExportCommand::Open { server, answer } => {
+                let opened = self.running(server).map(|server| server.closed = false);
+                answer.give(
+                    opened.ok_or_else(|| refused(Refusal::NotFound, "a server".to_owned(), "it has stopped")),
+                );
             }
             ExportCommand::Remove { export, removal, answer } => answer.give(self.remove(export, removal)),
             ExportCommand::Stop { server, answer } => self.stop(server, answer, ring),
         }
+    }
+
+    /// A server that was not stopped.
+    fn running(&mut self, id: ServerId) -> Option<&mut Server> {
+        let server = self.servers.iter_mut().find(|(_, server)| server.id == id);
+        server.map(|(_, server)| server).filter(|server| server.stopping.is_none())
     }
 
     fn listen<R: Ring>(
@@ -147,7 +160,7 @@ impl Hub {
         options: NbdOptions,
         ring: &mut R,
     ) -> Result<(), Error> {
-        let NbdOptions { clients, memory, default_export } = options;
+        let NbdOptions { clients, memory, default_export, closed } = options;
         let limits = ConnectionLimits::default();
         if !(1..=MAX_CLIENTS).contains(&clients) || memory < limits.piece_bytes as u64 {
             let reason = format!("{clients} clients with {memory} bytes");
@@ -167,6 +180,7 @@ impl Hub {
             id,
             listener,
             accepting: false,
+            closed,
             accept_after: Timestamp::default(),
             table: Table::new(default_export),
             clients: 0,
@@ -386,7 +400,7 @@ impl Hub {
 
 impl Server {
     fn wants_clients(&self) -> bool {
-        self.stopping.is_none() && self.clients < self.most_clients
+        !self.closed && self.stopping.is_none() && self.clients < self.most_clients
     }
 }
 
