@@ -6,6 +6,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
 use support::qmp::{Daemon, Qmp};
@@ -172,11 +173,36 @@ fn the_operator_hears_what_guests_felt() {
     let daemon = with_disk(there.path());
     drop(daemon.client());
     guest_does(there.path(), "vda", &["write -P 1 0 4096", "write -P 2 4096 4096"]);
-    let arguments = ["backup", "--qmp", "unix:qmp.sock", "--disk", "vda", "--target", "copy.img", "--json"];
-    let output = run_in(there.path(), &arguments);
+    fs::copy(there.path().join("disk.img"), there.path().join("t0.img")).expect("copied");
+    let arguments = [
+        &["backup", "--qmp", "unix:qmp.sock", "--disk", "vda", "--target", "copy.img", "--json"][..],
+        &["--speed", "4M", "--after", "3"],
+    ];
+    let over = AtomicBool::new(false);
+    let output = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                // The same again, so t0 is the same whenever it comes.
+                guest_does(there.path(), "vda", &["write -P 1 0 4096", "write -P 2 4096 4096"]);
+            }
+        });
+        let output = run_in(there.path(), &arguments.concat());
+        over.store(true, Ordering::Relaxed);
+        output
+    });
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     let told = support::json(&output);
-    let before = &told["report"]["guests"]["before"];
-    assert!(before["requests"].as_u64().is_some_and(|count| count >= 2), "{told}");
-    assert!(same(&there.path().join("disk.img"), &there.path().join("copy.img")));
+    let guests = &told["report"]["guests"];
+    for phase in ["before", "during", "after"] {
+        let felt = &guests[phase];
+        let requests = felt["requests"].as_u64().expect("a number");
+        assert!(requests >= 2, "{phase}: {told}");
+        let octaves = felt["histogram"].as_array().expect("a list").iter();
+        assert_eq!(
+            octaves.map(|octave| octave["requests"].as_u64().expect("a number")).sum::<u64>(),
+            requests
+        );
+        assert!(guests["line"].as_str().is_some_and(|line| line.contains(&format!("{phase}: "))), "{told}");
+    }
+    assert!(same(&there.path().join("t0.img"), &there.path().join("copy.img")));
 }

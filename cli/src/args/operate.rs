@@ -74,6 +74,9 @@ pub(crate) struct BackupArgs {
     /// Most bytes of the fleece file
     #[arg(long, value_name = "SIZE", requires = "fleece", default_value = "1G", value_parser = size)]
     fleece_size: Length,
+    /// How long to watch the guests after the end, in seconds, where there are any; 0: not at all
+    #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(..=60))]
+    pub(crate) after: u32,
     /// What the job is called (default: made up)
     #[arg(long, value_name = "ID")]
     pub(crate) job_id: Option<String>,

@@ -8,7 +8,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -17,6 +17,7 @@ use super::{Client, ClientError};
 use crate::args::BackupArgs;
 use crate::out;
 use crate::progress::{Meter, Snapshot};
+use crate::report::latencies::words;
 use crate::report::units::{bytes, span};
 use crate::report::{DONE, FAILED, INCOMPLETE, REFUSED, deliver};
 use crate::signals::Signalled;
@@ -104,7 +105,10 @@ fn back_up(
     let driver = if target.is_device { "host_device" } else { "file" };
     let node = json!({ "driver": driver, "node-name": name, "filename": target.path, "discard": "unmap" });
     let done = client.execute("blockdev-add", node).and_then(|_| {
-        let done = follow(&mut client, args, &name, signalled, meter, last);
+        let mut done = follow(&mut client, args, &name, signalled, meter, last);
+        if let Ok(ended) = &mut done {
+            watch_after(&mut client, args, signalled, ended);
+        }
         // If it cannot be had any more there is nothing to remove it from.
         client.execute("blockdev-del", json!({ "node-name": name })).ok();
         done
@@ -178,6 +182,25 @@ fn follow(
             *last = Some(snapshot);
         }
     }
+}
+
+/// Add to the report what guests feel once it is over. They are still being served when the job has ended, so this takes its time.
+fn watch_after(client: &mut Client, args: &BackupArgs, signalled: &Signalled, ended: &mut Ended) {
+    let guests = &mut ended.last["x-report"]["guests"];
+    let were_there = |phase: &str| guests[phase]["requests"].as_u64().is_some_and(|requests| requests > 0);
+    if args.after == 0 || !(were_there("before") || were_there("during")) {
+        return;
+    }
+    let until = Instant::now() + Duration::from_secs(args.after.into());
+    while Instant::now() < until && signalled.ending().is_none() {
+        std::thread::sleep(TICK);
+    }
+    // A daemon that does not know of such a thing has told the rest.
+    let Ok(after) = client.execute("x-query-latencies", json!({ "node-name": args.disk })) else { return };
+    if let Some(line) = guests["line"].as_str() {
+        guests["line"] = json!(format!("{line}; after: {}", words(&after)));
+    }
+    guests["after"] = after;
 }
 
 fn tell_error(data: &Value, id: &str, args: &BackupArgs, meter: &Meter) {

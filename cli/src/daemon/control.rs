@@ -23,6 +23,7 @@ use super::serving::Serving;
 use crate::out;
 use crate::qmp::commands::find;
 use crate::qmp::{Arguments, QmpError, check, query_commands, query_qmp_schema, version};
+use crate::report::latencies::numbers;
 
 /// How long the reply to a command waits for it to take hold.
 pub(super) const PATIENCE: Duration = Duration::from_millis(100);
@@ -93,6 +94,7 @@ impl Control {
             "transaction" => self.transaction(arguments),
             "query-jobs" => Ok(self.jobs.newest_first().map(super::jobs::Job::query).collect()),
             "query-block-jobs" => Ok(self.jobs.newest_first().map(super::jobs::Job::query_block).collect()),
+            "x-query-latencies" => self.nodes.latencies(text("node-name")).map(|felt| numbers(&felt)),
             _ => nothing(self.verb(name, arguments)),
         }
     }

@@ -13,7 +13,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 
-use engine::live::{DiskOptions, Engine, LiveDisk};
+use engine::live::{DiskOptions, Engine, Latencies, LiveDisk};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -349,6 +349,17 @@ impl Nodes {
         };
         disk.readers += 1;
         Ok(live)
+    }
+
+    /// What guests of the node `name` have felt lately; nothing where it has none.
+    pub(super) fn latencies(&self, name: &str) -> Result<Latencies, QmpError> {
+        let bottom = self.bottom_of(name)?;
+        match &self.get(&bottom)?.kind {
+            Kind::Disk(Disk { live: Some(live), .. }) => {
+                live.latencies().map_err(|error| QmpError::generic(error.to_string()))
+            }
+            _ => Ok(Latencies::default()),
+        }
     }
 
     /// A reader of the disk of the node `bottom` has gone.

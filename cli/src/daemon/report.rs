@@ -1,11 +1,10 @@
 //! The end of a job in numbers, for the member `x-report` of its last event.
 
-use std::time::Duration;
-
 use engine::job::JobResult;
-use engine::live::{GuestLatencies, Latencies};
+use engine::live::GuestLatencies;
 use serde_json::{Value, json};
 
+use crate::report::latencies::{numbers, words};
 use crate::report::range_value;
 
 /// Most ranges that are listed; the rest are counted.
@@ -31,41 +30,15 @@ pub(super) fn report_of(result: &JobResult) -> Value {
 
 /// What guests felt: numbers in microseconds, and a line for people.
 fn guests_of(guests: &GuestLatencies) -> Value {
-    let line = format!("before: {}; during: {}", words(&guests.before), words(&guests.during));
-    json!({ "before": numbers(&guests.before), "during": numbers(&guests.during), "line": line })
-}
-
-/// As `x-query-latencies` shows them, too.
-pub(super) fn numbers(latencies: &Latencies) -> Value {
-    let micros = |time: Duration| time.as_secs_f64() * 1e6;
-    json!({
-        "requests": latencies.count(), "mean": micros(latencies.mean()), "longest": micros(latencies.longest()),
-        "p50": micros(latencies.plain(0.5)), "p99": micros(latencies.plain(0.99)),
-        "p99.9": micros(latencies.plain(0.999)),
-        "corrected": {
-            "p50": micros(latencies.corrected(0.5)), "p99": micros(latencies.corrected(0.99)),
-            "p99.9": micros(latencies.corrected(0.999)),
-        },
-    })
-}
-
-fn words(latencies: &Latencies) -> String {
-    if latencies.count() == 0 {
-        return "no requests".to_owned();
-    }
-    let millis = |quantile: f64| latencies.corrected(quantile).as_secs_f64() * 1e3;
-    format!(
-        "{} requests, p50 {:.2} ms, p99 {:.2} ms, p99.9 {:.2} ms, longest {:.2} ms",
-        latencies.count(),
-        millis(0.5),
-        millis(0.99),
-        millis(0.999),
-        latencies.longest().as_secs_f64() * 1e3
-    )
+    let (before, during) = (numbers(&guests.before), numbers(&guests.during));
+    let line = format!("before: {}; during: {}", words(&before), words(&during));
+    json!({ "before": before, "during": during, "line": line })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]

@@ -370,6 +370,7 @@ pub static COMMANDS: &[Command] = &[
         ]),
         NOTHING,
     ),
+    command("x-query-latencies", &NODE_NAME, Kind::Any),
 ];
 
 static COMPLETED: Object = object(&[

@@ -6,6 +6,7 @@ pub(crate) mod compare;
 pub(crate) mod copy;
 pub(crate) mod demo;
 pub(crate) mod info;
+pub(crate) mod latencies;
 pub(crate) mod units;
 
 use engine::error::{Error, ErrorKind, Refusal};

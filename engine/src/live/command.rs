@@ -16,6 +16,7 @@ use super::controller::SweepDepth;
 use super::disk::DiskShared;
 use super::exports::ExportCommand;
 use super::jobs::JobId;
+use super::latency::Latencies;
 use super::listing::RunningJob;
 use super::opened::Opened;
 use super::room::Share;
@@ -111,6 +112,8 @@ pub(super) enum Command<F, S> {
     Start(NewGroup<F>),
     /// Something about exports.
     Exports(ExportCommand<S>),
+    /// What the guests of a disk have felt lately.
+    Felt { disk: DiskId, answer: Answer<Result<Latencies, Error>> },
     /// Which jobs there are.
     Jobs { answer: Answer<Result<Vec<RunningJob>, Error>> },
     /// Nothing comes any more: the last handle of the engine is gone.

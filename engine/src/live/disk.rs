@@ -28,6 +28,7 @@ use super::carrier::{IoOutcome, IoRequest};
 use super::command::{Command, Inbox};
 use super::gate::{Gate, WaitTicket};
 use super::jobs::JobList;
+use super::latency::Latencies;
 use super::opened::Opened;
 use super::own_write::{OwnWrite, Step};
 use crate::error::{Error, ErrorKind, Operation, Refusal};
@@ -141,6 +142,17 @@ impl LiveDisk {
     #[must_use]
     pub fn is_writable(&self) -> bool {
         self.inner.writable
+    }
+
+    /// What its guests have felt in the last 30 to 60 seconds: the latencies of requests that the engine carried. What was felt before the end of
+    /// its last job is in that one's result instead ([`super::GuestLatencies`]), so this is what comes after.
+    ///
+    /// # Errors
+    /// When the engine has died.
+    pub fn latencies(&self) -> Result<Latencies, Error> {
+        let (answer, asked) = ask();
+        self.inner.inbox.send(Command::Felt { disk: self.inner.shared.id, answer });
+        asked.wait()
     }
 
     /// Before a write of one's own to `range`: waits until its old contents are copied by every job that needs them, and returns the permit to

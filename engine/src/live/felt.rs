@@ -5,7 +5,13 @@
 
 use std::time::Duration;
 
+use super::DiskId;
+use super::ask::Lost;
+use super::command::gone;
 use super::latency::Latencies;
+use super::reactor::Reactor;
+use crate::error::Error;
+use crate::ring::Ring;
 use crate::units::Timestamp;
 
 /// A window: what is told is of the last one to two of them.
@@ -47,6 +53,19 @@ impl Felt {
         let current = std::mem::take(&mut self.current);
         self.previous = if age < 2 * WINDOW { current } else { Latencies::default() };
         self.since = now;
+    }
+}
+
+impl<R: Ring> Reactor<R> {
+    /// Of the last 30 to 60 seconds, but only since the last job of this disk has ended.
+    pub(super) fn felt(&mut self, disk: DiskId, now: Timestamp) -> Result<Latencies, Error> {
+        self.disks.get_mut(&disk).map(|disk| disk.felt.recent(now)).ok_or_else(gone)
+    }
+}
+
+impl Lost for Result<Latencies, Error> {
+    fn lost() -> Self {
+        Err(gone())
     }
 }
 

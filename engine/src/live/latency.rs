@@ -133,6 +133,20 @@ impl Latencies {
         Duration::ZERO
     }
 
+    /// How many took how long, by powers of two of a microsecond: up to what time (the next ones more than that), and how many. Where there
+    /// are none, nothing is told.
+    pub fn histogram(&self) -> impl Iterator<Item = (Duration, u64)> {
+        let mut octaves = std::collections::BTreeMap::new();
+        for (bucket, &count) in self.counts.iter().enumerate().filter(|(_, count)| **count > 0) {
+            let mut up_to = Duration::from_micros(1);
+            while (up_to.as_nanos() as f64) < middle_of(bucket) {
+                up_to *= 2;
+            }
+            *octaves.entry(up_to).or_insert(0) += count;
+        }
+        octaves.into_iter()
+    }
+
     /// Middles and counts of the buckets that are not empty, ascending.
     fn pairs(&self) -> impl Iterator<Item = (f64, f64)> + '_ {
         let full = self.counts.iter().enumerate().filter(|(_, count)| **count > 0);
@@ -189,6 +203,16 @@ mod tests {
         close(latencies.plain(0.5), Duration::from_millis(10));
         close(latencies.corrected(0.5), Duration::from_millis(5));
         close(latencies.mean(), Duration::from_millis(10));
+    }
+
+    #[test]
+    fn a_histogram_has_them_all_by_powers_of_two() {
+        let mut latencies = Latencies::default();
+        let micros = [0, 1, 3, 4, 90, 100, 1000, u64::MAX / 1000];
+        micros.into_iter().for_each(|micros| latencies.record(Duration::from_micros(micros)));
+        let told: Vec<_> = latencies.histogram().collect();
+        let expected = [(1, 2), (4, 2), (128, 2), (1024, 1), (1 << 34, 1)];
+        assert_eq!(told, expected.map(|(micros, count)| (Duration::from_micros(micros), count)));
     }
 
     #[test]

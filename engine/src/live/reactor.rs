@@ -255,6 +255,7 @@ impl<R: Ring> Reactor<R> {
             }
             Command::Start(group) => self.waiting.push_back(group),
             Command::Exports(command) => self.exports.command(command, &mut self.ring),
+            Command::Felt { disk, answer } => answer.give(self.felt(disk, now)),
             Command::Jobs { answer } => answer.give(Ok(self.running_jobs())),
             Command::Quit => self.quit = true,
         }
