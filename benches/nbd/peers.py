@@ -1,6 +1,6 @@
 """Who is compared: a server, and for backups the options which they are started with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +25,7 @@ class Peer:
     # The part that it takes: an idle disk differs by program only, and nbdkit makes no backups.
     idle: bool = False
     backs_up: bool = False
-    backup_options: dict[str, object] | None = None
+    backup_options: Mapping[str, object] | None = None
     is_limited: bool = False
 
 

@@ -85,8 +85,11 @@ def _mesh() -> list[str]:
 
 
 def _legend(peers: list[str]) -> list[str]:
-    left, top, line = _WIDTH - _RIGHT - 140, _TOP + 10, 18
-    box = f'<rect x="{left}" y="{top}" width="130" height="{line * len(peers) + 8}" fill="white" stroke="black"/>'
+    # Lower left: short waits are common, so that no line comes there.
+    line = 18
+    height = line * len(peers) + 8
+    left, top = _LEFT + 10, _HEIGHT - _BOTTOM - height - 10
+    box = f'<rect x="{left}" y="{top}" width="130" height="{height}" fill="white" stroke="black"/>'
     parts = [box]
     for number, peer in enumerate(peers):
         y = top + line * number + 13
