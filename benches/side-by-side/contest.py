@@ -9,6 +9,7 @@ from cases import Case
 from content import first_difference
 from measure import ToolFailed
 from tools import Tool
+from turns import rotated, start_cold
 from units import GIB, MIB
 
 
@@ -53,7 +54,7 @@ def hold(workload: str, cases: list[Case], tools: list[Tool], rounds: int) -> tu
     runs: list[Run] = []
     failures: list[Failure] = []
     for number in range(rounds):
-        for tool, case in _rotated(entries, number):
+        for tool, case in rotated(entries, number):
             if any(failure.tool == tool.name for failure in failures):
                 continue
             try:
@@ -66,17 +67,10 @@ def hold(workload: str, cases: list[Case], tools: list[Tool], rounds: int) -> tu
     return runs, failures
 
 
-def _rotated(entries: list[tuple[Tool, Case]], number: int) -> list[tuple[Tool, Case]]:
-    """Another tool comes first in each round, and every second round goes backwards."""
-    first = number % len(entries)
-    turned = entries[first:] + entries[:first]
-    return turned[::-1] if number % 2 else turned
-
-
 def _timed(workload: str, case: Case, tool: Tool, number: int, verify: bool) -> Run:
     tool.prepare(case)
     case.touch_memory()
-    _start_cold(case)
+    start_cold(case.source.path)
     usage = measure.run(tool.command(case), case.scratch)
     seconds = tool.seconds(case, usage.seconds)
     if verify and tool.is_copy:
@@ -92,15 +86,6 @@ def _timed(workload: str, case: Case, tool: Tool, number: int, verify: bool) -> 
         payload=case.source.payload,
         allocated=case.target.allocated() if tool.is_copy else None,
     )
-
-
-def _start_cold(case: Case) -> None:
-    """No writes of the run before are under way any more, and nothing of the source is in memory."""
-    os.sync()
-    # Not /proc/sys/vm/drop_caches: it evicts the programs too, and their cold start is not what is compared.
-    descriptor = os.open(case.source.path, os.O_RDONLY)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
 
 
 def _verify(case: Case) -> None:

@@ -2,22 +2,18 @@
 
 import os
 import resource
-import signal
 import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
-from typing import IO
 
+from processes import kill_group, last_line
 from units import KIB
 from workspace import Refused
 
 # The kernel counts the memory of the process that forks into the peak of its child, so a small program
 # has to stand between this interpreter and the tool.
 _GNU_TIME = "/usr/bin/time"
-
-# A process that is killed still waits for the writes it has under way.
-_PATIENCE = 30.0
 
 
 class ToolFailed(Exception):
@@ -47,7 +43,7 @@ def run(command: list[str], scratch: str) -> Usage:
         status, usage = _run_to_end(wrapped, messages.fileno())
         seconds = time.perf_counter() - started
         if status:
-            raise ToolFailed(f"exit status {status}: {_last_line(messages)}")
+            raise ToolFailed(f"exit status {status}: {last_line(messages)}")
         peak_rss = int(memory.read()) * KIB
     return Usage(seconds, usage.ru_utime + usage.ru_stime, peak_rss)
 
@@ -61,26 +57,7 @@ def _run_to_end(command: list[str], output: int) -> tuple[int, resource.struct_r
         # Unlike Popen.wait this tells the CPU time, of all descendants that were waited for.
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
-        _kill_group(process)
+        kill_group(process)
         raise
     process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, usage
-
-
-def _kill_group(process: "subprocess.Popen[bytes]") -> None:
-    """Ends the whole tree; its files and devices can be removed only when the last one is gone."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + _PATIENCE
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
-
-
-def _last_line(messages: IO[bytes]) -> str:
-    messages.seek(0)
-    lines = messages.read().decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "no message"

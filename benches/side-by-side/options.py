@@ -3,9 +3,8 @@
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
 
-from units import parse_size
+from option_types import any_of, positive, size, words
 from workloads import WORKLOADS
 
 _REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -23,10 +22,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         epilog="example: benches/side-by-side/run --workload dense --rounds 3 --tools engine,fio,dd",
     )
     names = [workload.name for workload in WORKLOADS]
-    parser.add_argument("--workload", type=_names(names), default=names, help=f"any of {','.join(names)}")
-    parser.add_argument("--rounds", type=_positive, help=f"runs of each tool (default {_ROUNDS})")
-    parser.add_argument("--tools", type=_list, help="tools or the first letters of them, such as engine,fio,dd")
-    parser.add_argument("--size", type=_size, help="the data to copy in each workload, such as 1G")
+    parser.add_argument("--workload", type=any_of(names), default=names, help=f"any of {','.join(names)}")
+    parser.add_argument("--rounds", type=positive, help=f"runs of each tool (default {_ROUNDS})")
+    parser.add_argument("--tools", type=words, help="tools or the first letters of them, such as engine,fio,dd")
+    parser.add_argument("--size", type=size, help="the data to copy in each workload, such as 1G")
     parser.add_argument("--workdir", default=tempfile.gettempdir(), help="where disks are made (default %(default)s)")
     parser.add_argument("--binary", default=_DEFAULT_BINARY, help="engine-cli (default target/release/engine-cli)")
     parser.add_argument("--json", metavar="FILE", help="write every run and the summaries there as well")
@@ -35,31 +34,3 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (1 if options.quick else _ROUNDS)
     return options
-
-
-def _list(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
-
-
-def _names(known: list[str]) -> Callable[[str], list[str]]:
-    def parse_names(text: str) -> list[str]:
-        chosen = _list(text)
-        unknown = [name for name in chosen if name not in known]
-        if unknown or not chosen:
-            raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(known)}")
-        return chosen
-
-    return parse_names
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error

@@ -1,22 +1,19 @@
 """Medians, spreads and ratios of the runs: as one markdown table for people and as JSON for programs."""
 
 import json
-import os
-import platform
-import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from statistics import median
 
 from contest import Failure, Run
+from figures import ABSENT, Spread, environment, markdown
 from tools import ENGINE
 from units import MIB
 
 Key = tuple[str, str, str]
 Groups = dict[Key, list[Run]]
 
-_ABSENT = "–"
+_PROGRAMS = ["fio", "qemu-img", "nbdcopy", "dd"]
 _HEADINGS = [
     "workload",
     "tool",
@@ -27,25 +24,6 @@ _HEADINGS = [
     "allocated ÷ source",
     "time ÷ dense (min–max)",
 ]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A median, and how far the runs lie apart."""
-
-    median: float
-    smallest: float
-    largest: float
-
-    @staticmethod
-    def of(values: Iterable[float]) -> "Spread":
-        """Of at least one value."""
-        known = list(values)
-        return Spread(median(known), min(known), max(known))
-
-    def show(self, digits: int) -> str:
-        """As it stands in the table."""
-        return f"{self.median:.{digits}f} ({self.smallest:.{digits}f}–{self.largest:.{digits}f})"
 
 
 @dataclass(frozen=True)
@@ -76,14 +54,13 @@ def summarize(runs: list[Run], source_allocation: dict[str, int], limits: set[st
 
 def table(summaries: list[Summary]) -> str:
     """The markdown table."""
-    rows = [_HEADINGS, ["---"] * len(_HEADINGS), *(_row(summary) for summary in summaries)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(_HEADINGS, (_row(summary) for summary in summaries))
 
 
 def save(path: str, summaries: list[Summary], runs: list[Run], failures: list[Failure], workdir: str) -> None:
     """All that was measured, and where."""
     results = {
-        "environment": environment(workdir),
+        "environment": environment(workdir, _PROGRAMS),
         "summaries": [asdict(summary) for summary in summaries],
         "runs": [asdict(run) for run in runs],
         "failures": [asdict(failure) for failure in failures],
@@ -91,20 +68,6 @@ def save(path: str, summaries: list[Summary], runs: list[Run], failures: list[Fa
     with open(path, "w", encoding="utf-8") as file:
         json.dump(results, file, indent=1)
         file.write("\n")
-
-
-def environment(workdir: str) -> dict[str, str | int | None]:
-    """What a reader has to know about the machine."""
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "kernel": platform.release(),
-        "cpus": os.cpu_count(),
-        "file_system": _first_line(["findmnt", "--noheadings", "--output", "FSTYPE", "--target", workdir]),
-        "fio": _first_line(["fio", "--version"]),
-        "qemu-img": _first_line(["qemu-img", "--version"]),
-        "nbdcopy": _first_line(["nbdcopy", "--version"]),
-        "dd": _first_line(["dd", "--version"]),
-    }
 
 
 def _fastest(groups: Groups, limits: set[str]) -> set[tuple[str, str, str]]:
@@ -159,18 +122,9 @@ def _row(summary: Summary) -> list[str]:
         summary.case,
         f"{summary.tool} (limit)" if summary.is_limit else summary.tool,
         summary.mib_per_second.show(0),
-        ratio.show(2) if ratio else _ABSENT,
+        ratio.show(2) if ratio else ABSENT,
         f"{summary.cpu_per_gib.median:.3f}",
         f"{summary.peak_rss / MIB:.1f}",
-        f"{allocated:.2f}" if allocated is not None else _ABSENT,
-        to_dense.show(2) if to_dense else _ABSENT,
+        f"{allocated:.2f}" if allocated is not None else ABSENT,
+        to_dense.show(2) if to_dense else ABSENT,
     ]
-
-
-def _first_line(command: list[str]) -> str | None:
-    try:
-        result = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    lines = result.stdout.splitlines()
-    return lines[0] if lines else None

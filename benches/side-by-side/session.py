@@ -40,7 +40,7 @@ class Session:
         """Runs every workload, once it is sure that all of them fit."""
         for workload in self._workloads:
             require_space(self._parent(workload), workload.space(self._size(workload)))
-        with Workspace(self._chosen.keep) as workspace:
+        with Workspace("side-by-side", self._chosen.keep) as workspace:
             for workload in self._workloads:
                 try:
                     self._hold(workload, workspace)

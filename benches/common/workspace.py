@@ -24,7 +24,8 @@ class Skipped(Exception):
 class Workspace:
     """Owns temporary directories and loop devices and removes them at the end, also after Ctrl-C."""
 
-    def __init__(self, keep: bool) -> None:
+    def __init__(self, name: str, keep: bool = False) -> None:
+        self._name = name
         self._keep = keep
         self._stack = ExitStack()
 
@@ -45,7 +46,7 @@ class Workspace:
 
     def directory(self, parent: str) -> str:
         """A new directory in `parent`."""
-        path = tempfile.mkdtemp(prefix="side-by-side-", dir=parent)
+        path = tempfile.mkdtemp(prefix=f"{self._name}-", dir=parent)
         if not self._keep:
             self._stack.callback(shutil.rmtree, path, ignore_errors=True)
         return path
