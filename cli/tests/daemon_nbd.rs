@@ -148,6 +148,24 @@ fn until_said(mut output: impl Read, words: &str) {
     }
 }
 
+/// What the kernel does behind a program that has ended must not be left to it: whoever takes the disk over finds it free.
+#[test]
+fn a_daemon_that_has_ended_holds_its_disks_no_more() {
+    if !has("qemu-io") {
+        return;
+    }
+    let there = directory();
+    for _ in 0..8 {
+        let daemon = with_disk(there.path());
+        drop(daemon.client());
+        guest_does(there.path(), "vda", &["write -P 1 0 1M"]);
+        daemon.running.signal("TERM");
+        assert_eq!(daemon.running.end().0, 0);
+        let output = tool(there.path(), &["qemu-io", "-f", "raw", "-c", "read -P 1 0 1M", "disk.img"]);
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+}
+
 /// A tool starts the daemon by itself and hands its socket over.
 #[test]
 fn a_tool_that_hands_its_socket_over_copies_the_disk() {

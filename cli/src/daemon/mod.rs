@@ -116,6 +116,7 @@ fn serve(args: &DaemonArgs) -> Result<(), NotStarted> {
     if let Some(notice) = engine.notice() {
         out::say(notice);
     }
+    let end = engine.end();
     let exports = Box::new(EngineExports::new(engine.clone()));
     let mut control = Control::new(engine, exports)
         .map_err(|error| format!("cannot begin: {}", crate::out::reason(&error)))?;
@@ -127,6 +128,10 @@ fn serve(args: &DaemonArgs) -> Result<(), NotStarted> {
     let ran = monitors.run(&mut control);
     // However it ended, jobs and exports end in good order.
     control.quit();
+    drop((monitors, control));
+    if !end.wait(END_PATIENCE) {
+        out::say("the engine takes its time to end; disks may be locked for a moment longer");
+    }
     ran.map_err(|error| {
         NotStarted::Refused(format!("the control loop has failed: {}", crate::out::reason(&error)))
     })
@@ -175,6 +180,9 @@ fn set_up(
     // Clients may be waiting already: whoever had the socket handed over, or saw it appear.
     control.serving.open().map_err(|error| told("--nbd", error))
 }
+
+/// How long the engine may take to let go of the disks.
+const END_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Open files besides those of clients: disks and targets, twice each, monitors, and the engine's own.
 const RESERVED_DESCRIPTORS: usize = 512;

@@ -1,12 +1,13 @@
 //! An engine: a ring thread with its memory, and the handles to it.
 
+use std::convert::Infallible;
 use std::os::fd::OwnedFd;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crossbeam::channel::{Sender, bounded};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::DiskId;
 use super::ask::ask;
@@ -65,6 +66,8 @@ struct Handle {
     room: Arc<Room>,
     registry: Registry,
     memory: u64,
+    /// Disconnected once the ring thread has ended.
+    ended: Receiver<Infallible>,
 }
 
 impl Drop for Handle {
@@ -80,6 +83,19 @@ impl Drop for Handle {
 pub struct Engine {
     handle: Arc<Handle>,
     notice: Option<Arc<str>>,
+}
+
+/// Tells when an engine is gone.
+#[derive(Clone, Debug)]
+pub struct EngineEnd(Receiver<Infallible>);
+
+impl EngineEnd {
+    /// Wait for that, at most `limit`: `false`, it is not yet. It is gone once the last handle of it, of its disks and of its servers is, and all
+    /// jobs and requests have ended; its disks are closed then, and nobody finds them locked any more.
+    #[must_use]
+    pub fn wait(&self, limit: Duration) -> bool {
+        self.0.recv_timeout(limit) == Err(RecvTimeoutError::Disconnected)
+    }
 }
 
 impl std::fmt::Debug for Engine {
@@ -116,6 +132,13 @@ impl Engine {
                     .because(error)
             })?;
         outcome.recv().unwrap_or_else(|_| Err(super::command::gone()))
+    }
+
+    /// To hear of when it is gone: a program that ends before that leaves its disks locked for a moment, which is as long as the
+    /// kernel takes to clean up behind it.
+    #[must_use]
+    pub fn end(&self) -> EngineEnd {
+        EngineEnd(self.handle.ended.clone())
     }
 
     /// What the user should know, if anything: that io_uring was refused.
@@ -306,6 +329,8 @@ fn carry_on<R: Ring<File = File, Socket = OwnedFd>>(
     started: &Sender<Result<Engine, Error>>,
 ) {
     let waker = ring.waker();
+    // Dropped last, whatever becomes of the rest.
+    let (_ending, ended) = bounded(0);
     let mut reactor = Reactor::new(ring);
     super::ask::this_is_a_ring_thread();
     let handle = Handle {
@@ -317,6 +342,7 @@ fn carry_on<R: Ring<File = File, Socket = OwnedFd>>(
         room: reactor.room(),
         registry: Registry::default(),
         memory: options.memory,
+        ended,
     };
     let engine = Engine { handle: Arc::new(handle), notice };
     if started.send(Ok(engine)).is_err() {

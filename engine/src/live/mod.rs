@@ -88,7 +88,7 @@ pub use self::carrier::IoRequest;
 pub use self::command::GroupFailure;
 pub use self::controller::SweepDepth;
 pub use self::disk::{BeginWrite, Io, LiveDisk, read};
-pub use self::engine::{DiskOptions, Engine, EngineOptions};
+pub use self::engine::{DiskOptions, Engine, EngineEnd, EngineOptions};
 pub use self::exports::{Export, ExportOptions, ExportSource, NbdListener, NbdOptions, NbdServer, Removal};
 pub use self::latency::{GuestLatencies, Latencies};
 pub use self::listing::RunningJob;
