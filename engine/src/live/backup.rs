@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
+use super::DiskId;
 use super::ask::{Answer, ask, ask_with};
 use super::carrier::IoOutcome;
 use super::command::{Command, NewFleece, NewJob};
@@ -149,6 +150,7 @@ pub struct Backup {
 #[derive(Clone)]
 pub struct Snapshot {
     job: JobId,
+    disk: DiskId,
     inbox: Arc<LiveInbox>,
     length: Length,
 }
@@ -169,6 +171,11 @@ impl Snapshot {
     /// Whose t0 it shows.
     pub(super) fn job(&self) -> JobId {
         self.job
+    }
+
+    /// What its job copies.
+    pub(super) fn disk(&self) -> DiskId {
+        self.disk
     }
 
     /// Read `length` bytes from `offset` on, as they were at t0.
@@ -223,6 +230,7 @@ impl Prepared {
 
 /// What is kept of a job until it has started.
 pub(super) struct Starting {
+    disk: DiskId,
     target: Arc<OpenedTarget>,
     job: JobHandle,
     notices: Vec<String>,
@@ -238,7 +246,7 @@ impl Starting {
             }
             fleece.in_use();
         }
-        let snapshot = Snapshot { job: number, inbox, length: self.length };
+        let snapshot = Snapshot { job: number, disk: self.disk, inbox, length: self.length };
         Backup { job: self.job, notices: self.notices, snapshot }
     }
 
@@ -427,7 +435,8 @@ fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
         at_end: Some(at_end),
     };
     let length = geometry.length();
-    Ok(Prepared { job, starting: Starting { target, job: handle, notices, length, fleece } })
+    let disk = job.disk;
+    Ok(Prepared { job, starting: Starting { disk, target, job: handle, notices, length, fleece } })
 }
 
 /// Reserve space on a new file for the data of the source as it is now, before guests wait for anything: some file systems keep direct I/O

@@ -21,7 +21,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::interval_set::IntervalSet;
+use crate::interval_set::{ClusterState, IntervalSet};
 use crate::sync::{Mutex, Published};
 use crate::units::{ByteRange, ClusterIndex, ClusterRange, Geometry};
 
@@ -62,6 +62,20 @@ impl Watch {
     #[must_use]
     pub fn set(&self) -> &Arc<IntervalSet> {
         &self.set
+    }
+
+    /// The beginning of `range` that lies in clusters which are all copied, or all not: its length, and whether it is the latter.
+    pub(super) fn untouched_part(&self, range: ByteRange) -> (u64, bool) {
+        let clusters = self.geometry.covering(range);
+        let end = clusters.end.min(self.set.all().end);
+        if clusters.start >= end {
+            return (range.length, false);
+        }
+        let clusters = ClusterRange { start: clusters.start, end };
+        let untouched = self.set.state(clusters.start) != ClusterState::Done;
+        let first = if untouched { self.set.first_done(clusters) } else { self.set.first_not_done(clusters) };
+        let end = first.map_or(range.end(), |first| self.geometry.offset_of(first));
+        (end.min(range.end()) - range.offset, untouched)
     }
 
     /// Of the clusters that `range` touches the first that are to be copied, if they are not all done; some of these may be done as well. What

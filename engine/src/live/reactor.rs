@@ -297,8 +297,7 @@ impl<R: Ring> Reactor<R> {
     /// Let clients of exports act, and hand their requests on; whether there were any.
     fn serve(&mut self, now: Timestamp) -> bool {
         let disks = &self.disks;
-        // An export keeps its disk.
-        let file_of = |id: DiskId| disks[&id].side.file;
+        let file_of = |id: DiskId| disks.get(&id).map(|disk| disk.side.file);
         self.exports.turn(now, &mut self.ring, file_of);
         let wanted = self.exports.take_wanted();
         let any = !wanted.is_empty();
@@ -306,11 +305,11 @@ impl<R: Ring> Reactor<R> {
             let asker = IoAsker::Client(wanted.io);
             match (wanted.backend, wanted.request) {
                 (Backend::Disk(id), request) => self.submit(id, request, asker, now),
-                (Backend::Snapshot(job), IoRequest::Read { range, .. }) => {
+                (Backend::Snapshot(job, _), IoRequest::Read { range, .. }) => {
                     self.read_snapshot(job, range, asker);
                 }
                 // Nothing is ever changed that would have to be brought to stable storage.
-                (Backend::Snapshot(_), _) => tell(asker, IoOutcome::nothing(), &mut self.exports),
+                (Backend::Snapshot(..), _) => tell(asker, IoOutcome::nothing(), &mut self.exports),
             }
         }
         any
@@ -476,7 +475,7 @@ impl<R: Ring> Reactor<R> {
         let gone: Vec<DiskId> = self
             .disks
             .iter()
-            .filter(|(id, disk)| disk.closing && disk.is_idle() && !used(**id))
+            .filter(|(id, disk)| disk.closing && disk.is_idle() && !used(**id) && !self.exports.asks(**id))
             .map(|(&id, _)| id)
             .collect();
         for id in &gone {
@@ -501,7 +500,16 @@ impl<R: Ring> Reactor<R> {
                 self.jobs[index].runner.on_completion(completion, self.ring.arena(), now);
             }
             Owner::Listener(index) => self.exports.on_accepted(index, completion, now, &mut self.ring),
-            Owner::Client(index) => self.exports.on_completion(index, completion, &mut self.ring),
+            Owner::Client(index) => {
+                let jobs = &self.jobs;
+                // One that is ending lets guests write to what it has not copied.
+                let lives = |job: &Job| job.attached && !job.runner.copier.is_ending();
+                let running = |id: JobId| {
+                    let job = jobs.iter().find(|(_, job)| job.watch.id() == id && lives(job));
+                    job.map(|(_, job)| &*job.watch)
+                };
+                self.exports.on_completion(index, completion, &mut self.ring, running);
+            }
         }
     }
 

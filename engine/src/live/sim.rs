@@ -301,7 +301,7 @@ impl SimEngine {
             length: disk.0.length(),
             writable: snapshot.is_none(),
             trim: true,
-            backend: snapshot.map_or(Backend::Disk(disk.0.id()), Backend::Snapshot),
+            backend: snapshot.map_or(Backend::Disk(disk.0.id()), |job| Backend::Snapshot(job, disk.0.id())),
             hold: None,
             on_gone: Some(on_gone),
         };

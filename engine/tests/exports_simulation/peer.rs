@@ -47,6 +47,24 @@ impl Stripe {
         }
     }
 
+    /// What reads as zeros by a block status is zero; whether there was any.
+    fn compare_holes(&mut self, request: &Request, reply: &Reply) -> Result<bool, String> {
+        const ZERO: u32 = 2;
+        let (mut at, mut any) = (0, false);
+        let part = self.part(request);
+        for &(length, flags) in reply.status.iter().flat_map(|(_, extents)| extents) {
+            let end = (at + length as usize).min(part.len());
+            if flags & ZERO != 0 {
+                any = true;
+                if let Some(index) = part[at..end].iter().position(|byte| matches!(byte, Byte::Known(1..))) {
+                    return Err(format!("byte {} of {request:?} is no zero", at + index));
+                }
+            }
+            at = end;
+        }
+        Ok(any)
+    }
+
     pub(crate) fn compare(&mut self, request: &Request, data: &[u8]) -> Result<(), String> {
         for (index, (byte, &is)) in self.part(request).iter().zip(data).enumerate() {
             if let Byte::Known(expected) = *byte
@@ -262,7 +280,11 @@ impl Client {
             READ => stripe.compare(&request, &reply.whole(&request))?,
             WRITE => stripe.set(&request, |index| Byte::Known(request.payload[index])),
             WRITE_ZEROES => stripe.set(&request, |_| Byte::Known(0)),
-            BLOCK_STATUS => seen.queries += 1,
+            BLOCK_STATUS => {
+                seen.queries += 1;
+                let told = if self.export == "t0" { &mut seen.t0_holes } else { &mut seen.holes };
+                *told += u64::from(stripe.compare_holes(&request, &reply)?);
+            }
             _ => {}
         }
         seen.long += u64::from(request.length > 300_000);
@@ -307,6 +329,7 @@ impl Client {
         let new = |command, flags| Request::new(command, flags, self.cookie, offset, length);
         let read_only = self.export == "t0";
         match rng.u8(..20) {
+            0..8 if read_only && self.temper.structured => new(BLOCK_STATUS, 0),
             _ if read_only => new(READ, df),
             0..8 => {
                 let mut data = vec![0; length as usize];

@@ -11,15 +11,17 @@ use nix::errno::Errno;
 use slab::Slab;
 
 use super::handles::{Backend, ExportId};
+use super::status;
 use super::table::Table;
 use crate::error::ErrorKind;
-use crate::live::DiskId;
 use crate::live::carrier::{IoOutcome, IoRequest};
+use crate::live::jobs::Watch;
+use crate::live::{DiskId, JobId};
 use crate::nbd::connection::{
-    Action, CloseReason, Connection, IoId, IoKind, Outcome, PayloadBuffer, Receive, StatusExtent,
+    Action, CloseReason, Connection, IoId, IoKind, Outcome, PayloadBuffer, Receive,
 };
 use crate::nbd::wire::WireError;
-use crate::ring::{Completion, Extent, ExtentQuery, FileId, Op, Output, SocketId, Token};
+use crate::ring::{Completion, ExtentQuery, FileId, Op, Output, SocketId, Token};
 use crate::units::{ByteRange, Timestamp};
 
 /// Tokens of its operations: these two, and the queries from there on.
@@ -70,6 +72,8 @@ pub(super) struct Attached {
 struct Query {
     io: IoId,
     disk: DiskId,
+    /// How it was at the t0 of this job.
+    t0: Option<JobId>,
     range: ByteRange,
     limit: usize,
     /// It was pushed.
@@ -231,13 +235,11 @@ impl Client {
     }
 
     fn query(&mut self, io: IoId, backend: Backend, range: ByteRange, limit: usize) {
-        match backend {
-            Backend::Disk(disk) => {
-                self.queries.insert(Query { io, disk, range, limit, asked: false });
-            }
-            // What is a hole of the disk by now need not have been one at t0.
-            Backend::Snapshot(_) => self.connection.answered(io, all_data(range)),
-        }
+        let (disk, t0) = match backend {
+            Backend::Disk(disk) => (disk, None),
+            Backend::Snapshot(job, disk) => (disk, Some(job)),
+        };
+        self.queries.insert(Query { io, disk, t0, range, limit, asked: false });
     }
 
     /// Whether `token` is that of a question.
@@ -254,19 +256,34 @@ impl Client {
     pub(super) fn ask(
         &mut self,
         room: usize,
-        file_of: impl Fn(DiskId) -> FileId,
+        file_of: impl Fn(DiskId) -> Option<FileId>,
         ops: &mut Vec<(Token, Op)>,
     ) -> usize {
+        // The disk of a snapshot may go when its job has ended.
+        let connection = &mut self.connection;
+        self.queries.retain(|_, query| {
+            let stays = query.asked || file_of(query.disk).is_some();
+            if !stays {
+                connection.answered(query.io, status::all_data(query.range));
+            }
+            stays
+        });
         let waiting = self.queries.iter_mut().filter(|(_, query)| !query.asked);
         let mut asked = 0;
         for (index, query) in waiting.take(room) {
             query.asked = true;
             asked += 1;
-            let (file, range, limit) = (file_of(query.disk), query.range, query.limit);
+            let (range, limit) = (query.range, query.limit);
+            let file = file_of(query.disk).expect("it was just found");
             let op = Op::Extents { file, range, query: ExtentQuery::Data, limit };
             ops.push((Token(FIRST_QUERY + index as u64), op));
         }
         asked
+    }
+
+    /// Whether a question of it to `disk` is in flight.
+    pub(super) fn asks(&self, disk: DiskId) -> bool {
+        self.queries.iter().any(|(_, query)| query.asked && query.disk == disk)
     }
 
     /// A request on a disk or a snapshot has ended. Gives what has to follow before its client is told.
@@ -293,8 +310,12 @@ impl Client {
         None
     }
 
-    /// An operation of it has completed. Gives one that has to follow.
-    pub(super) fn on_completion(&mut self, completion: Completion) -> Option<(Token, Op)> {
+    /// An operation of it has completed. Gives one that has to follow. `running` finds jobs whose snapshot can be read.
+    pub(super) fn on_completion<'a>(
+        &mut self,
+        completion: Completion,
+        running: impl Fn(JobId) -> Option<&'a Watch>,
+    ) -> Option<(Token, Op)> {
         match completion.token {
             RECEIVE => self.on_received(completion),
             SEND => return self.on_sent(completion),
@@ -302,11 +323,15 @@ impl Client {
                 let index = usize::try_from(number - FIRST_QUERY).expect("our own token");
                 let query = self.queries.remove(index);
                 let outcome = match completion.result {
-                    Ok(Output::Extents(extents)) => status_of(&extents, query.range),
+                    Ok(Output::Extents(extents)) => match query.t0.map(running) {
+                        None => status::of_disk(&extents, query.range),
+                        Some(Some(job)) => status::at_t0(&extents, query.range, query.limit, job),
+                        Some(None) => status::all_data(query.range),
+                    },
                     Ok(other) => unreachable!("a question for extents gave {other:?}"),
                     Err(errno) => {
                         tracing::warn!(%errno, "cannot ask a disk for its holes");
-                        all_data(query.range)
+                        status::all_data(query.range)
                     }
                 };
                 self.connection.answered(query.io, outcome);
@@ -371,22 +396,6 @@ fn length_of(range: ByteRange) -> usize {
     usize::try_from(range.length).expect("a piece")
 }
 
-fn all_data(range: ByteRange) -> Outcome {
-    Outcome::Extents(vec![vec![StatusExtent { length: range.length, flags: 0 }]])
-}
-
-/// What a disk says of its ranges as `base:allocation` has it.
-fn status_of(extents: &[Extent], range: ByteRange) -> Outcome {
-    if extents.is_empty() {
-        return all_data(range);
-    }
-    let flags = |present: bool| if present { 0 } else { StatusExtent::HOLE | StatusExtent::ZERO };
-    let list = extents
-        .iter()
-        .map(|extent| StatusExtent { length: extent.range.length, flags: flags(extent.present) });
-    Outcome::Extents(vec![list.collect()])
-}
-
 fn log_end(reason: CloseReason) {
     match reason {
         CloseReason::Disconnected | CloseReason::EndOfStream | CloseReason::Drained => {
@@ -417,17 +426,17 @@ mod tests {
         let ended = |result| Completion { token: RECEIVE, result };
         for round in 0..3 {
             for _ in 0..MAX_INTERRUPTIONS {
-                assert!(client.on_completion(ended(Err(Errno::EINTR))).is_none());
+                assert!(client.on_completion(ended(Err(Errno::EINTR)), |_| None).is_none());
                 assert_eq!(polled(&mut client), (vec![RECEIVE], false), "round {round}");
             }
             if round < 2 {
                 // Whatever is received ends the row: the first bytes of a client's flags.
                 let received = Output::Received { buffer: vec![0; 4096], bytes: 1 };
-                assert!(client.on_completion(ended(Ok(received))).is_none());
+                assert!(client.on_completion(ended(Ok(received)), |_| None).is_none());
                 assert_eq!(polled(&mut client), (vec![RECEIVE], false));
             }
         }
-        assert!(client.on_completion(ended(Err(Errno::EAGAIN))).is_none());
+        assert!(client.on_completion(ended(Err(Errno::EAGAIN)), |_| None).is_none());
         assert_eq!(polled(&mut client), (vec![], true), "it is given up");
     }
 }

@@ -104,7 +104,8 @@ impl fmt::Debug for ExportOptions {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::live) enum Backend {
     Disk(DiskId),
-    Snapshot(JobId),
+    /// Of a job, and the disk that it copies.
+    Snapshot(JobId, DiskId),
 }
 
 /// An export as the ring thread gets it.
@@ -199,7 +200,9 @@ impl NbdServer {
             ExportSource::Disk(disk) => {
                 (disk.length(), Backend::Disk(disk.inner.shared.id()), Some(disk.inner))
             }
-            ExportSource::Snapshot(snapshot) => (snapshot.length(), Backend::Snapshot(snapshot.job()), None),
+            ExportSource::Snapshot(snapshot) => {
+                (snapshot.length(), Backend::Snapshot(snapshot.job(), snapshot.disk()), None)
+            }
         };
         let export = NewExport { id, name, description, length, writable, trim, backend, hold, on_gone };
         self.0.ask(|answer| ExportCommand::Add { server: self.0.server, export, answer })?;

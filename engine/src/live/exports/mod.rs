@@ -20,6 +20,7 @@
 
 mod client;
 mod handles;
+mod status;
 mod table;
 
 use std::collections::{BTreeSet, VecDeque};
@@ -30,6 +31,7 @@ use slab::Slab;
 use super::DiskId;
 use super::ask::Answer;
 use super::carrier::IoOutcome;
+use super::jobs::{JobId, Watch};
 use super::token::{Owner, token_of};
 use crate::error::{Error, Operation, Refusal};
 use crate::nbd::connection::Connection;
@@ -214,7 +216,12 @@ impl Hub {
     }
 
     /// Let everybody act who has something to do; requests for disks are in [`Self::take_wanted`] then.
-    pub(super) fn turn<R: Ring>(&mut self, now: Timestamp, ring: &mut R, file_of: impl Fn(DiskId) -> FileId) {
+    pub(super) fn turn<R: Ring>(
+        &mut self,
+        now: Timestamp,
+        ring: &mut R,
+        file_of: impl Fn(DiskId) -> Option<FileId>,
+    ) {
         if std::mem::take(&mut self.closing) {
             self.drain_clients(now);
         }
@@ -340,7 +347,7 @@ impl Hub {
     }
 
     /// Ask disks for their holes, as far as there is room.
-    fn ask<R: Ring>(&mut self, ring: &mut R, file_of: impl Fn(DiskId) -> FileId) {
+    fn ask<R: Ring>(&mut self, ring: &mut R, file_of: impl Fn(DiskId) -> Option<FileId>) {
         while let Some(&index) = self.asking.front() {
             let room = (ring.capacity() - ring.in_flight()).min(MAX_QUERIES - self.queries);
             if room == 0 {
@@ -348,6 +355,7 @@ impl Hub {
             }
             if let Some(client) = self.clients.get_mut(index) {
                 self.queries += client.ask(room, &file_of, &mut self.ops);
+                self.dirty.push_back(index);
                 for (token, op) in self.ops.drain(..) {
                     ring.push(token_of(Owner::Client(index), token), op);
                 }
@@ -359,13 +367,19 @@ impl Hub {
         }
     }
 
-    /// An operation of a client has completed.
-    pub(super) fn on_completion<R: Ring>(&mut self, index: usize, completion: Completion, ring: &mut R) {
+    /// An operation of a client has completed. `running` finds jobs whose snapshot can be read.
+    pub(super) fn on_completion<'a, R: Ring>(
+        &mut self,
+        index: usize,
+        completion: Completion,
+        ring: &mut R,
+        running: impl Fn(JobId) -> Option<&'a Watch>,
+    ) {
         if Client::is_query(completion.token) {
             self.queries -= 1;
         }
         let client = &mut self.clients[index];
-        if let Some((token, op)) = client.on_completion(completion) {
+        if let Some((token, op)) = client.on_completion(completion, running) {
             ring.push(token_of(Owner::Client(index), token), op);
         }
         self.dirty.push_back(index);
@@ -376,6 +390,11 @@ impl Hub {
         let more = self.clients[io.client].on_outcome(io, outcome);
         self.wanted.extend(more);
         self.dirty.push_back(io.client);
+    }
+
+    /// Whether a question of a client to `disk` is in flight.
+    pub(super) fn asks(&self, disk: DiskId) -> bool {
+        self.clients.iter().any(|(_, client)| client.asks(disk))
     }
 
     /// Whether the next turn has something to do that came up since the last one.
