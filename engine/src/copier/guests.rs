@@ -300,19 +300,11 @@ impl Copier {
                 return;
             }
         }
-        let tasks = &self.tasks;
-        let of_it = |token: crate::ring::Token| {
-            let task = usize::try_from(token.0).ok().and_then(|index| tasks.get(index));
-            match task {
-                Some(Task::ZeroRun { claim, .. }) => claim.range().contains(cluster),
-                Some(Task::Snapshot(read)) => read.holds(cluster),
-                Some(task) => task.transfer().is_some_and(|transfer| Some(transfer) == id),
-                None => false,
-            }
-        };
-        let (urgent, rest): (Vec<_>, Vec<_>) = self.backlog.drain(..).partition(|(token, _)| of_it(*token));
-        self.backlog.extend(rest);
-        self.urgent.extend(urgent);
+        self.queue.promote(|task| match task {
+            Task::ZeroRun { claim, .. } => claim.range().contains(cluster),
+            Task::Snapshot(read) => read.holds(cluster),
+            task => task.transfer().is_some_and(|transfer| Some(transfer) == id),
+        });
     }
 
     /// A transfer made for the request `id` has ended; `unsettled` of it could not be copied.

@@ -14,7 +14,7 @@
 //!   on a cancel is too late. Failure and cancel are decided at once, and told when nothing is in flight any more.
 //!
 //! # Bounds
-//! Operations in flight: the ring's capacity; those queued behind it: for each slot as many as its cluster has blocks of 4 KiB. Everything else is counted in slots, in
+//! Operations in flight: the ring's capacity, of which a live job has a part (`queue`); those queued behind it: for each slot as many as its cluster has blocks of 4 KiB. Everything else is counted in slots, in
 //! [`plan::Limits`], or in bits per cluster.
 //!
 //! The parts: [`sweep`](self) decides what to start, `tasks` carries transfers through, `settle` handles errors, checkpoints and the end.
@@ -30,6 +30,7 @@ mod give_back;
 pub mod guests;
 pub mod inspect;
 pub mod plan;
+mod queue;
 mod retry;
 mod settle;
 mod skipped;
@@ -42,7 +43,7 @@ mod throttle;
 mod transfer;
 mod verify;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use slab::Slab;
@@ -62,6 +63,8 @@ use fleece::Fleece;
 use give_back::GiveBack;
 use guests::Guests;
 use plan::Plan;
+pub use queue::Places;
+use queue::Queue;
 use retry::RetryList;
 use skipped::Skipped;
 use slots::Slots;
@@ -207,10 +210,9 @@ pub struct Copier {
     set: Arc<IntervalSet>,
     slots: Slots,
     transfers: Slab<Transfer>,
-    tasks: Slab<Task>,
-    /// Operations that guests wait for; they go first.
-    urgent: VecDeque<(Token, Op)>,
-    backlog: VecDeque<(Token, Op)>,
+    queue: Queue,
+    /// What of the ring there is for it in this iteration.
+    places: Places,
     guests: Guests,
     fleece: Option<Fleece>,
     snapshots: Snapshots,
@@ -304,9 +306,8 @@ impl Copier {
         Self {
             slots: Slots::new(plan.slots, plan.arena_start),
             transfers: Slab::new(),
-            tasks: Slab::new(),
-            urgent: VecDeque::new(),
-            backlog: VecDeque::new(),
+            queue: Queue::new(plan.target.file),
+            places: Places::alone(0),
             guests: Guests::default(),
             fleece: None,
             snapshots: Snapshots::default(),
@@ -358,8 +359,9 @@ impl Copier {
         }
     }
 
-    /// Do what can be done at `now`, and give at most `room` operations to push. `true`: there is more to do at once.
-    pub fn poll(&mut self, now: Timestamp, room: usize, out: &mut Vec<(Token, Op)>) -> bool {
+    /// Do what can be done at `now`, and give the operations to push that find `places`. `true`: there is more to do at once.
+    pub fn poll(&mut self, now: Timestamp, places: Places, out: &mut Vec<(Token, Op)>) -> bool {
+        self.places = places;
         if self.hold_until.is_some_and(|until| until <= now) {
             self.hold_until = None;
         }
@@ -375,10 +377,7 @@ impl Copier {
             self.serve_guests(now);
             self.serve_snapshots();
         }
-        for _ in 0..room {
-            let Some(next) = self.urgent.pop_front().or_else(|| self.backlog.pop_front()) else { break };
-            out.push(next);
-        }
+        self.queue.take(places, out);
         more && !self.finished
     }
 
@@ -457,6 +456,12 @@ impl Copier {
         self.finished
     }
 
+    /// Operations on the ring besides so many of each kind: see [`Places::own`].
+    #[must_use]
+    pub fn beyond(&self, own: usize) -> usize {
+        self.queue.beyond(own)
+    }
+
     /// Clusters that the sweep has in flight.
     #[cfg(feature = "sim")]
     #[must_use]
@@ -522,9 +527,7 @@ impl Copier {
                 transfer.is_some_and(|transfer| transfer.urgent)
             }
         };
-        let token = Token(self.tasks.insert(task) as u64);
-        let queue = if urgent { &mut self.urgent } else { &mut self.backlog };
-        queue.push_back((token, op));
+        self.queue.push(task, op, urgent);
     }
 
     fn keeps_checkpoints(&self) -> bool {
@@ -545,9 +548,8 @@ impl std::fmt::Debug for Copier {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Copier")
             .field("position", &self.position)
-            .field("tasks", &self.tasks)
+            .field("queue", &self.queue)
             .field("transfers", &self.transfers)
-            .field("backlog", &self.backlog)
             .field("held", &self.held)
             .field("retries", &self.retries)
             .field("fleece", &self.fleece)
@@ -565,7 +567,7 @@ impl Drop for Copier {
     /// A copier that goes away in mid-copy (its ring broke) gives its claims back.
     fn drop(&mut self) {
         let transfers = self.transfers.drain().flat_map(Transfer::abandon);
-        let runs = self.tasks.drain().filter_map(|task| match task {
+        let runs = self.queue.drain().filter_map(|task| match task {
             Task::ZeroRun { claim, .. } => Some(claim),
             Task::Snapshot(read) => read.abandon(),
             _ => None,

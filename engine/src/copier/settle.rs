@@ -107,7 +107,7 @@ impl Copier {
     }
 
     fn nothing_under_way(&self) -> bool {
-        self.tasks.is_empty() && self.backlog.is_empty() && self.urgent.is_empty()
+        self.queue.is_empty()
     }
 
     fn finish(&mut self, ending: Ending) {

@@ -54,6 +54,9 @@ impl Copier {
 
     /// One step; `false` when nothing can be started before something happens.
     fn step(&mut self, now: Timestamp) -> bool {
+        if self.plan.live.is_some() && !self.queue.has_place_for_sweep(&self.places) {
+            return false;
+        }
         if self.start_verification(now) {
             return true;
         }

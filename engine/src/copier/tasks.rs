@@ -21,8 +21,7 @@ impl Copier {
     /// # Panics
     /// If nothing is in flight under its token.
     pub fn on_completion(&mut self, completion: Completion, arena: &Arena, now: Timestamp) {
-        let index = usize::try_from(completion.token.0).expect("our own token");
-        let task = self.tasks.remove(index);
+        let task = self.queue.complete(completion.token);
         let result = completion.result;
         match task {
             Task::Move { transfer, piece } => self.on_moved(transfer, piece, result, arena, now),

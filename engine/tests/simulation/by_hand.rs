@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine::copier::plan::{Checkpoint, Plan};
-use engine::copier::{Copier, Ending, Event};
+use engine::copier::{Copier, Ending, Event, Places};
 use engine::copy::ErrorPolicy;
 use engine::interval_set::IntervalSet;
 use engine::job::{Status, TargetHolds};
@@ -51,7 +51,7 @@ impl ByHand {
     /// Let it start whatever it can. What it wants to know about the source is answered at once.
     fn poll(&mut self) {
         loop {
-            while self.copier.poll(self.now, usize::MAX, &mut self.waiting) {}
+            while self.copier.poll(self.now, Places::alone(usize::MAX), &mut self.waiting) {}
             self.events.extend(self.copier.take_events());
             let asks = |op: &Op| matches!(op, Op::Extents { .. });
             if self.count(asks) == 0 {
