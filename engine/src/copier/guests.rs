@@ -6,8 +6,11 @@
 //! clusters, as far as there are slots, and copies it in runs of its own; it waits in the set's table for the first cluster that
 //! somebody else is copying, which makes that copy urgent, and looks again when that one is released.
 //!
+//! Requests are served in rounds, a run for each: one of many clusters does not keep the others waiting until the last of its own is claimed. Who
+//! finds no slot and has some already lets those go first who came later.
+//!
 //! # Ordering
-//! Requests are served in the order in which they came, before the sweep, its throttle, its pause and its retries; some slots are
+//! Requests are served in the order in which they came, round by round, before the sweep, its throttle, its pause and its retries; some slots are
 //! kept from the sweep for them. They never wait for each other but through clusters: claims are held by I/O in flight only.
 //!
 //! # Failures
@@ -20,7 +23,7 @@
 //! list of what was left out and copies it; if that fails, too, it is left out for good and the guest goes on. When the job
 //! is about to end, and when the list has as many ranges as it may have, nothing is taken off it any more.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use crossbeam::queue::SegQueue;
@@ -32,9 +35,12 @@ use super::plan::planted;
 use super::transfer::{Failure, TransferId};
 use super::{Copier, Ending, Task, one};
 use crate::error::{Error, ErrorKind, Operation};
-use crate::interval_set::{Cancellation, ClusterState, Registration, Ticket, Waiter};
+use crate::interval_set::{Cancellation, Registration, Ticket, Waiter};
 use crate::modes::{CbwErrorPolicy, ErrorPolicy, SyncMode};
 use crate::units::{ClusterCount, ClusterIndex, ClusterRange, Timestamp};
+
+/// The list of turns is not tidied before it has this many.
+const FEW_TURNS: usize = 64;
 
 /// Names a guest's request among those of one copier; ascending in the order of arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -55,14 +61,27 @@ struct Request {
     alone: bool,
     /// The cluster of somebody else that it waits for.
     waits: Option<Ticket>,
+    /// It is to be looked at.
+    ready: bool,
+}
+
+/// What was claimed for a request in one round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Claimed {
+    /// A run; there may be more.
+    Run,
+    /// Nothing, for nothing is free.
+    Nothing,
+    /// Nothing, for want of a slot.
+    NoSlot,
 }
 
 /// The requests of one copier. See the module's header.
 #[derive(Debug, Default)]
 pub(super) struct Guests {
     requests: BTreeMap<CbwId, Request>,
-    /// To be looked at.
-    ready: BTreeSet<CbwId>,
+    /// To be looked at, in this order. Some are over, or not ready any more.
+    turns: VecDeque<CbwId>,
     /// Woken by the set, in whatever thread released the cluster.
     woken: Arc<SegQueue<CbwId>>,
     outcomes: Vec<(CbwId, CbwOutcome)>,
@@ -76,6 +95,44 @@ impl Guests {
     pub(super) fn next_deadline(&self) -> Option<Timestamp> {
         self.requests.values().filter_map(|request| request.deadline).min()
     }
+
+    /// `id` is to be looked at, if it is there.
+    fn make_ready(&mut self, id: CbwId) {
+        let Some(request) = self.requests.get_mut(&id) else { return };
+        if !std::mem::replace(&mut request.ready, true) {
+            self.turns.push_back(id);
+        }
+    }
+
+    /// Whose turn it is.
+    fn first(&mut self) -> Option<CbwId> {
+        while let Some(&id) = self.turns.front() {
+            if self.requests.get(&id).is_some_and(|request| request.ready) {
+                return Some(id);
+            }
+            self.turns.pop_front();
+        }
+        None
+    }
+
+    /// Forget those who are over, if they are more than the others.
+    fn tidy(&mut self) {
+        if self.turns.len() > FEW_TURNS + 2 * self.requests.len() {
+            let requests = &self.requests;
+            self.turns.retain(|id| requests.get(id).is_some_and(|request| request.ready));
+        }
+    }
+
+    /// Whose turn it was has had it. `again`: has another, after the others.
+    fn end_turn(&mut self, again: bool) {
+        let id = self.turns.pop_front().expect("it was somebody's turn");
+        if let Some(request) = self.requests.get_mut(&id) {
+            request.ready = again;
+            if again {
+                self.turns.push_back(id);
+            }
+        }
+    }
 }
 
 impl Copier {
@@ -88,10 +145,10 @@ impl Copier {
         let live = self.plan.live.as_ref().expect("guests write to live disks only");
         let deadline = live.cbw_timeout.map(|timeout| since.after(timeout));
         tracing::trace!(?id, ?clusters, "guest waits");
-        let request = Request { clusters, deadline, in_flight: 0, alone: false, waits: None };
+        let request = Request { clusters, deadline, in_flight: 0, alone: false, waits: None, ready: false };
         let before = self.guests.requests.insert(id, request);
         assert!(before.is_none(), "{id:?} is in use");
-        self.guests.ready.insert(id);
+        self.guests.make_ready(id);
     }
 
     /// The guest does not want it any more. Copies under way go on; it is not answered.
@@ -112,8 +169,8 @@ impl Copier {
     }
 
     fn drop_request(&mut self, id: CbwId) -> bool {
-        self.guests.ready.remove(&id);
         let Some(request) = self.guests.requests.remove(&id) else { return false };
+        self.guests.tidy();
         if let Some(ticket) = request.waits {
             // Woken already or not: nobody looks for it any more.
             let (Cancellation::Removed | Cancellation::AlreadyWoken) = self.set.cancel(ticket);
@@ -137,7 +194,7 @@ impl Copier {
             // One that was woken and has gone since is not in the table any more.
             if let Some(request) = self.guests.requests.get_mut(&id) {
                 request.waits = None;
-                self.guests.ready.insert(id);
+                self.guests.make_ready(id);
             }
         }
         if self.guests.is_empty() {
@@ -150,7 +207,7 @@ impl Copier {
         if self.ending.is_some() {
             return self.release_guests();
         }
-        while let Some(&id) = self.guests.ready.first() {
+        while let Some(id) = self.guests.first() {
             if !self.serve(id, now) {
                 self.answer_done();
                 break;
@@ -163,8 +220,11 @@ impl Copier {
 
     /// Slots are missing. Those who need none are not kept waiting by those who do.
     fn answer_done(&mut self) {
-        let done = |id: &CbwId| self.set.is_done(self.guests.requests[id].clusters);
-        let ids: Vec<CbwId> = self.guests.ready.iter().copied().filter(done).collect();
+        let done = |id: &CbwId| {
+            let request = self.guests.requests.get(id).filter(|request| request.ready);
+            request.is_some_and(|request| self.set.is_done(request.clusters))
+        };
+        let ids: Vec<CbwId> = self.guests.turns.iter().copied().filter(done).collect();
         for id in ids {
             self.answer(id, Ok(()));
         }
@@ -209,12 +269,10 @@ impl Copier {
         }
     }
 
-    /// Do for a request what can be done now. `false`: there is no slot, and none for those behind it.
+    /// Do for the request whose turn it is what can be done in one round. `false`: there is no slot, and none for those behind it.
     fn serve(&mut self, id: CbwId, now: Timestamp) -> bool {
-        let Some(request) = self.guests.requests.get(&id) else { unreachable!("it is ready") };
-        let all = request.clusters;
-        let first = self.set.next_not_done(all.start).filter(|&first| first < all.end);
-        let Some(first) = first else {
+        let all = self.guests.requests[&id].clusters;
+        let Some(first) = self.set.first_not_done(all) else {
             self.answer(id, Ok(()));
             return true;
         };
@@ -222,56 +280,57 @@ impl Copier {
         if self.skipped.count() >= self.plan.limits.skipped_ranges {
             self.give_up_skipped(rest);
         }
-        let Some(request) = self.guests.requests.get(&id) else { unreachable!("it is ready") };
-        let alone = request.alone;
-        let waits = request.waits.is_some();
-        self.guests.requests.get_mut(&id).expect("it is there").clusters = rest;
+        let request = self.guests.requests.get_mut(&id).expect("it is there");
+        request.clusters = rest;
+        let (alone, waits) = (request.alone, request.waits.is_some());
         if !waits {
             self.wait_for_others(id, rest);
         }
-        if self.claim_for(id, rest, alone, now) {
+        let claimed = self.claim_for(id, rest, alone, now);
+        let request = &self.guests.requests[&id];
+        let left_alone = request.in_flight == 0 && request.waits.is_none();
+        match claimed {
             // Those of its clusters that are free wait for a slot, and so does everybody behind.
-            return false;
-        }
-        self.guests.ready.remove(&id);
-        let request = self.guests.requests.get(&id).expect("it is there");
-        if request.in_flight == 0 && request.waits.is_none() {
+            Claimed::NoSlot => {
+                if request.in_flight > 0 {
+                    self.guests.end_turn(true);
+                }
+                return false;
+            }
+            Claimed::Run => self.guests.end_turn(true),
             // Everything busy was released meanwhile, or what was claimed needed no copy: look again.
-            self.guests.ready.insert(id);
+            Claimed::Nothing => self.guests.end_turn(left_alone),
         }
         true
     }
 
-    /// Claim and copy what is free in `range`; whether slots were missing.
-    fn claim_for(&mut self, id: CbwId, range: ClusterRange, alone: bool, now: Timestamp) -> bool {
-        let mut at = range.start;
-        while at < range.end {
-            let rest = ClusterRange { start: at, end: range.end };
-            let max = if alone { 1 } else { u64::from(self.plan.max_run).min(rest.count()) };
-            let (slot, free) = self.slots.longest_run(u32::try_from(max).expect("bounded by max_run"));
-            if free == 0 {
-                return rest.iter().any(|cluster| self.set.state(cluster) == ClusterState::ToCopy);
-            }
-            let Some(claim) = self.set.claim_first(rest, ClusterCount(u64::from(free))) else { break };
-            at = claim.range().end;
-            self.guests.requests.get_mut(&id).expect("it is there").in_flight += 1;
-            self.give_second_chance(claim.range());
-            let attempts = self.retries.take_out(claim.range());
-            self.start_guest_copy(claim, slot, id, attempts, now);
+    /// Claim and copy the first run in `range` that is free.
+    fn claim_for(&mut self, id: CbwId, range: ClusterRange, alone: bool, now: Timestamp) -> Claimed {
+        let max = if alone { 1 } else { u64::from(self.plan.max_run).min(range.count()) };
+        let (slot, free) = self.slots.longest_run(u32::try_from(max).expect("bounded by max_run"));
+        if free == 0 {
+            let any = self.set.first_to_copy(range).is_some();
+            return if any { Claimed::NoSlot } else { Claimed::Nothing };
         }
-        false
+        let Some(claim) = self.set.claim_first(range, ClusterCount(u64::from(free))) else {
+            return Claimed::Nothing;
+        };
+        self.guests.requests.get_mut(&id).expect("it is there").in_flight += 1;
+        self.give_second_chance(claim.range());
+        let attempts = self.retries.take_out(claim.range());
+        self.start_guest_copy(claim, slot, id, attempts, now);
+        Claimed::Run
     }
 
     /// Wait for the first cluster of `range` that somebody else is copying.
-    fn wait_for_others(&mut self, id: CbwId, range: ClusterRange) {
-        for cluster in range.iter() {
-            if matches!(self.set.state(cluster), ClusterState::ToCopy | ClusterState::Done)
-                || self
-                    .transfer_of(cluster)
-                    .is_some_and(|transfer| self.transfers[transfer].guest == Some(id))
-            {
+    fn wait_for_others(&mut self, id: CbwId, mut range: ClusterRange) {
+        while let Some(cluster) = self.set.first_busy(range) {
+            let holder = self.transfer_of(cluster).map(|transfer| &self.transfers[transfer]);
+            if let Some(own) = holder.filter(|transfer| transfer.guest == Some(id)) {
+                range.start = range.end.min(own.clusters.end);
                 continue;
             }
+            range.start = ClusterIndex(cluster.0 + 1);
             let woken = Arc::clone(&self.guests.woken);
             let waiter = Waiter::callback(move || woken.push(id));
             match self.set.wait_for(cluster, waiter) {
@@ -328,7 +387,7 @@ impl Copier {
         let Some(request) = self.guests.requests.get_mut(&id) else { return };
         request.in_flight -= 1;
         request.alone |= failure.is_some();
-        self.guests.ready.insert(id);
+        self.guests.make_ready(id);
         let Some(failure) = failure else { return };
         if self.ending.is_some() || unsettled.is_empty() || clusters.count() > 1 {
             return;

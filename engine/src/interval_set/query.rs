@@ -85,6 +85,24 @@ impl IntervalSet {
         self.find_in(range, |word| word.done().complement())
     }
 
+    /// The first cluster of `range` that is to copy, with nobody at it.
+    ///
+    /// # Panics
+    /// If `range` reaches beyond the set.
+    #[must_use]
+    pub fn first_to_copy(&self, range: ClusterRange) -> Option<ClusterIndex> {
+        self.find_in(range, Word::to_copy)
+    }
+
+    /// The first cluster of `range` on which there is a claim.
+    ///
+    /// # Panics
+    /// If `range` reaches beyond the set.
+    #[must_use]
+    pub fn first_busy(&self, range: ClusterRange) -> Option<ClusterIndex> {
+        self.find_in(range, Word::busy)
+    }
+
     /// The first cluster of `range` that is done.
     ///
     /// # Panics
