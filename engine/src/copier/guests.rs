@@ -345,7 +345,7 @@ impl Copier {
         }
     }
 
-    fn transfer_of(&self, cluster: ClusterIndex) -> Option<TransferId> {
+    pub(super) fn transfer_of(&self, cluster: ClusterIndex) -> Option<TransferId> {
         self.transfers.iter().find(|(_, transfer)| transfer.clusters.contains(cluster)).map(|(id, _)| id)
     }
 

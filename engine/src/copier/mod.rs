@@ -222,6 +222,8 @@ pub struct Copier {
     sweep_run: u32,
     /// Slots that it holds.
     sweep_slots: u32,
+    /// Slots in which it has copies made that it has taken over from readers.
+    aside_slots: u32,
     /// Next cluster for the sweep to look at.
     position: ClusterIndex,
     holes: ExtentWindow,
@@ -314,6 +316,7 @@ impl Copier {
             sweep_limit: plan.slots,
             sweep_run: plan.max_run,
             sweep_slots: 0,
+            aside_slots: 0,
             position: ClusterIndex(0),
             holes: ExtentWindow::new(crate::ring::ExtentQuery::Data, length, plan.limits.extents),
             layers,

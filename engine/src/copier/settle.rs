@@ -103,7 +103,7 @@ impl Copier {
 
     /// Whether nothing of the sweep is under way; guests' copies may be.
     fn sweep_is_idle(&self) -> bool {
-        self.sweep_slots == 0 && self.zero_runs == 0
+        self.sweep_slots == 0 && self.aside_slots == 0 && self.zero_runs == 0
     }
 
     fn nothing_under_way(&self) -> bool {

@@ -85,8 +85,9 @@ impl Copier {
                 && self.sweep_room() > 0
                 && let Some((cluster, attempts)) = self.retries.take_due(now)
             {
-                if let Some(claim) = self.set.claim_first(one(cluster), ClusterCount(1)) {
-                    self.start_copy(claim, start, Some(attempts), now);
+                match self.set.claim_first(one(cluster), ClusterCount(1)) {
+                    Some(claim) => self.start_copy(claim, start, Some(attempts), now),
+                    None => self.miss(cluster, attempts),
                 }
                 return true;
             }

@@ -51,7 +51,7 @@ impl Copier {
             Task::Drain { transfer, clusters, piece } => {
                 self.on_drained(transfer, clusters, piece, result, arena, now);
             }
-            Task::Snapshot(read) => self.on_snapshot_read(*read, result, arena),
+            Task::Snapshot(read) => self.on_snapshot_read(*read, result, arena, now),
             Task::DropSourceCache => {
                 if let Err(errno) = result {
                     tracing::debug!(%errno, "page cache not dropped");
@@ -518,7 +518,7 @@ impl Copier {
         let failure = transfer.failure;
         let tainted = transfer.tainted;
         let clusters = transfer.clusters;
-        let guest = transfer.guest;
+        let (guest, aside) = (transfer.guest, transfer.aside);
         let drains = matches!(transfer.purpose, Purpose::Drain { .. });
         let (held, unsettled): (Vec<ClusterIndex>, Vec<ClusterIndex>) =
             transfer.unsettled().partition(|&cluster| drains || transfer.work(cluster).is_early());
@@ -530,7 +530,9 @@ impl Copier {
         let all_settled = unsettled.is_empty() && held.is_empty();
         assert!(failure.is_some() || tainted || all_settled, "a transfer settles what did not fail");
         let (claims, run) = transfer.into_claims();
-        if guest.is_none() {
+        if aside {
+            self.aside_slots -= run.count();
+        } else if guest.is_none() {
             self.sweep_slots -= run.count();
         }
         self.slots.give_back(&run);

@@ -2,10 +2,11 @@
 
 use std::num::NonZeroU64;
 use std::sync::Arc;
+use std::time::Duration;
 
 use engine::copy::SyncMode;
 use engine::error::Error;
-use engine::job::JobHandle;
+use engine::job::{JobHandle, Outcome};
 use engine::live::JobId;
 use engine::live::sim::{Pending, SimDisk, SimEngine};
 use engine::ring::Wait;
@@ -199,4 +200,51 @@ fn the_snapshot_tells_what_the_top_layer_does_not_hold() {
     assert_eq!(read(&mut hand, 40).unwrap(), bytes(40), "from the target");
     let error = read(&mut hand, 39).unwrap_err().to_string();
     assert!(error.contains("top layer") && error.contains("layers below"), "{error}");
+}
+
+/// How a job ends while there are always some who read `cluster`; `None`: not in as many turns as it should take.
+fn end_under_readers(hand: &mut Hand, cluster: u64) -> Option<Outcome> {
+    let range = ByteRange::new(cluster * CLUSTER, CLUSTER);
+    let mut reads = [(); 4].map(|()| hand.engine.read_snapshot(hand.job, range));
+    hand.handle.set_speed(None).unwrap();
+    for _ in 0..5000 {
+        // The first does not wait, for it has been asked something.
+        hand.turn(2);
+        for read in &mut reads {
+            if read.take().is_some() {
+                *read = hand.engine.read_snapshot(hand.job, range);
+            }
+        }
+        if hand.engine.jobs().count() == 0 {
+            // Its last steps are another thread's.
+            return hand.handle.wait_timeout(Duration::from_secs(60)).map(|result| result.outcome.clone());
+        }
+    }
+    None
+}
+
+#[test]
+fn readers_who_take_turns_do_not_keep_the_sweep_from_a_cluster() {
+    for (sync, held) in [(SyncMode::Full, true), (SyncMode::Top, true), (SyncMode::Top, false)] {
+        let mut hand = start(JobSpec { sync, ..JobSpec::plain(0, CLUSTER) }, |world| {
+            dense(world);
+            let blocks = if held { 0..128 } else { 80..128 };
+            world.borrow_mut().disk(SOURCE).set_top_layer(blocks);
+        });
+        let outcome = end_under_readers(&mut hand, 30);
+        assert!(matches!(outcome, Some(Outcome::Complete)), "{sync:?}: {outcome:?}");
+        assert!(sync == SyncMode::Top || hand.written() == 64 * CLUSTER, "each once");
+        assert!((45..64).all(|cluster| hand.target_holds(cluster)));
+        assert_eq!(hand.target_holds(30), held);
+    }
+}
+
+#[test]
+fn readers_who_take_turns_do_not_keep_the_sweep_from_an_error() {
+    let mut hand = start(JobSpec::plain(0, CLUSTER), |world| {
+        dense(world);
+        world.borrow_mut().disk(SOURCE).set_bad(ByteRange::new(30 * CLUSTER, 512));
+    });
+    let outcome = end_under_readers(&mut hand, 30);
+    assert!(matches!(outcome, Some(Outcome::Failed(_))), "{outcome:?}");
 }
