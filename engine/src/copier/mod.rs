@@ -42,6 +42,7 @@ mod tasks;
 mod throttle;
 mod transfer;
 mod verify;
+mod zero_runs;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -73,6 +74,7 @@ use tally::Tally;
 use throttle::Throttle;
 use transfer::{Transfer, TransferId};
 use verify::Window;
+use zero_runs::ZeroRuns;
 
 /// What the copier tells the job.
 #[derive(Clone, Debug)]
@@ -149,7 +151,7 @@ enum Task {
     /// Checksums of a transfer's clusters.
     Digest { transfer: TransferId },
     /// A hole made zero on the target.
-    ZeroRun { claim: Claim, method: ZeroMethod },
+    ZeroRun { claim: Claim, method: ZeroMethod, since: Timestamp },
     /// A question about the source.
     SourceExtents,
     /// A question about the source's layers.
@@ -235,9 +237,7 @@ pub struct Copier {
     zeroing: Zeroing,
     /// What was not written yet reads as zeros on the target. Believed until something shows, or may show, otherwise.
     blank_is_zero: bool,
-    zero_runs: u32,
-    /// What the zero runs in flight wrote cannot be believed: a flush failed meanwhile.
-    zero_runs_tainted: bool,
+    zero_runs: ZeroRuns,
     allocation: AllocateAhead,
     /// Transfers that were read and wait for their space.
     held: Vec<TransferId>,
@@ -301,7 +301,7 @@ impl Copier {
             tally.settled_clusters += range.count();
         }
         let resumed = Captured { done: plan.resumed.clone(), tally, complete: false };
-        let length = geometry.length().0;
+        let (length, cluster_bytes) = (geometry.length().0, geometry.cluster_size().bytes());
         let layers = (plan.sync == crate::modes::SyncMode::Top)
             .then(|| ExtentWindow::new(crate::ring::ExtentQuery::TopLayer, length, plan.limits.extents));
         let uncovered = plan.live.filter(|_| layers.is_some()).map(|_| ClusterBits::new(geometry.clusters()));
@@ -327,11 +327,10 @@ impl Copier {
                 .map(|_| GiveBack::new(geometry.clusters())),
             zeroing: Zeroing::Operation(ZeroMethod::Unmap),
             blank_is_zero: plan.target_is_zero,
-            zero_runs: 0,
-            zero_runs_tainted: false,
+            zero_runs: ZeroRuns::new(plan.limits.zero_run_bytes, cluster_bytes, plan.live.is_some()),
             allocation: AllocateAhead::new(plan.allocate_ahead, plan.limits),
             held: Vec::new(),
-            throttle: Throttle::new(plan.speed, geometry.cluster_size().bytes()),
+            throttle: Throttle::new(plan.speed, cluster_bytes),
             retries: RetryList::default(),
             mismatches: BTreeMap::new(),
             skipped: Skipped::new(plan.target_before),
@@ -427,8 +426,9 @@ impl Copier {
         self.throttle.set_speed(speed, now);
     }
 
-    /// Most clusters that the sweep may have in flight, and in one request; at least 1 each. Guests' copies do not count.
-    pub fn set_sweep_limit(&mut self, clusters: u32, run: u32) {
+    /// Most clusters that the sweep may have in flight, and in one request, and most runs of zeros; at least 1 each. Guests' copies do not count.
+    pub fn set_sweep_limit(&mut self, clusters: u32, run: u32, zero_runs: u32) {
+        self.zero_runs.limit = zero_runs.max(1);
         self.sweep_limit = clusters.max(1);
         self.sweep_run = run.clamp(1, self.plan.max_run);
     }
@@ -470,6 +470,13 @@ impl Copier {
     #[must_use]
     pub fn sweep_in_flight(&self) -> u32 {
         self.sweep_slots
+    }
+
+    /// Runs of zeros in flight.
+    #[cfg(feature = "sim")]
+    #[must_use]
+    pub fn zero_runs_in_flight(&self) -> u32 {
+        self.zero_runs.in_flight
     }
 
     /// What has happened since the last call.

@@ -95,7 +95,7 @@ impl Copier {
 
     /// Whether no cluster is being copied. Reads of the snapshot do not count: there may always be one.
     fn is_idle(&self) -> bool {
-        let idle = self.transfers.is_empty() && self.zero_runs == 0;
+        let idle = self.transfers.is_empty() && self.zero_runs.in_flight == 0;
         let all_free = self.snapshots.running > 0 || self.slots.all_free();
         assert!(!idle || all_free, "slots belong to transfers, and to reads of the snapshot");
         idle
@@ -103,7 +103,7 @@ impl Copier {
 
     /// Whether nothing of the sweep is under way; guests' copies may be.
     fn sweep_is_idle(&self) -> bool {
-        self.sweep_slots == 0 && self.aside_slots == 0 && self.zero_runs == 0
+        self.sweep_slots == 0 && self.aside_slots == 0 && self.zero_runs.in_flight == 0
     }
 
     fn nothing_under_way(&self) -> bool {
@@ -270,7 +270,7 @@ impl Copier {
         for (_, transfer) in &mut self.transfers {
             transfer.tainted = !matches!(transfer.purpose, super::transfer::Purpose::Verify(_));
         }
-        self.zero_runs_tainted = self.zero_runs > 0;
+        self.zero_runs.tainted = self.zero_runs.in_flight > 0;
         self.window = Window::default();
         self.closed_window = Window::default();
         self.checkpoints.stage = Stage::Idle;

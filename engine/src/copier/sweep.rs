@@ -15,8 +15,6 @@ use crate::modes::SyncMode;
 use crate::ring::Op;
 use crate::units::{ByteRange, ClusterCount, ClusterIndex, ClusterRange, Geometry, Timestamp};
 
-/// Runs of zeros in flight.
-const MAX_ZERO_RUNS: u32 = 4;
 /// Grain at which data within a cluster is told from holes: no file system has smaller blocks that matter, and every alignment divides it.
 const GRAIN: u64 = 4096;
 /// Clusters settled without I/O in one step.
@@ -144,7 +142,7 @@ impl Copier {
                 self.settle_at_once(ClusterRange { start: next, end }, Some(Was::Hole));
                 true
             }
-            Stretch::Hole => self.start_zero_run(ClusterRange { start: next, end }),
+            Stretch::Hole => self.start_zero_run(ClusterRange { start: next, end }, now),
             Stretch::Data => self.start_run(ClusterRange { start: next, end }, now),
         }
     }
@@ -152,7 +150,7 @@ impl Copier {
     /// Everything else was passed: once it is also done, try what an earlier run left out. It may fail again, and take long to.
     fn turn_to_postponed(&mut self) -> bool {
         let Some(&first) = self.postponed.first() else { return false };
-        if !self.transfers.is_empty() || self.zero_runs > 0 || self.retries.len() > 0 {
+        if !self.transfers.is_empty() || self.zero_runs.in_flight > 0 || self.retries.len() > 0 {
             return false;
         }
         self.postponed.clear();
@@ -214,27 +212,6 @@ impl Copier {
             _ => 0,
         };
         self.checkpoints.on_settled(charge);
-    }
-
-    fn start_zero_run(&mut self, range: ClusterRange) -> bool {
-        let Zeroing::Operation(method) = self.zeroing else { unreachable!("holes go as data then") };
-        if self.zero_runs >= MAX_ZERO_RUNS || self.zero_runs_tainted {
-            return false;
-        }
-        let max = (self.plan.limits.zero_run_bytes / self.plan.geometry.cluster_size().bytes()).max(1);
-        let Some(claim) = self.set.claim_first(range, ClusterCount(max)) else {
-            self.position = range.end;
-            return true;
-        };
-        let clusters = claim.range();
-        self.position = clusters.end;
-        self.retries.forget(clusters);
-        self.zero_runs += 1;
-        let range = self.plan.geometry.bytes_of(clusters);
-        let op = Op::WriteZeroes { file: self.plan.target.file, range, method };
-        tracing::trace!(?clusters, ?method, "zero");
-        self.push(Task::ZeroRun { claim, method }, op);
-        true
     }
 
     fn start_run(&mut self, range: ClusterRange, now: Timestamp) -> bool {

@@ -30,7 +30,9 @@ impl Copier {
                 self.on_zeroed(transfer, range, method, &result, now);
             }
             Task::Digest { transfer } => self.on_digests(transfer, result, now),
-            Task::ZeroRun { claim, method } => self.on_zero_run(claim, method, &result),
+            Task::ZeroRun { claim, method, since } => {
+                self.on_zero_run(claim, method, now.since(since), &result)
+            }
             Task::SourceExtents => self.holes.on_answer(result),
             Task::SourceLayers => self.layers.as_mut().expect("asked about layers").on_answer(result),
             Task::Coverage { transfer, range } => self.on_coverage(transfer, range, result, now),
@@ -308,7 +310,7 @@ impl Copier {
     }
 
     /// A zero operation failed that was done by `method`: try the next way from now on, unless another failure has led there already.
-    fn zeroing_failed(&mut self, method: ZeroMethod, errno: Errno) {
+    pub(super) fn zeroing_failed(&mut self, method: ZeroMethod, errno: Errno) {
         if self.zeroing == Zeroing::Operation(method) {
             self.zeroing = match (method, errno) {
                 (ZeroMethod::Unmap, Errno::EOPNOTSUPP) => Zeroing::Operation(ZeroMethod::Keep),
@@ -316,37 +318,6 @@ impl Copier {
             };
         }
         tracing::debug!(%errno, ?method, next = ?self.zeroing, "zero operation failed");
-    }
-
-    fn on_zero_run(
-        &mut self,
-        claim: crate::interval_set::Claim,
-        method: ZeroMethod,
-        result: &Result<Output, Errno>,
-    ) {
-        self.zero_runs -= 1;
-        let clusters = claim.range();
-        match result {
-            Ok(_) if !self.zero_runs_tainted => {
-                self.set.complete(claim);
-                self.skipped.done(clusters);
-                self.note_zeros(clusters, Was::Hole);
-                self.checkpoints.on_settled(self.plan.geometry.bytes_of(clusters).length);
-            }
-            result => {
-                if let Err(errno) = result {
-                    self.zeroing_failed(method, *errno);
-                }
-                if !matches!(result, Err(Errno::EOPNOTSUPP)) {
-                    self.skipped.may_be_written(clusters);
-                }
-                self.set.release(claim);
-                self.rewind_to(clusters.start);
-            }
-        }
-        if self.zero_runs == 0 {
-            self.zero_runs_tainted = false;
-        }
     }
 
     /// Have the sweep pass `cluster` again.

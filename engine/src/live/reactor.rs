@@ -389,6 +389,7 @@ impl<R: Ring> Reactor<R> {
     fn poll_jobs(&mut self, now: Timestamp) -> bool {
         let mut more = false;
         let mut failed_groups = Vec::new();
+        self.look_for_guests(now);
         let division = Division::of(self.ring.capacity());
         let mut taken = taken_by_jobs(&self.jobs, division);
         for (index, job) in &mut self.jobs {
@@ -399,7 +400,7 @@ impl<R: Ring> Reactor<R> {
                 job.controller.on_guest(now, job.asks.len());
             }
             let allowance = job.controller.allowance(now, job.runner.copier.counters().done);
-            job.runner.copier.set_sweep_limit(allowance.clusters, allowance.run);
+            job.runner.copier.set_sweep_limit(allowance.clusters, allowance.run, allowance.zero_runs);
             more |= job.runner.poll(now, places, &mut self.ops);
             job.in_flight += self.ops.len();
             taken.of_jobs += self.ops.len();

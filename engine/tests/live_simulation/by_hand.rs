@@ -24,7 +24,7 @@ const TARGET: usize = 1;
 struct Hand {
     world: SharedWorld,
     engine: SimEngine,
-    _disk: SimDisk,
+    disk: SimDisk,
     job: JobId,
     handle: JobHandle,
 }
@@ -32,7 +32,7 @@ struct Hand {
 /// Of a disk of 64 clusters; `prepare` has the last word on its contents.
 fn start(spec: JobSpec, prepare: impl FnOnce(&SharedWorld)) -> Hand {
     let mut scenario = Scenario::plain(7, Path::Own);
-    scenario.disks[0].length = 64 * CLUSTER;
+    scenario.disks[0].length = 64 * spec.cluster;
     scenario.starts[0].jobs = vec![spec];
     let world = scenario.world();
     prepare(&world);
@@ -49,7 +49,7 @@ fn start(spec: JobSpec, prepare: impl FnOnce(&SharedWorld)) -> Hand {
     handle.set_speed(NonZeroU64::new(100).map(Speed)).unwrap();
     assert!(engine.act().is_some(), "it is in use");
     let job = pending.take().expect("nobody holds a permit").expect("there is room")[0];
-    Hand { world, engine, _disk: disk, job, handle }
+    Hand { world, engine, disk, job, handle }
 }
 
 impl Hand {
@@ -247,4 +247,55 @@ fn readers_who_take_turns_do_not_keep_the_sweep_from_an_error() {
     });
     let outcome = end_under_readers(&mut hand, 30);
     assert!(matches!(outcome, Some(Outcome::Failed(_))), "{outcome:?}");
+}
+
+/// The most clusters, and the most runs of zeros, that the sweep has in flight while it copies a disk with holes, or nothing else. `guests`: somebody
+/// tries to write to it by himself, and asks for nothing.
+fn most_in_flight(guests: bool, holes: bool) -> (u32, u32) {
+    let spec = JobSpec {
+        slots: 60,
+        max_run: 16,
+        target_is_zero: false,
+        space_reserved: false,
+        ..JobSpec::plain(0, 65_536)
+    };
+    let mut hand = start(spec, |world| {
+        let mut world = world.borrow_mut();
+        world.disk(SOURCE).fill(0, &vec![1; 64 * 65_536]);
+        if holes {
+            world.disk(SOURCE).punch(64..1024);
+        }
+        world.disk(TARGET).set_slowness(20);
+    });
+    let mut most = (0, 0);
+    // Time passes while something is in flight.
+    let started = hand.engine.now();
+    let mut reading = None;
+    for _ in 0..4000 {
+        if guests {
+            // He gets his permit or goes away.
+            drop(hand.engine.attempt(&hand.disk, ByteRange::new(0, 1)));
+        }
+        if hand.engine.now().since(started) < Duration::from_millis(30) {
+            let range = ByteRange::new(63 * 65_536, 512);
+            reading = Some(hand.engine.read_snapshot(hand.job, range));
+            hand.turn(1);
+        } else if reading.take().is_some() {
+            hand.handle.set_speed(None).unwrap();
+        }
+        hand.turn(1);
+        for job in hand.engine.jobs() {
+            most = (most.0.max(job.sweep), most.1.max(job.zero_runs));
+        }
+    }
+    assert_eq!(hand.engine.jobs().count(), 0, "it is over");
+    most
+}
+
+#[test]
+fn guests_who_write_by_themselves_have_the_sweep_hold_back() {
+    let (alone, beside) = (most_in_flight(false, false).0, most_in_flight(true, false).0);
+    assert!(alone >= 24 && (1..=14).contains(&beside), "{alone} clusters alone, {beside} beside guests");
+    let (alone, beside) = (most_in_flight(false, true).1, most_in_flight(true, true).1);
+    assert!(alone > 1 && beside == 1, "{alone} runs of zeros alone, {beside} beside guests");
 }
