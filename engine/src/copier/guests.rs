@@ -23,7 +23,7 @@
 //! list of what was left out and copies it; if that fails, too, it is left out for good and the guest goes on. When the job
 //! is about to end, and when the list has as many ranges as it may have, nothing is taken off it any more.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use crossbeam::queue::SegQueue;
@@ -41,6 +41,8 @@ use crate::units::{ClusterCount, ClusterIndex, ClusterRange, Timestamp};
 
 /// The list of turns is not tidied before it has this many.
 const FEW_TURNS: usize = 64;
+/// Most of those who wait for a slot that are looked at in one iteration of the ring thread: perhaps they need none any more.
+const LOOKS: usize = 256;
 
 /// Names a guest's request among those of one copier; ascending in the order of arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -82,6 +84,11 @@ pub(super) struct Guests {
     requests: BTreeMap<CbwId, Request>,
     /// To be looked at, in this order. Some are over, or not ready any more.
     turns: VecDeque<CbwId>,
+    /// When requests give up.
+    deadlines: BTreeSet<(Timestamp, CbwId)>,
+    /// Which turn is looked at next, and how many are still to be.
+    next_look: usize,
+    looks_left: usize,
     /// Woken by the set, in whatever thread released the cluster.
     woken: Arc<SegQueue<CbwId>>,
     outcomes: Vec<(CbwId, CbwOutcome)>,
@@ -93,7 +100,23 @@ impl Guests {
     }
 
     pub(super) fn next_deadline(&self) -> Option<Timestamp> {
-        self.requests.values().filter_map(|request| request.deadline).min()
+        self.deadlines.first().map(|&(deadline, _)| deadline)
+    }
+
+    /// Whether some of those who wait for a slot were not looked at for want of time.
+    pub(super) fn has_looks_left(&self) -> bool {
+        self.looks_left > 0
+    }
+
+    /// The next of those who wait for a slot to be looked at. Those who could not be looked at the last time come first.
+    fn looks(&mut self) -> impl Iterator<Item = CbwId> {
+        let count = self.turns.len();
+        let left = if self.looks_left > 0 { self.looks_left.min(count) } else { count };
+        let looks = left.min(LOOKS);
+        let start = self.next_look;
+        self.looks_left = left - looks;
+        self.next_look = (start + looks).checked_rem(count).unwrap_or(0);
+        (start..start + looks).map(move |at| self.turns[at % count])
     }
 
     /// `id` is to be looked at, if it is there.
@@ -148,6 +171,7 @@ impl Copier {
         let request = Request { clusters, deadline, in_flight: 0, alone: false, waits: None, ready: false };
         let before = self.guests.requests.insert(id, request);
         assert!(before.is_none(), "{id:?} is in use");
+        self.guests.deadlines.extend(deadline.map(|deadline| (deadline, id)));
         self.guests.make_ready(id);
     }
 
@@ -171,6 +195,7 @@ impl Copier {
     fn drop_request(&mut self, id: CbwId) -> bool {
         let Some(request) = self.guests.requests.remove(&id) else { return false };
         self.guests.tidy();
+        request.deadline.map(|deadline| self.guests.deadlines.remove(&(deadline, id)));
         if let Some(ticket) = request.waits {
             // Woken already or not: nobody looks for it any more.
             let (Cancellation::Removed | Cancellation::AlreadyWoken) = self.set.cancel(ticket);
@@ -198,6 +223,7 @@ impl Copier {
             }
         }
         if self.guests.is_empty() {
+            self.guests.looks_left = 0;
             return;
         }
         if self.ending.is_some() {
@@ -209,29 +235,29 @@ impl Copier {
         }
         while let Some(id) = self.guests.first() {
             if !self.serve(id, now) {
-                self.answer_done();
-                break;
+                return self.answer_done();
             }
             if self.ending.is_some() {
                 return self.release_guests();
             }
         }
+        self.guests.looks_left = 0;
     }
 
     /// Slots are missing. Those who need none are not kept waiting by those who do.
     fn answer_done(&mut self) {
-        let done = |id: &CbwId| {
-            let request = self.guests.requests.get(id).filter(|request| request.ready);
-            request.is_some_and(|request| self.set.is_done(request.clusters))
-        };
-        let ids: Vec<CbwId> = self.guests.turns.iter().copied().filter(done).collect();
-        for id in ids {
-            self.answer(id, Ok(()));
+        let looks: Vec<CbwId> = self.guests.looks().collect();
+        for id in looks {
+            let request = self.guests.requests.get(&id).filter(|request| request.ready);
+            if request.is_some_and(|request| self.set.is_done(request.clusters)) {
+                self.answer(id, Ok(()));
+            }
         }
     }
 
     /// The job is ending: nothing needs to be copied for a guest any more.
     fn release_guests(&mut self) {
+        self.guests.looks_left = 0;
         let ids: Vec<CbwId> = self.guests.requests.keys().copied().collect();
         for id in ids {
             self.answer(id, Ok(()));
@@ -239,10 +265,7 @@ impl Copier {
     }
 
     fn time_out_guests(&mut self, now: Timestamp) {
-        let late = |request: &Request| request.deadline.is_some_and(|deadline| deadline <= now);
-        let ids: Vec<CbwId> =
-            self.guests.requests.iter().filter(|(_, request)| late(request)).map(|(&id, _)| id).collect();
-        for id in ids {
+        while let Some(&(_, id)) = self.guests.deadlines.first().filter(|(deadline, _)| *deadline <= now) {
             let clusters = self.guests.requests[&id].clusters;
             let range = self.plan.geometry.bytes_of(clusters);
             let reason = "the old contents were not copied within the guest's time-out";
@@ -403,5 +426,54 @@ impl Copier {
             return self.skip_for_good(cluster, error);
         }
         self.refuse(id, error);
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    fn waiting(count: u64) -> Guests {
+        let mut guests = Guests::default();
+        for id in (0..count).map(CbwId) {
+            let clusters = ClusterRange::new(id.0, id.0 + 1);
+            let request =
+                Request { clusters, deadline: None, in_flight: 0, alone: false, waits: None, ready: false };
+            guests.requests.insert(id, request);
+            guests.make_ready(id);
+        }
+        guests
+    }
+
+    #[test]
+    fn all_who_wait_for_a_slot_are_looked_at_some_at_a_time() {
+        for count in [1, 255, 256, 257, 1000] {
+            let mut guests = waiting(count);
+            // A round goes to its end, and the next one begins anew.
+            for _ in 0..3 {
+                let mut seen = BTreeSet::new();
+                loop {
+                    let looks: Vec<CbwId> = guests.looks().collect();
+                    assert!((1..=LOOKS).contains(&looks.len()));
+                    seen.extend(looks);
+                    if !guests.has_looks_left() {
+                        break;
+                    }
+                }
+                assert_eq!(seen.len() as u64, count);
+            }
+        }
+        assert_eq!(Guests::default().looks().count(), 0);
+    }
+
+    #[test]
+    fn turns_that_nobody_takes_are_forgotten() {
+        let mut guests = waiting(1000);
+        for id in (1..1000).map(CbwId) {
+            guests.requests.remove(&id);
+            guests.tidy();
+        }
+        assert_eq!(guests.first(), Some(CbwId(0)));
+        assert!(guests.turns.len() <= FEW_TURNS + 2, "{}", guests.turns.len());
     }
 }

@@ -270,6 +270,10 @@ pub struct Copier {
     dropped_to: u64,
     /// The target's page cache is being written back outside a checkpoint.
     writing_back: bool,
+    /// Of the work of this iteration.
+    steps_left: u32,
+    /// Up to where it was seen that all is done.
+    counted_to: ClusterIndex,
     user_paused: bool,
     stopped: Option<Arc<Error>>,
     drained_said: bool,
@@ -349,6 +353,8 @@ impl Copier {
             written: 0,
             dropped_to: 0,
             writing_back: false,
+            steps_left: 0,
+            counted_to: ClusterIndex(0),
             user_paused: false,
             stopped: None,
             drained_said: false,
@@ -364,15 +370,15 @@ impl Copier {
     /// Do what can be done at `now`, and give the operations to push that find `places`. `true`: there is more to do at once.
     pub fn poll(&mut self, now: Timestamp, places: Places, out: &mut Vec<(Token, Op)>) -> bool {
         self.places = places;
+        let mut more = self.fleece.as_mut().is_some_and(Fleece::free_some);
         if self.hold_until.is_some_and(|until| until <= now) {
             self.hold_until = None;
         }
         self.serve_guests(now);
         self.serve_snapshots();
         self.settle(now);
-        let mut more = false;
         if !self.finished {
-            more = self.advance(now);
+            more |= self.advance(now);
             self.settle(now);
         }
         if self.ending.is_some() {
@@ -380,7 +386,7 @@ impl Copier {
             self.serve_snapshots();
         }
         self.queue.take(places, out);
-        more && !self.finished
+        (more || self.guests.has_looks_left() || self.counted_to.0 > 0) && !self.finished
     }
 
     /// When to call [`Self::poll`] again although nothing has happened.

@@ -21,6 +21,8 @@ const GRAIN: u64 = 4096;
 const MAX_SETTLED_AT_ONCE: u64 = 1 << 16;
 /// Steps an iteration of the ring thread, so that completions are never kept waiting long.
 const STEPS: u32 = 128;
+/// So many clusters settled without I/O count as one more step.
+const SETTLED_A_STEP: u64 = 1 << 11;
 
 /// What the clusters from the sweep's position on have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,9 +38,13 @@ enum Stretch {
 impl Copier {
     /// Start what can be started now. `true`: the work budget of an iteration was used up before that.
     pub(super) fn advance(&mut self, now: Timestamp) -> bool {
-        let steps = (0..STEPS).take_while(|_| self.step(now)).count();
+        self.steps_left = STEPS;
+        while self.steps_left > 0 && self.step(now) {
+            self.steps_left = self.steps_left.saturating_sub(1);
+        }
+        let more = self.steps_left == 0;
         if self.ending.is_some() || self.paused() || self.plan.sync == SyncMode::None {
-            return steps == STEPS as usize;
+            return more;
         }
         if let Some(op) = self.holes.question(self.plan.source.file) {
             self.push(Task::SourceExtents, op);
@@ -47,7 +53,7 @@ impl Copier {
         if let Some(op) = layers {
             self.push(Task::SourceLayers, op);
         }
-        steps == STEPS as usize
+        more
     }
 
     /// One step; `false` when nothing can be started before something happens.
@@ -201,6 +207,8 @@ impl Copier {
         self.retries.forget(clusters);
         tracing::trace!(?clusters, ?was, "skip");
         self.set.complete(claim);
+        let steps = u32::try_from(clusters.count() / SETTLED_A_STEP).expect("bounded by MAX_SETTLED_AT_ONCE");
+        self.steps_left = self.steps_left.saturating_sub(steps);
         match was {
             Some(was) => self.note_zeros(clusters, was),
             None => self.note_uncovered(clusters),
