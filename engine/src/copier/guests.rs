@@ -6,8 +6,11 @@
 //! clusters, as far as there are slots, and copies it in runs of its own; it waits in the set's table for the first cluster that
 //! somebody else is copying, which makes that copy urgent, and looks again when that one is released.
 //!
+//! Requests are served in rounds, a run for each: one of many clusters does not keep the others waiting until the last of its own is claimed. Who
+//! finds no slot and has some already lets those go first who came later.
+//!
 //! # Ordering
-//! Requests are served in the order in which they came, before the sweep, its throttle, its pause and its retries; some slots are
+//! Requests are served in the order in which they came, round by round, before the sweep, its throttle, its pause and its retries; some slots are
 //! kept from the sweep for them. They never wait for each other but through clusters: claims are held by I/O in flight only.
 //!
 //! # Failures
@@ -20,7 +23,7 @@
 //! list of what was left out and copies it; if that fails, too, it is left out for good and the guest goes on. When the job
 //! is about to end, and when the list has as many ranges as it may have, nothing is taken off it any more.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use crossbeam::queue::SegQueue;
@@ -32,9 +35,14 @@ use super::plan::planted;
 use super::transfer::{Failure, TransferId};
 use super::{Copier, Ending, Task, one};
 use crate::error::{Error, ErrorKind, Operation};
-use crate::interval_set::{Cancellation, ClusterState, Registration, Ticket, Waiter};
+use crate::interval_set::{Cancellation, Registration, Ticket, Waiter};
 use crate::modes::{CbwErrorPolicy, ErrorPolicy, SyncMode};
 use crate::units::{ClusterCount, ClusterIndex, ClusterRange, Timestamp};
+
+/// The list of turns is not tidied before it has this many.
+const FEW_TURNS: usize = 64;
+/// Most of those who wait for a slot that are looked at in one iteration of the ring thread: perhaps they need none any more.
+const LOOKS: usize = 256;
 
 /// Names a guest's request among those of one copier; ascending in the order of arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -55,14 +63,32 @@ struct Request {
     alone: bool,
     /// The cluster of somebody else that it waits for.
     waits: Option<Ticket>,
+    /// It is to be looked at.
+    ready: bool,
+}
+
+/// What was claimed for a request in one round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Claimed {
+    /// A run; there may be more.
+    Run,
+    /// Nothing, for nothing is free.
+    Nothing,
+    /// Nothing, for want of a slot.
+    NoSlot,
 }
 
 /// The requests of one copier. See the module's header.
 #[derive(Debug, Default)]
 pub(super) struct Guests {
     requests: BTreeMap<CbwId, Request>,
-    /// To be looked at.
-    ready: BTreeSet<CbwId>,
+    /// To be looked at, in this order. Some are over, or not ready any more.
+    turns: VecDeque<CbwId>,
+    /// When requests give up.
+    deadlines: BTreeSet<(Timestamp, CbwId)>,
+    /// Which turn is looked at next, and how many are still to be.
+    next_look: usize,
+    looks_left: usize,
     /// Woken by the set, in whatever thread released the cluster.
     woken: Arc<SegQueue<CbwId>>,
     outcomes: Vec<(CbwId, CbwOutcome)>,
@@ -74,7 +100,61 @@ impl Guests {
     }
 
     pub(super) fn next_deadline(&self) -> Option<Timestamp> {
-        self.requests.values().filter_map(|request| request.deadline).min()
+        self.deadlines.first().map(|&(deadline, _)| deadline)
+    }
+
+    /// Whether some of those who wait for a slot were not looked at for want of time.
+    pub(super) fn has_looks_left(&self) -> bool {
+        self.looks_left > 0
+    }
+
+    /// The next of those who wait for a slot to be looked at. Those who could not be looked at the last time come first.
+    fn looks(&mut self) -> impl Iterator<Item = CbwId> {
+        let count = self.turns.len();
+        let left = if self.looks_left > 0 { self.looks_left.min(count) } else { count };
+        let looks = left.min(LOOKS);
+        let start = self.next_look;
+        self.looks_left = left - looks;
+        self.next_look = (start + looks).checked_rem(count).unwrap_or(0);
+        (start..start + looks).map(move |at| self.turns[at % count])
+    }
+
+    /// `id` is to be looked at, if it is there.
+    fn make_ready(&mut self, id: CbwId) {
+        let Some(request) = self.requests.get_mut(&id) else { return };
+        if !std::mem::replace(&mut request.ready, true) {
+            self.turns.push_back(id);
+        }
+    }
+
+    /// Whose turn it is.
+    fn first(&mut self) -> Option<CbwId> {
+        while let Some(&id) = self.turns.front() {
+            if self.requests.get(&id).is_some_and(|request| request.ready) {
+                return Some(id);
+            }
+            self.turns.pop_front();
+        }
+        None
+    }
+
+    /// Forget those who are over, if they are more than the others.
+    fn tidy(&mut self) {
+        if self.turns.len() > FEW_TURNS + 2 * self.requests.len() {
+            let requests = &self.requests;
+            self.turns.retain(|id| requests.get(id).is_some_and(|request| request.ready));
+        }
+    }
+
+    /// Whose turn it was has had it. `again`: has another, after the others.
+    fn end_turn(&mut self, again: bool) {
+        let id = self.turns.pop_front().expect("it was somebody's turn");
+        if let Some(request) = self.requests.get_mut(&id) {
+            request.ready = again;
+            if again {
+                self.turns.push_back(id);
+            }
+        }
     }
 }
 
@@ -88,10 +168,11 @@ impl Copier {
         let live = self.plan.live.as_ref().expect("guests write to live disks only");
         let deadline = live.cbw_timeout.map(|timeout| since.after(timeout));
         tracing::trace!(?id, ?clusters, "guest waits");
-        let request = Request { clusters, deadline, in_flight: 0, alone: false, waits: None };
+        let request = Request { clusters, deadline, in_flight: 0, alone: false, waits: None, ready: false };
         let before = self.guests.requests.insert(id, request);
         assert!(before.is_none(), "{id:?} is in use");
-        self.guests.ready.insert(id);
+        self.guests.deadlines.extend(deadline.map(|deadline| (deadline, id)));
+        self.guests.make_ready(id);
     }
 
     /// The guest does not want it any more. Copies under way go on; it is not answered.
@@ -112,8 +193,9 @@ impl Copier {
     }
 
     fn drop_request(&mut self, id: CbwId) -> bool {
-        self.guests.ready.remove(&id);
         let Some(request) = self.guests.requests.remove(&id) else { return false };
+        self.guests.tidy();
+        request.deadline.map(|deadline| self.guests.deadlines.remove(&(deadline, id)));
         if let Some(ticket) = request.waits {
             // Woken already or not: nobody looks for it any more.
             let (Cancellation::Removed | Cancellation::AlreadyWoken) = self.set.cancel(ticket);
@@ -137,10 +219,11 @@ impl Copier {
             // One that was woken and has gone since is not in the table any more.
             if let Some(request) = self.guests.requests.get_mut(&id) {
                 request.waits = None;
-                self.guests.ready.insert(id);
+                self.guests.make_ready(id);
             }
         }
         if self.guests.is_empty() {
+            self.guests.looks_left = 0;
             return;
         }
         if self.ending.is_some() {
@@ -150,28 +233,31 @@ impl Copier {
         if self.ending.is_some() {
             return self.release_guests();
         }
-        while let Some(&id) = self.guests.ready.first() {
+        while let Some(id) = self.guests.first() {
             if !self.serve(id, now) {
-                self.answer_done();
-                break;
+                return self.answer_done();
             }
             if self.ending.is_some() {
                 return self.release_guests();
             }
         }
+        self.guests.looks_left = 0;
     }
 
     /// Slots are missing. Those who need none are not kept waiting by those who do.
     fn answer_done(&mut self) {
-        let done = |id: &CbwId| self.set.is_done(self.guests.requests[id].clusters);
-        let ids: Vec<CbwId> = self.guests.ready.iter().copied().filter(done).collect();
-        for id in ids {
-            self.answer(id, Ok(()));
+        let looks: Vec<CbwId> = self.guests.looks().collect();
+        for id in looks {
+            let request = self.guests.requests.get(&id).filter(|request| request.ready);
+            if request.is_some_and(|request| self.set.is_done(request.clusters)) {
+                self.answer(id, Ok(()));
+            }
         }
     }
 
     /// The job is ending: nothing needs to be copied for a guest any more.
     fn release_guests(&mut self) {
+        self.guests.looks_left = 0;
         let ids: Vec<CbwId> = self.guests.requests.keys().copied().collect();
         for id in ids {
             self.answer(id, Ok(()));
@@ -179,10 +265,7 @@ impl Copier {
     }
 
     fn time_out_guests(&mut self, now: Timestamp) {
-        let late = |request: &Request| request.deadline.is_some_and(|deadline| deadline <= now);
-        let ids: Vec<CbwId> =
-            self.guests.requests.iter().filter(|(_, request)| late(request)).map(|(&id, _)| id).collect();
-        for id in ids {
+        while let Some(&(_, id)) = self.guests.deadlines.first().filter(|(deadline, _)| *deadline <= now) {
             let clusters = self.guests.requests[&id].clusters;
             let range = self.plan.geometry.bytes_of(clusters);
             let reason = "the old contents were not copied within the guest's time-out";
@@ -209,12 +292,10 @@ impl Copier {
         }
     }
 
-    /// Do for a request what can be done now. `false`: there is no slot, and none for those behind it.
+    /// Do for the request whose turn it is what can be done in one round. `false`: there is no slot, and none for those behind it.
     fn serve(&mut self, id: CbwId, now: Timestamp) -> bool {
-        let Some(request) = self.guests.requests.get(&id) else { unreachable!("it is ready") };
-        let all = request.clusters;
-        let first = self.set.next_not_done(all.start).filter(|&first| first < all.end);
-        let Some(first) = first else {
+        let all = self.guests.requests[&id].clusters;
+        let Some(first) = self.set.first_not_done(all) else {
             self.answer(id, Ok(()));
             return true;
         };
@@ -222,56 +303,57 @@ impl Copier {
         if self.skipped.count() >= self.plan.limits.skipped_ranges {
             self.give_up_skipped(rest);
         }
-        let Some(request) = self.guests.requests.get(&id) else { unreachable!("it is ready") };
-        let alone = request.alone;
-        let waits = request.waits.is_some();
-        self.guests.requests.get_mut(&id).expect("it is there").clusters = rest;
+        let request = self.guests.requests.get_mut(&id).expect("it is there");
+        request.clusters = rest;
+        let (alone, waits) = (request.alone, request.waits.is_some());
         if !waits {
             self.wait_for_others(id, rest);
         }
-        if self.claim_for(id, rest, alone, now) {
+        let claimed = self.claim_for(id, rest, alone, now);
+        let request = &self.guests.requests[&id];
+        let left_alone = request.in_flight == 0 && request.waits.is_none();
+        match claimed {
             // Those of its clusters that are free wait for a slot, and so does everybody behind.
-            return false;
-        }
-        self.guests.ready.remove(&id);
-        let request = self.guests.requests.get(&id).expect("it is there");
-        if request.in_flight == 0 && request.waits.is_none() {
+            Claimed::NoSlot => {
+                if request.in_flight > 0 {
+                    self.guests.end_turn(true);
+                }
+                return false;
+            }
+            Claimed::Run => self.guests.end_turn(true),
             // Everything busy was released meanwhile, or what was claimed needed no copy: look again.
-            self.guests.ready.insert(id);
+            Claimed::Nothing => self.guests.end_turn(left_alone),
         }
         true
     }
 
-    /// Claim and copy what is free in `range`; whether slots were missing.
-    fn claim_for(&mut self, id: CbwId, range: ClusterRange, alone: bool, now: Timestamp) -> bool {
-        let mut at = range.start;
-        while at < range.end {
-            let rest = ClusterRange { start: at, end: range.end };
-            let max = if alone { 1 } else { u64::from(self.plan.max_run).min(rest.count()) };
-            let (slot, free) = self.slots.longest_run(u32::try_from(max).expect("bounded by max_run"));
-            if free == 0 {
-                return rest.iter().any(|cluster| self.set.state(cluster) == ClusterState::ToCopy);
-            }
-            let Some(claim) = self.set.claim_first(rest, ClusterCount(u64::from(free))) else { break };
-            at = claim.range().end;
-            self.guests.requests.get_mut(&id).expect("it is there").in_flight += 1;
-            self.give_second_chance(claim.range());
-            let attempts = self.retries.take_out(claim.range());
-            self.start_guest_copy(claim, slot, id, attempts, now);
+    /// Claim and copy the first run in `range` that is free.
+    fn claim_for(&mut self, id: CbwId, range: ClusterRange, alone: bool, now: Timestamp) -> Claimed {
+        let max = if alone { 1 } else { u64::from(self.plan.max_run).min(range.count()) };
+        let (slot, free) = self.slots.longest_run(u32::try_from(max).expect("bounded by max_run"));
+        if free == 0 {
+            let any = self.set.first_to_copy(range).is_some();
+            return if any { Claimed::NoSlot } else { Claimed::Nothing };
         }
-        false
+        let Some(claim) = self.set.claim_first(range, ClusterCount(u64::from(free))) else {
+            return Claimed::Nothing;
+        };
+        self.guests.requests.get_mut(&id).expect("it is there").in_flight += 1;
+        self.give_second_chance(claim.range());
+        let attempts = self.retries.take_out(claim.range());
+        self.start_guest_copy(claim, slot, id, attempts, now);
+        Claimed::Run
     }
 
     /// Wait for the first cluster of `range` that somebody else is copying.
-    fn wait_for_others(&mut self, id: CbwId, range: ClusterRange) {
-        for cluster in range.iter() {
-            if matches!(self.set.state(cluster), ClusterState::ToCopy | ClusterState::Done)
-                || self
-                    .transfer_of(cluster)
-                    .is_some_and(|transfer| self.transfers[transfer].guest == Some(id))
-            {
+    fn wait_for_others(&mut self, id: CbwId, mut range: ClusterRange) {
+        while let Some(cluster) = self.set.first_busy(range) {
+            let holder = self.transfer_of(cluster).map(|transfer| &self.transfers[transfer]);
+            if let Some(own) = holder.filter(|transfer| transfer.guest == Some(id)) {
+                range.start = range.end.min(own.clusters.end);
                 continue;
             }
+            range.start = ClusterIndex(cluster.0 + 1);
             let woken = Arc::clone(&self.guests.woken);
             let waiter = Waiter::callback(move || woken.push(id));
             match self.set.wait_for(cluster, waiter) {
@@ -286,7 +368,7 @@ impl Copier {
         }
     }
 
-    fn transfer_of(&self, cluster: ClusterIndex) -> Option<TransferId> {
+    pub(super) fn transfer_of(&self, cluster: ClusterIndex) -> Option<TransferId> {
         self.transfers.iter().find(|(_, transfer)| transfer.clusters.contains(cluster)).map(|(id, _)| id)
     }
 
@@ -300,19 +382,11 @@ impl Copier {
                 return;
             }
         }
-        let tasks = &self.tasks;
-        let of_it = |token: crate::ring::Token| {
-            let task = usize::try_from(token.0).ok().and_then(|index| tasks.get(index));
-            match task {
-                Some(Task::ZeroRun { claim, .. }) => claim.range().contains(cluster),
-                Some(Task::Snapshot(read)) => read.holds(cluster),
-                Some(task) => task.transfer().is_some_and(|transfer| Some(transfer) == id),
-                None => false,
-            }
-        };
-        let (urgent, rest): (Vec<_>, Vec<_>) = self.backlog.drain(..).partition(|(token, _)| of_it(*token));
-        self.backlog.extend(rest);
-        self.urgent.extend(urgent);
+        self.queue.promote(|task| match task {
+            Task::ZeroRun { claim, .. } => claim.range().contains(cluster),
+            Task::Snapshot(read) => read.holds(cluster),
+            task => task.transfer().is_some_and(|transfer| Some(transfer) == id),
+        });
     }
 
     /// A transfer made for the request `id` has ended; `unsettled` of it could not be copied.
@@ -336,7 +410,7 @@ impl Copier {
         let Some(request) = self.guests.requests.get_mut(&id) else { return };
         request.in_flight -= 1;
         request.alone |= failure.is_some();
-        self.guests.ready.insert(id);
+        self.guests.make_ready(id);
         let Some(failure) = failure else { return };
         if self.ending.is_some() || unsettled.is_empty() || clusters.count() > 1 {
             return;
@@ -352,5 +426,54 @@ impl Copier {
             return self.skip_for_good(cluster, error);
         }
         self.refuse(id, error);
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    fn waiting(count: u64) -> Guests {
+        let mut guests = Guests::default();
+        for id in (0..count).map(CbwId) {
+            let clusters = ClusterRange::new(id.0, id.0 + 1);
+            let request =
+                Request { clusters, deadline: None, in_flight: 0, alone: false, waits: None, ready: false };
+            guests.requests.insert(id, request);
+            guests.make_ready(id);
+        }
+        guests
+    }
+
+    #[test]
+    fn all_who_wait_for_a_slot_are_looked_at_some_at_a_time() {
+        for count in [1, 255, 256, 257, 1000] {
+            let mut guests = waiting(count);
+            // A round goes to its end, and the next one begins anew.
+            for _ in 0..3 {
+                let mut seen = BTreeSet::new();
+                loop {
+                    let looks: Vec<CbwId> = guests.looks().collect();
+                    assert!((1..=LOOKS).contains(&looks.len()));
+                    seen.extend(looks);
+                    if !guests.has_looks_left() {
+                        break;
+                    }
+                }
+                assert_eq!(seen.len() as u64, count);
+            }
+        }
+        assert_eq!(Guests::default().looks().count(), 0);
+    }
+
+    #[test]
+    fn turns_that_nobody_takes_are_forgotten() {
+        let mut guests = waiting(1000);
+        for id in (1..1000).map(CbwId) {
+            guests.requests.remove(&id);
+            guests.tidy();
+        }
+        assert_eq!(guests.first(), Some(CbwId(0)));
+        assert!(guests.turns.len() <= FEW_TURNS + 2, "{}", guests.turns.len());
     }
 }

@@ -14,7 +14,7 @@
 //!   on a cancel is too late. Failure and cancel are decided at once, and told when nothing is in flight any more.
 //!
 //! # Bounds
-//! Operations in flight: the ring's capacity; those queued behind it: for each slot as many as its cluster has blocks of 4 KiB. Everything else is counted in slots, in
+//! Operations in flight: the ring's capacity, of which a live job has a part (`queue`); those queued behind it: for each slot as many as its cluster has blocks of 4 KiB. Everything else is counted in slots, in
 //! [`plan::Limits`], or in bits per cluster.
 //!
 //! The parts: [`sweep`](self) decides what to start, `tasks` carries transfers through, `settle` handles errors, checkpoints and the end.
@@ -30,6 +30,7 @@ mod give_back;
 pub mod guests;
 pub mod inspect;
 pub mod plan;
+mod queue;
 mod retry;
 mod settle;
 mod skipped;
@@ -41,8 +42,9 @@ mod tasks;
 mod throttle;
 mod transfer;
 mod verify;
+mod zero_runs;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use slab::Slab;
@@ -62,6 +64,8 @@ use fleece::Fleece;
 use give_back::GiveBack;
 use guests::Guests;
 use plan::Plan;
+pub use queue::Places;
+use queue::Queue;
 use retry::RetryList;
 use skipped::Skipped;
 use slots::Slots;
@@ -70,6 +74,7 @@ use tally::Tally;
 use throttle::Throttle;
 use transfer::{Transfer, TransferId};
 use verify::Window;
+use zero_runs::ZeroRuns;
 
 /// What the copier tells the job.
 #[derive(Clone, Debug)]
@@ -146,7 +151,7 @@ enum Task {
     /// Checksums of a transfer's clusters.
     Digest { transfer: TransferId },
     /// A hole made zero on the target.
-    ZeroRun { claim: Claim, method: ZeroMethod },
+    ZeroRun { claim: Claim, method: ZeroMethod, since: Timestamp },
     /// A question about the source.
     SourceExtents,
     /// A question about the source's layers.
@@ -207,10 +212,9 @@ pub struct Copier {
     set: Arc<IntervalSet>,
     slots: Slots,
     transfers: Slab<Transfer>,
-    tasks: Slab<Task>,
-    /// Operations that guests wait for; they go first.
-    urgent: VecDeque<(Token, Op)>,
-    backlog: VecDeque<(Token, Op)>,
+    queue: Queue,
+    /// What of the ring there is for it in this iteration.
+    places: Places,
     guests: Guests,
     fleece: Option<Fleece>,
     snapshots: Snapshots,
@@ -220,6 +224,8 @@ pub struct Copier {
     sweep_run: u32,
     /// Slots that it holds.
     sweep_slots: u32,
+    /// Slots in which it has copies made that it has taken over from readers.
+    aside_slots: u32,
     /// Next cluster for the sweep to look at.
     position: ClusterIndex,
     holes: ExtentWindow,
@@ -231,9 +237,7 @@ pub struct Copier {
     zeroing: Zeroing,
     /// What was not written yet reads as zeros on the target. Believed until something shows, or may show, otherwise.
     blank_is_zero: bool,
-    zero_runs: u32,
-    /// What the zero runs in flight wrote cannot be believed: a flush failed meanwhile.
-    zero_runs_tainted: bool,
+    zero_runs: ZeroRuns,
     allocation: AllocateAhead,
     /// Transfers that were read and wait for their space.
     held: Vec<TransferId>,
@@ -266,6 +270,10 @@ pub struct Copier {
     dropped_to: u64,
     /// The target's page cache is being written back outside a checkpoint.
     writing_back: bool,
+    /// Of the work of this iteration.
+    steps_left: u32,
+    /// Up to where it was seen that all is done.
+    counted_to: ClusterIndex,
     user_paused: bool,
     stopped: Option<Arc<Error>>,
     drained_said: bool,
@@ -297,22 +305,22 @@ impl Copier {
             tally.settled_clusters += range.count();
         }
         let resumed = Captured { done: plan.resumed.clone(), tally, complete: false };
-        let length = geometry.length().0;
+        let (length, cluster_bytes) = (geometry.length().0, geometry.cluster_size().bytes());
         let layers = (plan.sync == crate::modes::SyncMode::Top)
             .then(|| ExtentWindow::new(crate::ring::ExtentQuery::TopLayer, length, plan.limits.extents));
         let uncovered = plan.live.filter(|_| layers.is_some()).map(|_| ClusterBits::new(geometry.clusters()));
         Self {
             slots: Slots::new(plan.slots, plan.arena_start),
             transfers: Slab::new(),
-            tasks: Slab::new(),
-            urgent: VecDeque::new(),
-            backlog: VecDeque::new(),
+            queue: Queue::new(plan.target.file),
+            places: Places::alone(0),
             guests: Guests::default(),
             fleece: None,
             snapshots: Snapshots::default(),
             sweep_limit: plan.slots,
             sweep_run: plan.max_run,
             sweep_slots: 0,
+            aside_slots: 0,
             position: ClusterIndex(0),
             holes: ExtentWindow::new(crate::ring::ExtentQuery::Data, length, plan.limits.extents),
             layers,
@@ -323,11 +331,10 @@ impl Copier {
                 .map(|_| GiveBack::new(geometry.clusters())),
             zeroing: Zeroing::Operation(ZeroMethod::Unmap),
             blank_is_zero: plan.target_is_zero,
-            zero_runs: 0,
-            zero_runs_tainted: false,
+            zero_runs: ZeroRuns::new(plan.limits.zero_run_bytes, cluster_bytes, plan.live.is_some()),
             allocation: AllocateAhead::new(plan.allocate_ahead, plan.limits),
             held: Vec::new(),
-            throttle: Throttle::new(plan.speed, geometry.cluster_size().bytes()),
+            throttle: Throttle::new(plan.speed, cluster_bytes),
             retries: RetryList::default(),
             mismatches: BTreeMap::new(),
             skipped: Skipped::new(plan.target_before),
@@ -346,6 +353,8 @@ impl Copier {
             written: 0,
             dropped_to: 0,
             writing_back: false,
+            steps_left: 0,
+            counted_to: ClusterIndex(0),
             user_paused: false,
             stopped: None,
             drained_said: false,
@@ -358,28 +367,26 @@ impl Copier {
         }
     }
 
-    /// Do what can be done at `now`, and give at most `room` operations to push. `true`: there is more to do at once.
-    pub fn poll(&mut self, now: Timestamp, room: usize, out: &mut Vec<(Token, Op)>) -> bool {
+    /// Do what can be done at `now`, and give the operations to push that find `places`. `true`: there is more to do at once.
+    pub fn poll(&mut self, now: Timestamp, places: Places, out: &mut Vec<(Token, Op)>) -> bool {
+        self.places = places;
+        let mut more = self.fleece.as_mut().is_some_and(Fleece::free_some);
         if self.hold_until.is_some_and(|until| until <= now) {
             self.hold_until = None;
         }
         self.serve_guests(now);
         self.serve_snapshots();
         self.settle(now);
-        let mut more = false;
         if !self.finished {
-            more = self.advance(now);
+            more |= self.advance(now);
             self.settle(now);
         }
         if self.ending.is_some() {
             self.serve_guests(now);
             self.serve_snapshots();
         }
-        for _ in 0..room {
-            let Some(next) = self.urgent.pop_front().or_else(|| self.backlog.pop_front()) else { break };
-            out.push(next);
-        }
-        more && !self.finished
+        self.queue.take(places, out);
+        (more || self.guests.has_looks_left() || self.counted_to.0 > 0) && !self.finished
     }
 
     /// When to call [`Self::poll`] again although nothing has happened.
@@ -425,8 +432,9 @@ impl Copier {
         self.throttle.set_speed(speed, now);
     }
 
-    /// Most clusters that the sweep may have in flight, and in one request; at least 1 each. Guests' copies do not count.
-    pub fn set_sweep_limit(&mut self, clusters: u32, run: u32) {
+    /// Most clusters that the sweep may have in flight, and in one request, and most runs of zeros; at least 1 each. Guests' copies do not count.
+    pub fn set_sweep_limit(&mut self, clusters: u32, run: u32, zero_runs: u32) {
+        self.zero_runs.limit = zero_runs.max(1);
         self.sweep_limit = clusters.max(1);
         self.sweep_run = run.clamp(1, self.plan.max_run);
     }
@@ -457,11 +465,24 @@ impl Copier {
         self.finished
     }
 
+    /// Operations on the ring besides so many of each kind: see [`Places::own`].
+    #[must_use]
+    pub fn beyond(&self, own: usize) -> usize {
+        self.queue.beyond(own)
+    }
+
     /// Clusters that the sweep has in flight.
     #[cfg(feature = "sim")]
     #[must_use]
     pub fn sweep_in_flight(&self) -> u32 {
         self.sweep_slots
+    }
+
+    /// Runs of zeros in flight.
+    #[cfg(feature = "sim")]
+    #[must_use]
+    pub fn zero_runs_in_flight(&self) -> u32 {
+        self.zero_runs.in_flight
     }
 
     /// What has happened since the last call.
@@ -522,9 +543,7 @@ impl Copier {
                 transfer.is_some_and(|transfer| transfer.urgent)
             }
         };
-        let token = Token(self.tasks.insert(task) as u64);
-        let queue = if urgent { &mut self.urgent } else { &mut self.backlog };
-        queue.push_back((token, op));
+        self.queue.push(task, op, urgent);
     }
 
     fn keeps_checkpoints(&self) -> bool {
@@ -545,9 +564,8 @@ impl std::fmt::Debug for Copier {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Copier")
             .field("position", &self.position)
-            .field("tasks", &self.tasks)
+            .field("queue", &self.queue)
             .field("transfers", &self.transfers)
-            .field("backlog", &self.backlog)
             .field("held", &self.held)
             .field("retries", &self.retries)
             .field("fleece", &self.fleece)
@@ -565,7 +583,7 @@ impl Drop for Copier {
     /// A copier that goes away in mid-copy (its ring broke) gives its claims back.
     fn drop(&mut self) {
         let transfers = self.transfers.drain().flat_map(Transfer::abandon);
-        let runs = self.tasks.drain().filter_map(|task| match task {
+        let runs = self.queue.drain().filter_map(|task| match task {
             Task::ZeroRun { claim, .. } => Some(claim),
             Task::Snapshot(read) => read.abandon(),
             _ => None,

@@ -105,6 +105,11 @@ impl RetryList {
         attempts
     }
 
+    /// Whether any of `clusters` waits for its retry.
+    pub(super) fn waits(&self, clusters: ClusterRange) -> bool {
+        self.entries.range(clusters.start..clusters.end).next().is_some()
+    }
+
     /// Whether a cluster's time has come.
     pub(super) fn is_due(&self, now: Timestamp) -> bool {
         !self.due.is_empty() || self.later.first().is_some_and(|&(at, _)| at <= now)

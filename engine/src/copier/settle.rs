@@ -17,6 +17,9 @@ use crate::modes::SyncMode;
 use crate::ring::{Op, Output};
 use crate::units::{ByteRange, ClusterRange, Length, Timestamp};
 
+/// Clusters looked at in one iteration of the ring thread when all is done: 1 MiB of the set.
+const COUNTED_AT_ONCE: u64 = 1 << 22;
+
 impl Copier {
     /// Do whatever checkpoints and the end call for.
     pub(super) fn settle(&mut self, now: Timestamp) {
@@ -87,15 +90,25 @@ impl Copier {
             self.tally.settled_clusters += self.skipped.clusters();
             self.checkpoints.stage = Stage::Publishing;
             self.push_map(false);
-        } else if self.nothing_under_way() {
+        } else if self.nothing_under_way() && (!decided || self.count_some()) {
             let ending = self.ending.clone().expect("it is ending");
             self.finish(ending);
         }
     }
 
+    /// See whether all is done that should be, a part of a large disk at a time; whether that is over.
+    fn count_some(&mut self) -> bool {
+        let end = self.plan.geometry.clusters().0;
+        let start = self.counted_to.0;
+        let part = ClusterRange::new(start, end.min(start + COUNTED_AT_ONCE));
+        assert_eq!(self.set.count_done_in(part).0, part.count(), "everything was settled");
+        self.counted_to = part.end;
+        part.end.0 == end
+    }
+
     /// Whether no cluster is being copied. Reads of the snapshot do not count: there may always be one.
     fn is_idle(&self) -> bool {
-        let idle = self.transfers.is_empty() && self.zero_runs == 0;
+        let idle = self.transfers.is_empty() && self.zero_runs.in_flight == 0;
         let all_free = self.snapshots.running > 0 || self.slots.all_free();
         assert!(!idle || all_free, "slots belong to transfers, and to reads of the snapshot");
         idle
@@ -103,11 +116,11 @@ impl Copier {
 
     /// Whether nothing of the sweep is under way; guests' copies may be.
     fn sweep_is_idle(&self) -> bool {
-        self.sweep_slots == 0 && self.zero_runs == 0
+        self.sweep_slots == 0 && self.aside_slots == 0 && self.zero_runs.in_flight == 0
     }
 
     fn nothing_under_way(&self) -> bool {
-        self.tasks.is_empty() && self.backlog.is_empty() && self.urgent.is_empty()
+        self.queue.is_empty()
     }
 
     fn finish(&mut self, ending: Ending) {
@@ -118,7 +131,7 @@ impl Copier {
         if matches!(ending, Ending::Complete) {
             let counters = self.counters();
             assert_eq!(counters.done + counters.skipped, counters.total, "everything was done or left out");
-            assert_eq!(self.set.count_done(), self.plan.geometry.clusters(), "everything was settled");
+            assert_eq!(self.counted_to.0, self.plan.geometry.clusters().0, "that was seen");
             assert!(counters.written >= counters.copied, "what was copied was written");
             assert_eq!(self.fleeced_bytes(), 0, "nothing is left in the fleece file");
         }
@@ -270,7 +283,7 @@ impl Copier {
         for (_, transfer) in &mut self.transfers {
             transfer.tainted = !matches!(transfer.purpose, super::transfer::Purpose::Verify(_));
         }
-        self.zero_runs_tainted = self.zero_runs > 0;
+        self.zero_runs.tainted = self.zero_runs.in_flight > 0;
         self.window = Window::default();
         self.closed_window = Window::default();
         self.checkpoints.stage = Stage::Idle;

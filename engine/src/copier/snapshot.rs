@@ -8,6 +8,10 @@
 //!
 //! # Ordering
 //! Reads come after guests and before the sweep. They never take the slots that are kept for guests.
+//!
+//! The sweep passes by what is being read, and there may always be one who reads it. So a reader who has held clusters that the sweep has
+//! passed by does not give them back: their copy is made at once, under his claim, in his slots, and of the bytes that he has read. Thus each is
+//! passed by once, and the sweep never goes back for it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -17,12 +21,13 @@ use nix::errno::Errno;
 
 use super::plan::Side;
 use super::slots::SlotRun;
+use super::transfer::{Purpose, Transfer};
 use super::{Copier, Task, one};
 use crate::error::{Error, ErrorKind, Operation};
 use crate::interval_set::{Cancellation, Claim, ClusterState, Registration, Ticket, Waiter};
 use crate::piece::{Direction, Fault, Piece, Step};
 use crate::ring::{Arena, Output};
-use crate::units::{ByteRange, ClusterCount, ClusterIndex, ClusterRange};
+use crate::units::{ByteRange, ClusterCount, ClusterIndex, ClusterRange, Timestamp};
 
 /// Names a read among those of one copier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -82,6 +87,8 @@ pub(super) struct Snapshots {
     ready: BTreeSet<SnapshotId>,
     woken: Arc<SegQueue<SnapshotId>>,
     outcomes: Vec<(SnapshotId, SnapshotOutcome)>,
+    /// Clusters whose retry was due while they were being read, with their failed retries.
+    missed: BTreeMap<ClusterIndex, u32>,
     /// Windows in flight.
     pub(super) running: u32,
 }
@@ -291,6 +298,7 @@ impl Copier {
         mut read: SnapshotRead,
         result: Result<Output, Errno>,
         arena: &Arena,
+        now: Timestamp,
     ) {
         let side = self.side_of_read(read.from).clone();
         let fault = match read.piece.on_result(result, &side) {
@@ -334,13 +342,62 @@ impl Copier {
                 }
             }
         }
-        if let Some(claim) = claim {
-            let first = claim.range().start;
-            self.set.release(claim);
-            // The sweep, or a retry that was due, may have passed it by as somebody else's.
-            self.rewind_to(first);
-        }
-        self.slots.give_back(&slots);
         self.snapshots.running -= 1;
+        match claim {
+            Some(claim) => self.end_claim(claim, slots, fault.is_none(), arena, now),
+            None => self.slots.give_back(&slots),
+        }
+    }
+
+    /// The retry of `cluster`, which somebody has claimed, was due. If it is a guest, his copy takes its place.
+    pub(super) fn miss(&mut self, cluster: ClusterIndex, attempts: u32) {
+        if !self.set.is_done(one(cluster)) && self.transfer_of(cluster).is_none() {
+            self.snapshots.missed.insert(cluster, attempts);
+        }
+    }
+
+    /// A reader needs `claim` no more: give it back, or, if the sweep has passed it by meanwhile, have the sweep's copy made. `is_read`: the
+    /// bytes are in `slots`.
+    fn end_claim(&mut self, claim: Claim, slots: SlotRun, is_read: bool, arena: &Arena, now: Timestamp) {
+        let clusters = claim.range();
+        let mut missed: Option<u32> = None;
+        while let Some((&cluster, &attempts)) =
+            self.snapshots.missed.range(clusters.start..clusters.end).next()
+        {
+            self.snapshots.missed.remove(&cluster);
+            missed = missed.max(Some(attempts));
+        }
+        if self.ending.is_some() || self.paused() || clusters.start >= self.position {
+            self.set.release(claim);
+            self.rewind_to(clusters.start);
+            return self.slots.give_back(&slots);
+        }
+        if self.retries.waits(clusters) {
+            // What waits for its retry is copied when that is due, and so is the rest.
+            self.set.release(claim);
+            self.slots.give_back(&slots);
+            let others = clusters.iter().filter(|&cluster| !self.retries.waits(one(cluster)));
+            for cluster in others.collect::<Vec<_>>() {
+                self.retries.add(cluster, missed.unwrap_or(0), now);
+            }
+            return;
+        }
+        tracing::trace!(?clusters, "copied for the sweep");
+        self.aside_slots += slots.count();
+        let purpose = Purpose::Copy { alone: missed };
+        let mut transfer = Transfer::new(purpose, clusters, self.plan.geometry, slots).with_claim(claim);
+        transfer.aside = true;
+        // Guests may be among those who wait.
+        transfer.urgent = self.set.has_waiters(clusters);
+        transfer.outstanding += 1;
+        let whole = transfer.bytes;
+        let id = self.transfers.insert(transfer);
+        if !is_read || self.layers.is_some() {
+            // It is read again, for what cannot be read is the sweep's failure; and it is asked first whether it is covered.
+            return self.cover(id, now);
+        }
+        self.transfers[id].data = vec![whole];
+        self.throttle.spend_for_guest(whole.length, now);
+        self.write_out(id, arena, now);
     }
 }

@@ -15,14 +15,14 @@ use crate::modes::SyncMode;
 use crate::ring::Op;
 use crate::units::{ByteRange, ClusterCount, ClusterIndex, ClusterRange, Geometry, Timestamp};
 
-/// Runs of zeros in flight.
-const MAX_ZERO_RUNS: u32 = 4;
 /// Grain at which data within a cluster is told from holes: no file system has smaller blocks that matter, and every alignment divides it.
 const GRAIN: u64 = 4096;
 /// Clusters settled without I/O in one step.
 const MAX_SETTLED_AT_ONCE: u64 = 1 << 16;
 /// Steps an iteration of the ring thread, so that completions are never kept waiting long.
 const STEPS: u32 = 128;
+/// So many clusters settled without I/O count as one more step.
+const SETTLED_A_STEP: u64 = 1 << 11;
 
 /// What the clusters from the sweep's position on have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,9 +38,13 @@ enum Stretch {
 impl Copier {
     /// Start what can be started now. `true`: the work budget of an iteration was used up before that.
     pub(super) fn advance(&mut self, now: Timestamp) -> bool {
-        let steps = (0..STEPS).take_while(|_| self.step(now)).count();
+        self.steps_left = STEPS;
+        while self.steps_left > 0 && self.step(now) {
+            self.steps_left = self.steps_left.saturating_sub(1);
+        }
+        let more = self.steps_left == 0;
         if self.ending.is_some() || self.paused() || self.plan.sync == SyncMode::None {
-            return steps == STEPS as usize;
+            return more;
         }
         if let Some(op) = self.holes.question(self.plan.source.file) {
             self.push(Task::SourceExtents, op);
@@ -49,11 +53,14 @@ impl Copier {
         if let Some(op) = layers {
             self.push(Task::SourceLayers, op);
         }
-        steps == STEPS as usize
+        more
     }
 
     /// One step; `false` when nothing can be started before something happens.
     fn step(&mut self, now: Timestamp) -> bool {
+        if self.plan.live.is_some() && !self.queue.has_place_for_sweep(&self.places) {
+            return false;
+        }
         if self.start_verification(now) {
             return true;
         }
@@ -82,8 +89,9 @@ impl Copier {
                 && self.sweep_room() > 0
                 && let Some((cluster, attempts)) = self.retries.take_due(now)
             {
-                if let Some(claim) = self.set.claim_first(one(cluster), ClusterCount(1)) {
-                    self.start_copy(claim, start, Some(attempts), now);
+                match self.set.claim_first(one(cluster), ClusterCount(1)) {
+                    Some(claim) => self.start_copy(claim, start, Some(attempts), now),
+                    None => self.miss(cluster, attempts),
                 }
                 return true;
             }
@@ -140,7 +148,7 @@ impl Copier {
                 self.settle_at_once(ClusterRange { start: next, end }, Some(Was::Hole));
                 true
             }
-            Stretch::Hole => self.start_zero_run(ClusterRange { start: next, end }),
+            Stretch::Hole => self.start_zero_run(ClusterRange { start: next, end }, now),
             Stretch::Data => self.start_run(ClusterRange { start: next, end }, now),
         }
     }
@@ -148,7 +156,7 @@ impl Copier {
     /// Everything else was passed: once it is also done, try what an earlier run left out. It may fail again, and take long to.
     fn turn_to_postponed(&mut self) -> bool {
         let Some(&first) = self.postponed.first() else { return false };
-        if !self.transfers.is_empty() || self.zero_runs > 0 || self.retries.len() > 0 {
+        if !self.transfers.is_empty() || self.zero_runs.in_flight > 0 || self.retries.len() > 0 {
             return false;
         }
         self.postponed.clear();
@@ -199,6 +207,8 @@ impl Copier {
         self.retries.forget(clusters);
         tracing::trace!(?clusters, ?was, "skip");
         self.set.complete(claim);
+        let steps = u32::try_from(clusters.count() / SETTLED_A_STEP).expect("bounded by MAX_SETTLED_AT_ONCE");
+        self.steps_left = self.steps_left.saturating_sub(steps);
         match was {
             Some(was) => self.note_zeros(clusters, was),
             None => self.note_uncovered(clusters),
@@ -210,27 +220,6 @@ impl Copier {
             _ => 0,
         };
         self.checkpoints.on_settled(charge);
-    }
-
-    fn start_zero_run(&mut self, range: ClusterRange) -> bool {
-        let Zeroing::Operation(method) = self.zeroing else { unreachable!("holes go as data then") };
-        if self.zero_runs >= MAX_ZERO_RUNS || self.zero_runs_tainted {
-            return false;
-        }
-        let max = (self.plan.limits.zero_run_bytes / self.plan.geometry.cluster_size().bytes()).max(1);
-        let Some(claim) = self.set.claim_first(range, ClusterCount(max)) else {
-            self.position = range.end;
-            return true;
-        };
-        let clusters = claim.range();
-        self.position = clusters.end;
-        self.retries.forget(clusters);
-        self.zero_runs += 1;
-        let range = self.plan.geometry.bytes_of(clusters);
-        let op = Op::WriteZeroes { file: self.plan.target.file, range, method };
-        tracing::trace!(?clusters, ?method, "zero");
-        self.push(Task::ZeroRun { claim, method }, op);
-        true
     }
 
     fn start_run(&mut self, range: ClusterRange, now: Timestamp) -> bool {

@@ -21,8 +21,7 @@ impl Copier {
     /// # Panics
     /// If nothing is in flight under its token.
     pub fn on_completion(&mut self, completion: Completion, arena: &Arena, now: Timestamp) {
-        let index = usize::try_from(completion.token.0).expect("our own token");
-        let task = self.tasks.remove(index);
+        let task = self.queue.complete(completion.token);
         let result = completion.result;
         match task {
             Task::Move { transfer, piece } => self.on_moved(transfer, piece, result, arena, now),
@@ -31,7 +30,9 @@ impl Copier {
                 self.on_zeroed(transfer, range, method, &result, now);
             }
             Task::Digest { transfer } => self.on_digests(transfer, result, now),
-            Task::ZeroRun { claim, method } => self.on_zero_run(claim, method, &result),
+            Task::ZeroRun { claim, method, since } => {
+                self.on_zero_run(claim, method, now.since(since), &result)
+            }
             Task::SourceExtents => self.holes.on_answer(result),
             Task::SourceLayers => self.layers.as_mut().expect("asked about layers").on_answer(result),
             Task::Coverage { transfer, range } => self.on_coverage(transfer, range, result, now),
@@ -52,7 +53,7 @@ impl Copier {
             Task::Drain { transfer, clusters, piece } => {
                 self.on_drained(transfer, clusters, piece, result, arena, now);
             }
-            Task::Snapshot(read) => self.on_snapshot_read(*read, result, arena),
+            Task::Snapshot(read) => self.on_snapshot_read(*read, result, arena, now),
             Task::DropSourceCache => {
                 if let Err(errno) = result {
                     tracing::debug!(%errno, "page cache not dropped");
@@ -309,7 +310,7 @@ impl Copier {
     }
 
     /// A zero operation failed that was done by `method`: try the next way from now on, unless another failure has led there already.
-    fn zeroing_failed(&mut self, method: ZeroMethod, errno: Errno) {
+    pub(super) fn zeroing_failed(&mut self, method: ZeroMethod, errno: Errno) {
         if self.zeroing == Zeroing::Operation(method) {
             self.zeroing = match (method, errno) {
                 (ZeroMethod::Unmap, Errno::EOPNOTSUPP) => Zeroing::Operation(ZeroMethod::Keep),
@@ -317,37 +318,6 @@ impl Copier {
             };
         }
         tracing::debug!(%errno, ?method, next = ?self.zeroing, "zero operation failed");
-    }
-
-    fn on_zero_run(
-        &mut self,
-        claim: crate::interval_set::Claim,
-        method: ZeroMethod,
-        result: &Result<Output, Errno>,
-    ) {
-        self.zero_runs -= 1;
-        let clusters = claim.range();
-        match result {
-            Ok(_) if !self.zero_runs_tainted => {
-                self.set.complete(claim);
-                self.skipped.done(clusters);
-                self.note_zeros(clusters, Was::Hole);
-                self.checkpoints.on_settled(self.plan.geometry.bytes_of(clusters).length);
-            }
-            result => {
-                if let Err(errno) = result {
-                    self.zeroing_failed(method, *errno);
-                }
-                if !matches!(result, Err(Errno::EOPNOTSUPP)) {
-                    self.skipped.may_be_written(clusters);
-                }
-                self.set.release(claim);
-                self.rewind_to(clusters.start);
-            }
-        }
-        if self.zero_runs == 0 {
-            self.zero_runs_tainted = false;
-        }
     }
 
     /// Have the sweep pass `cluster` again.
@@ -519,7 +489,7 @@ impl Copier {
         let failure = transfer.failure;
         let tainted = transfer.tainted;
         let clusters = transfer.clusters;
-        let guest = transfer.guest;
+        let (guest, aside) = (transfer.guest, transfer.aside);
         let drains = matches!(transfer.purpose, Purpose::Drain { .. });
         let (held, unsettled): (Vec<ClusterIndex>, Vec<ClusterIndex>) =
             transfer.unsettled().partition(|&cluster| drains || transfer.work(cluster).is_early());
@@ -531,7 +501,9 @@ impl Copier {
         let all_settled = unsettled.is_empty() && held.is_empty();
         assert!(failure.is_some() || tainted || all_settled, "a transfer settles what did not fail");
         let (claims, run) = transfer.into_claims();
-        if guest.is_none() {
+        if aside {
+            self.aside_slots -= run.count();
+        } else if guest.is_none() {
             self.sweep_slots -= run.count();
         }
         self.slots.give_back(&run);

@@ -122,6 +122,8 @@ pub(super) struct Transfer {
     pub(super) guest: Option<super::guests::CbwId>,
     /// A guest waits for it: its operations go before the sweep's.
     pub(super) urgent: bool,
+    /// It is the sweep's, made in the slots of one who has read the snapshot.
+    pub(super) aside: bool,
     pub(super) clusters: ClusterRange,
     /// Bytes of `clusters`; they start at the first slot's start.
     pub(super) bytes: ByteRange,
@@ -162,6 +164,7 @@ impl Transfer {
             purpose,
             guest: None,
             urgent: false,
+            aside: false,
             clusters,
             bytes: geometry.bytes_of(clusters),
             data: Vec::new(),

@@ -62,8 +62,18 @@ impl IntervalSet {
     /// How many clusters are done. Reads the whole set: for reports, not for every completion.
     #[must_use]
     pub fn count_done(&self) -> ClusterCount {
-        let count = spans(self.all()).map(|span| (self.read(span.word).done() & span.mask).count()).sum();
-        assert!(count <= self.clusters.0, "{count} of {} clusters are done", self.clusters.0);
+        self.count_done_in(self.all())
+    }
+
+    /// How many clusters of `range` are done. Reads all of it.
+    ///
+    /// # Panics
+    /// If `range` reaches beyond the set.
+    #[must_use]
+    pub fn count_done_in(&self, range: ClusterRange) -> ClusterCount {
+        self.check(range);
+        let count = spans(range).map(|span| (self.read(span.word).done() & span.mask).count()).sum();
+        assert!(count <= range.count(), "{count} of {} clusters are done", range.count());
         ClusterCount(count)
     }
 
@@ -83,6 +93,24 @@ impl IntervalSet {
     #[must_use]
     pub fn first_not_done(&self, range: ClusterRange) -> Option<ClusterIndex> {
         self.find_in(range, |word| word.done().complement())
+    }
+
+    /// The first cluster of `range` that is to copy, with nobody at it.
+    ///
+    /// # Panics
+    /// If `range` reaches beyond the set.
+    #[must_use]
+    pub fn first_to_copy(&self, range: ClusterRange) -> Option<ClusterIndex> {
+        self.find_in(range, Word::to_copy)
+    }
+
+    /// The first cluster of `range` on which there is a claim.
+    ///
+    /// # Panics
+    /// If `range` reaches beyond the set.
+    #[must_use]
+    pub fn first_busy(&self, range: ClusterRange) -> Option<ClusterIndex> {
+        self.find_in(range, Word::busy)
     }
 
     /// The first cluster of `range` that is done.

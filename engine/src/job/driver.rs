@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::handle::Shared;
 use super::runner::{AtEnd, Runner, empty_progress};
 use super::{JobHandle, Lifecycle};
-use crate::copier::{Copier, Counters};
+use crate::copier::{Copier, Counters, Places};
 use crate::ring::{Completion, Op, Ring, RingFailure, Token, Wait};
 use crate::units::Speed;
 
@@ -85,7 +85,7 @@ impl<R: Ring> Driver<R> {
         }
         let now = self.ring.now();
         let room = self.ring.capacity() - self.ring.in_flight();
-        let more = self.runner.poll(now, room, &mut self.ops);
+        let more = self.runner.poll(now, Places::alone(room), &mut self.ops);
         for (token, op) in self.ops.drain(..) {
             self.ring.push(token, op);
         }

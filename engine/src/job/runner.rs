@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::handle::Shared;
 use super::{IoStatus, JobEvent, JobResult, Lifecycle, Outcome, Progress, Status};
-use crate::copier::{Copier, Ending, Event};
+use crate::copier::{Copier, Ending, Event, Places};
 use crate::ring::{Arena, Completion, Op, Token};
 use crate::units::Timestamp;
 
@@ -67,12 +67,12 @@ impl Runner {
         self.over
     }
 
-    /// Have the copier act at `now` and give at most `room` operations. `true`: there is more to do at once.
-    pub(crate) fn poll(&mut self, now: Timestamp, room: usize, out: &mut Vec<(Token, Op)>) -> bool {
+    /// Have the copier act at `now` and give the operations that find `places`. `true`: there is more to do at once.
+    pub(crate) fn poll(&mut self, now: Timestamp, places: Places, out: &mut Vec<(Token, Op)>) -> bool {
         // Before the requests: one that was made since an error stopped the copier knows nothing of that, and must not pass for its resumption.
         self.take_events();
         self.take_requests(now);
-        let more = self.copier.poll(now, room, out);
+        let more = self.copier.poll(now, places, out);
         self.take_events();
         if self.copier.is_ending() && !self.copier.is_complete() {
             // What is in flight may take long yet.

@@ -9,9 +9,14 @@
 //! While guests are about (one came within the last [`GUEST_LINGER`]) the limit is at most [`GUEST_LIMIT_BYTES`], and
 //! [`GUEST_SHARE_BYTES`] more for each further request that they keep waiting at a time: a guest with many requests in flight waits for its own as
 //! well, and takes the device from a sweep that has few. Requests are a part of that limit ([`GUEST_RUNS`]): one under way cannot be overtaken.
+//! Of runs of zeros, which take no memory and so are not in that limit, there is one at a time then.
+//!
+//! Guests with an I/O path of their own are seen by their writes, which pass the gate: [`Passers`] looks now and then. Their reads are not
+//! seen by anybody here.
 
 use std::time::Duration;
 
+use super::gate::Gate;
 use crate::units::Timestamp;
 
 /// What the sweep may have in flight.
@@ -36,6 +41,10 @@ const GUEST_RUNS: u64 = 4;
 const MIN_BYTES: u64 = 512 << 10;
 const MAX_BYTES: u64 = 4 << 20;
 const START_BYTES: u64 = 2 << 20;
+/// Most runs of zeros at a time without guests.
+const ZERO_RUNS: u32 = 4;
+/// How often it is looked for guests with an I/O path of their own.
+const LOOK: Duration = Duration::from_millis(10);
 /// How long a limit is kept before it is judged.
 const WINDOW: Duration = Duration::from_millis(100);
 /// A larger limit must be this much faster, a smaller one may be this much slower, in percent.
@@ -48,6 +57,29 @@ pub(super) struct Allowance {
     pub(super) clusters: u32,
     /// Most clusters in one request.
     pub(super) run: u32,
+    /// Most runs of zeros in flight.
+    pub(super) zero_runs: u32,
+}
+
+/// Guests with an I/O path of their own, as far as they are seen.
+#[derive(Debug, Default)]
+pub(super) struct Passers {
+    next: Timestamp,
+    entries: u64,
+}
+
+impl Passers {
+    /// How many of their writes are under way at `now`, at least one if any was since the last look. `None`: there are none, or it is
+    /// not time to look.
+    pub(super) fn look(&mut self, now: Timestamp, gate: &Gate) -> Option<usize> {
+        if now < self.next {
+            return None;
+        }
+        self.next = now.after(LOOK);
+        let (entries, out) = gate.traffic();
+        let before = std::mem::replace(&mut self.entries, entries);
+        (entries != before || out > 0).then(|| usize::try_from(out).unwrap_or(usize::MAX).max(1))
+    }
 }
 
 /// See the module's header.
@@ -113,13 +145,14 @@ impl Controller {
     pub(super) fn allowance(&mut self, now: Timestamp, bytes: u64) -> Allowance {
         let clusters = |bytes: u64| u32::try_from((bytes / self.cluster_bytes).max(1)).unwrap_or(u32::MAX);
         if let SweepDepth::Fixed(fixed) = self.depth {
-            return Allowance { clusters: fixed.max(1), run: u32::MAX };
+            return Allowance { clusters: fixed.max(1), run: u32::MAX, zero_runs: ZERO_RUNS };
         }
         if now < self.guest_until {
             // What is measured now tells nothing of a quiet disk.
             self.window = None;
             let bytes = self.beside_guests();
-            return Allowance { clusters: clusters(bytes), run: clusters(bytes / GUEST_RUNS) };
+            let run = clusters(bytes / GUEST_RUNS);
+            return Allowance { clusters: clusters(bytes), run, zero_runs: 1 };
         }
         let tried = clusters(self.tried());
         match self.window {
@@ -132,7 +165,7 @@ impl Controller {
             }
             Some(_) => {}
         }
-        Allowance { clusters: tried, run: u32::MAX }
+        Allowance { clusters: tried, run: u32::MAX, zero_runs: ZERO_RUNS }
     }
 
     /// A window at the limit that is being tried has given `rate`.
@@ -157,9 +190,46 @@ impl Controller {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
+    use std::sync::Arc;
+
+    use super::super::gate::Entry;
     use super::*;
+    use crate::ring::Wake;
+
+    struct Nobody;
+
+    impl Wake for Nobody {
+        fn wake(&self) {}
+    }
+
+    #[test]
+    fn guests_who_write_by_themselves_are_seen() {
+        let gate = Gate::new(Arc::new(Nobody));
+        let mut passers = Passers::default();
+        let mut now = Timestamp::default();
+        let mut look = || {
+            now = now.after(LOOK);
+            passers.look(now, &gate)
+        };
+        assert_eq!(look(), None);
+        // Over before it is looked for.
+        drop(gate.enter());
+        assert_eq!(look(), Some(1));
+        assert_eq!(look(), None);
+        let (Entry::Admitted(first), Entry::Admitted(second)) = (gate.enter(), gate.enter()) else {
+            panic!()
+        };
+        assert_eq!(look(), Some(2));
+        assert_eq!(look(), Some(2), "they take long");
+        drop((first, second));
+        assert_eq!(look(), None);
+        // Not too often.
+        drop(gate.enter());
+        assert_eq!(passers.look(now, &gate), None);
+        assert_eq!(passers.look(now.after(LOOK), &gate), Some(1));
+    }
 
     /// Runs the controller against a device that gives `rate(bytes in flight)`; the bytes in flight at the end.
     fn settle(rate: impl Fn(u64) -> u64) -> u64 {
@@ -192,7 +262,7 @@ mod tests {
         let quiet = controller.allowance(Timestamp::default(), 0);
         controller.on_guest(Timestamp::default(), 1);
         let held = controller.allowance(Timestamp::default(), 0);
-        assert!(held.clusters < quiet.clusters && held.run < quiet.run);
+        assert!(held.clusters < quiet.clusters && held.run < quiet.run && held.zero_runs < quiet.zero_runs);
         // One that has asked before is heard of later.
         controller.on_guest(Timestamp::default().after(GUEST_LINGER), 1);
         controller.on_guest(Timestamp::default(), 1);

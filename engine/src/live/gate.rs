@@ -225,6 +225,14 @@ impl Gate {
         state.barrier == Barrier::Up && state.slots.iter().all(|slot| slot.is_empty())
     }
 
+    /// A number that has changed if anybody has entered since it was last asked for, and how many passes are out about now. For those
+    /// who want to know whether there are guests: it takes the lines of their words from their caches, so it is not to be asked often.
+    pub(super) fn traffic(&self) -> (u64, u64) {
+        let state = self.state.lock();
+        let sums = state.slots.iter().map(|slot| slot.traffic());
+        sums.fold((0, 0), |(entries, out), (more, more_out)| (entries + more, out + more_out))
+    }
+
     /// Lowers the barrier and wakes everybody who waits at it, on this thread. Nothing happens at a gate that is poisoned.
     ///
     /// # Panics

@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use super::admission::Permit;
 use super::ask::Answer;
 use super::carrier::{Carrier, CarrierLimits, CarrierPlan, IoId, IoOutcome, IoRequest};
+use super::controller::Passers;
 use super::disk::DiskShared;
 use super::exports::ServedIo;
 use super::felt::Felt;
@@ -46,6 +47,8 @@ pub(super) struct HostedDisk {
     _opened: Option<Arc<Opened>>,
     /// With the moment at which each request came.
     askers: BTreeMap<IoId, (IoAsker, Timestamp)>,
+    /// Those who write to it by themselves.
+    pub(super) passers: Passers,
     /// What its guests felt of late.
     pub(super) felt: Felt,
     queue: VecDeque<Queued>,
@@ -76,6 +79,7 @@ impl HostedDisk {
             _share: share,
             _opened: opened,
             askers: BTreeMap::new(),
+            passers: Passers::default(),
             felt: Felt::default(),
             queue: VecDeque::new(),
             next_io: 0,

@@ -65,6 +65,7 @@ mod listing;
 mod memory;
 mod opened;
 mod own_write;
+mod places;
 #[cfg(feature = "sim")]
 mod planted;
 mod reactor;

@@ -31,6 +31,7 @@ use super::hosted::{HostedDisk, IoAsker, too_many};
 use super::jobs::{JobId, Watch};
 use super::latency::GuestLatencies;
 use super::opened::Opened;
+use super::places::{Division, Taken};
 #[cfg(feature = "sim")]
 use super::planted::Planted;
 use super::room::{Room, Share};
@@ -109,10 +110,6 @@ const COMMANDS_A_TURN: usize = 512;
 
 /// Bytes of the arena that a carried disk gets.
 pub(super) const CARRIER_BYTES: u32 = 4 << 20;
-
-/// Of the ring's places the part that jobs leave to guests' requests, and these to jobs; and the most that one job has.
-const KEPT_PART: usize = 4;
-const JOB_PART: usize = 8;
 
 impl<R: Ring> Reactor<R> {
     /// A loop over `ring`, whose arena it hands out to disks and jobs.
@@ -359,10 +356,10 @@ impl<R: Ring> Reactor<R> {
 
     fn poll_some_disks(&mut self, part: (Bound<DiskId>, Bound<DiskId>), now: Timestamp) -> bool {
         let mut more = false;
-        let of_jobs: usize = self.jobs.iter().map(|(_, job)| job.in_flight).sum();
+        let division = Division::of(self.ring.capacity());
+        let of_jobs = taken_by_jobs(&self.jobs, division);
         for (&id_of_disk, disk) in self.disks.range_mut(part) {
-            let in_flight = self.ring.in_flight();
-            let room = room_of(self.ring.capacity(), in_flight, in_flight - of_jobs);
+            let room = division.for_guests(Taken { in_flight: self.ring.in_flight(), ..of_jobs });
             let mut host = Host {
                 disk: &disk.shared,
                 jobs: &mut self.jobs,
@@ -392,20 +389,22 @@ impl<R: Ring> Reactor<R> {
     fn poll_jobs(&mut self, now: Timestamp) -> bool {
         let mut more = false;
         let mut failed_groups = Vec::new();
-        let capacity = self.ring.capacity();
-        let mut of_jobs: usize = self.jobs.iter().map(|(_, job)| job.in_flight).sum();
+        self.look_for_guests(now);
+        let division = Division::of(self.ring.capacity());
+        let mut taken = taken_by_jobs(&self.jobs, division);
         for (index, job) in &mut self.jobs {
             // Whatever a job's target does not answer leaves places on the ring to the guests and to the other jobs.
-            let left = room_of(capacity, self.ring.in_flight(), of_jobs);
-            let room = (capacity / JOB_PART).max(1).saturating_sub(job.in_flight).min(left);
+            let places = division.for_job(Taken { in_flight: self.ring.in_flight(), ..taken });
+            taken.common -= job.runner.copier.beyond(division.own());
             if job.runner.copier.has_guests() {
                 job.controller.on_guest(now, job.asks.len());
             }
             let allowance = job.controller.allowance(now, job.runner.copier.counters().done);
-            job.runner.copier.set_sweep_limit(allowance.clusters, allowance.run);
-            more |= job.runner.poll(now, room, &mut self.ops);
+            job.runner.copier.set_sweep_limit(allowance.clusters, allowance.run, allowance.zero_runs);
+            more |= job.runner.poll(now, places, &mut self.ops);
             job.in_flight += self.ops.len();
-            of_jobs += self.ops.len();
+            taken.of_jobs += self.ops.len();
+            taken.common += job.runner.copier.beyond(division.own());
             for (token, op) in self.ops.drain(..) {
                 self.ring.push(token_of(Owner::Job(index), token), op);
             }
@@ -574,10 +573,11 @@ fn tell(asker: IoAsker, outcome: IoOutcome, exports: &mut Hub) {
     }
 }
 
-/// How many of a ring's places those may take (guests' requests, or the jobs) who have `own` of the `in_flight`.
-fn room_of(capacity: usize, in_flight: usize, own: usize) -> usize {
-    let kept = (capacity / KEPT_PART).max(1);
-    capacity.saturating_sub(kept).max(1).saturating_sub(own).min(capacity - in_flight)
+/// What the jobs have of the ring.
+fn taken_by_jobs(jobs: &Slab<Job>, division: Division) -> Taken {
+    let of_jobs: usize = jobs.iter().map(|(_, job)| job.in_flight).sum();
+    let common = jobs.iter().map(|(_, job)| job.runner.copier.beyond(division.own())).sum();
+    Taken { in_flight: of_jobs, of_jobs, common }
 }
 
 /// A job that was made and has no place yet.

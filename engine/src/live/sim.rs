@@ -53,6 +53,8 @@ pub struct SimJobState {
     pub target: usize,
     /// Clusters that its sweep has in flight.
     pub sweep: u32,
+    /// Runs of zeros that it has in flight.
+    pub zero_runs: u32,
     /// Whether guests still copy for it before they write.
     pub attached: bool,
     /// Whether its end is decided.
@@ -404,6 +406,7 @@ impl Reactor<SimRing> {
         self.jobs.iter().map(|(_, job)| SimJobState {
             target: self.ring.disk_of(job.target),
             sweep: job.runner.copier.sweep_in_flight(),
+            zero_runs: job.runner.copier.zero_runs_in_flight(),
             attached: job.attached,
             ends: job.runner.copier.is_ending(),
             fails: job.runner.copier.is_ending() && !job.runner.copier.is_complete(),

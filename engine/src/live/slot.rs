@@ -1,10 +1,10 @@
 //! A thread's place at a gate: how many of its passes are out, and whether the gate holds it back, in one word.
 //!
 //! ```text
-//!      63 … 3                     2          1          0
-//!     ┌──────────────────────────┬──────────┬──────────┬──────────┐
-//!     │ passes that are out      │ closed   │ orphaned │ raised   │
-//!     └──────────────────────────┴──────────┴──────────┴──────────┘
+//!      63 … 40          39 … 3               2          1          0
+//!     ┌────────────────┬────────────────────┬──────────┬──────────┬──────────┐
+//!     │ entries so far │ passes that are out│ closed   │ orphaned │ raised   │
+//!     └────────────────┴────────────────────┴──────────┴──────────┴──────────┘
 //! ```
 //!
 //! | bit, count | changed by | says |
@@ -13,6 +13,7 @@
 //! | orphaned | the thread, when it ends | nobody will enter here any more: forget it once its passes are back |
 //! | closed | the gate, when it is dropped | the thread may forget it |
 //! | passes | up: the thread that owns the slot, by compare-and-swap; down: whoever drops a pass | |
+//! | entries | up, and beyond the top to 0 again: together with the passes | that somebody has come since it was last looked at |
 //!
 //! Every change is a read-modify-write, so all of them stand in one order; what that gives is in [`gate`](super::gate).
 //!
@@ -33,6 +34,10 @@ const ORPHANED: u64 = 1 << 1;
 const CLOSED: u64 = 1 << 2;
 /// One pass.
 const PASS: u64 = 1 << 3;
+/// One entry.
+const ENTRY: u64 = 1 << 40;
+/// The passes.
+const PASSES: u64 = (ENTRY - 1) & !(PASS - 1);
 
 /// Tells gates apart, for as long as the process lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,11 +91,12 @@ impl Slot {
     pub(super) fn enter(self: &Arc<Self>, nesting: Nesting) -> Option<Pass> {
         let mut seen = self.word.load(Ordering::Relaxed);
         loop {
-            let is_nested = nesting == Nesting::OfThread && seen >= PASS;
+            let is_nested = nesting == Nesting::OfThread && seen & PASSES != 0;
             if seen & RAISED != 0 && !is_nested {
                 return None;
             }
-            match self.word.compare_exchange_weak(seen, seen + PASS, Ordering::Acquire, Ordering::Relaxed) {
+            let new = seen.wrapping_add(PASS + ENTRY);
+            match self.word.compare_exchange_weak(seen, new, Ordering::Acquire, Ordering::Relaxed) {
                 Ok(_) => return Some(Pass { slot: Arc::clone(self) }),
                 Err(now) => seen = now,
             }
@@ -112,13 +118,19 @@ impl Slot {
 
     /// Whether all its passes are back. Acquire: then what their holders did is visible.
     pub(super) fn is_empty(&self) -> bool {
-        self.word.load(Ordering::Acquire) < PASS
+        self.word.load(Ordering::Acquire) & PASSES == 0
     }
 
     /// Whether its thread has ended and all its passes are back: nobody will ever enter here again.
     pub(super) fn is_gone(&self) -> bool {
         let seen = self.word.load(Ordering::Acquire);
-        seen & ORPHANED != 0 && seen < PASS
+        seen & ORPHANED != 0 && seen & PASSES == 0
+    }
+
+    /// Entries so far, modulo 2^24, and passes that are out. A hint, which orders nothing.
+    pub(super) fn traffic(&self) -> (u64, u64) {
+        let seen = self.word.load(Ordering::Relaxed);
+        (seen / ENTRY, (seen & PASSES) / PASS)
     }
 
     /// For the gate, when it is dropped.
@@ -150,8 +162,8 @@ impl Drop for Pass {
     #[inline]
     fn drop(&mut self) {
         let before = self.slot.word.fetch_sub(PASS, Ordering::Release);
-        debug_assert!(before >= PASS, "a pass is counted once");
-        if before & RAISED != 0 && before < 2 * PASS {
+        debug_assert!(before & PASSES != 0, "a pass is counted once");
+        if before & RAISED != 0 && before & PASSES < 2 * PASS {
             self.slot.waker.wake();
         }
     }

@@ -1,4 +1,5 @@
-//! What guests who write by themselves ask of the ring thread: copies, and to have put-off discards forgotten. Who goes is forgotten himself.
+//! What guests who write by themselves ask of the ring thread: copies, and to have put-off discards forgotten. Who goes is forgotten himself. Who
+//! asks for nothing is looked for.
 
 use std::sync::Arc;
 
@@ -64,6 +65,19 @@ impl<R: Ring> Reactor<R> {
             return answer.give(Err(Arc::new(too_many(Operation::CopyBeforeWrite, name, MAX_ASKS))));
         }
         ask_job(&mut self.jobs, id, clusters, Asker::Guest(answer), since);
+    }
+
+    /// Tell the jobs of those guests who write by themselves and ask for nothing, for all is copied where they write.
+    pub(super) fn look_for_guests(&mut self, now: Timestamp) {
+        if self.jobs.is_empty() {
+            return;
+        }
+        for (&id, disk) in &mut self.disks {
+            let Some(together) = disk.passers.look(now, disk.shared.gate()) else { continue };
+            for (_, job) in self.jobs.iter_mut().filter(|(_, job)| job.disk == id) {
+                job.controller.on_guest(now, together);
+            }
+        }
     }
 
     /// Copies that nobody waits for any more are not begun, and do not run into the time-out of their job.

@@ -15,7 +15,7 @@ use std::time::Instant;
 use nix::errno::Errno;
 
 use super::arena::{Access, Arena};
-use super::blocking::{Job, Pool, Subject, execute_on_storage};
+use super::blocking::{Job, LaneId, Pool, Subject, execute_on_storage};
 use super::config::RingConfig;
 use super::held::{Receiving, Sending};
 use super::lent::Lent;
@@ -335,22 +335,23 @@ impl Base {
     /// # Panics
     /// If it names a storage or a document that was never added, or a digest's chunk is 0.
     pub(crate) fn push_to_pool(&mut self, token: Token, op: Op) {
-        let subject = match &op {
+        let (lane, subject) = match &op {
             Op::Digest { chunk, .. } => {
                 assert!(*chunk > 0, "a checksum of chunks of 0 bytes");
-                Subject::Memory
+                (LaneId::Memory, Subject::Memory)
             }
             Op::Publish { document, .. } => {
-                Subject::Document(Arc::clone(&self.documents[usize::from(document.0)]))
+                let document = Arc::clone(&self.documents[usize::from(document.0)]);
+                (LaneId::Documents, Subject::Document(document))
             }
             _ => {
                 let file = file_of(&op).expect("all that is left works on a storage");
-                Subject::Storage(Arc::clone(self.storage(file)))
+                (LaneId::File(file), Subject::Storage(Arc::clone(self.storage(file))))
             }
         };
         let lent = self.lend(&op);
         let key = self.flight.insert(token, Task::Pool);
-        self.pool.stage(Job { key, op, subject, lent });
+        self.pool.stage(Job { key, op, lane, subject, lent });
     }
 
     /// Complete `token`, which has no buffer, with the next `wait`.

@@ -18,7 +18,8 @@ pub struct RingConfig {
     pub arena_bytes: usize,
     /// Most operations in flight, 1 to [`RingConfig::MAX_CAPACITY`].
     pub capacity: usize,
-    /// Threads that carry out operations where io_uring is refused, 1 to [`RingConfig::MAX_THREADS`].
+    /// Threads that carry out operations where io_uring is refused, 1 to [`RingConfig::MAX_THREADS`]; one storage has at most three quarters of
+    /// them. Where storages do not answer and others have no thread left, a few more are started, at most two for each storage.
     pub threads: usize,
     /// Most sockets at a time, listening and connected, 0 to [`RingConfig::MAX_SOCKETS`]. Each takes a descriptor of the process:
     /// whoever asks for many raises the soft limit on open files (`RLIMIT_NOFILE`) to [`RingConfig::descriptors`] before.

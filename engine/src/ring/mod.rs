@@ -44,7 +44,7 @@ use nix::errno::Errno;
 use crate::error::describe;
 use crate::units::{ByteRange, Timestamp};
 pub use arena::{Arena, BufferRange};
-pub(crate) use base::MAX_FILES;
+pub(crate) use base::{MAX_FILES, file_of};
 
 /// Names an operation between `push` and its completion. Chosen by the caller; unique among those in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

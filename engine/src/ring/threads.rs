@@ -2,7 +2,8 @@
 //!
 //! Same semantics as the other rings: operations are submitted in a batch by `wait`, complete once and in any order, and a
 //! cancelled one that has not begun comes back with `ECANCELED` at once. One that has begun runs to its end, since a
-//! thread in a system call cannot be recalled. The depth that reaches the device is the number of threads.
+//! thread in a system call cannot be recalled. The depth that reaches the devices is the number of threads; one
+//! device has three quarters of it, so that one that does not answer leaves threads to the others (`blocking`).
 //!
 //! Sockets take none of these threads: what cannot be done at once waits in `poller`, whatever the number of connections.
 

@@ -345,9 +345,12 @@ impl<S: Subject> Driver<'_, S> {
         let next = next.into_iter().find(|&cluster| self.at(cluster) != ClusterState::Done);
         same("next_not_done", set.next_not_done(range.start), next)?;
         let find =
-            |done: bool| range.iter().find(|&cluster| (self.at(cluster) == ClusterState::Done) == done);
-        same("first_not_done", set.first_not_done(range), find(false))?;
-        same("first_done", set.first_done(range), find(true))
+            |wanted: &dyn Fn(ClusterState) -> bool| range.iter().find(|&cluster| wanted(self.at(cluster)));
+        same("first_not_done", set.first_not_done(range), find(&|state| state != ClusterState::Done))?;
+        same("first_done", set.first_done(range), find(&|state| state == ClusterState::Done))?;
+        same("first_to_copy", set.first_to_copy(range), find(&|state| state == ClusterState::ToCopy))?;
+        let idle = [ClusterState::Done, ClusterState::ToCopy];
+        same("first_busy", set.first_busy(range), find(&|state| !idle.contains(&state)))
     }
 
     /// Everything that can be seen without changing it.

@@ -49,6 +49,10 @@ pub(crate) struct Setup {
     /// Clusters that the target has room for.
     pub(crate) room: u64,
     pub(crate) alignment: Option<u32>,
+    /// Every second block of the source is a hole.
+    pub(crate) crumbled: bool,
+    /// Places on the ring.
+    pub(crate) capacity: usize,
 }
 
 impl Setup {
@@ -66,6 +70,8 @@ impl Setup {
             target_is_zero: true,
             room: CLUSTERS,
             alignment: Some(512),
+            crumbled: false,
+            capacity: 256,
         }
     }
 
@@ -142,7 +148,9 @@ impl Bench {
             contents[bytes_of(cluster)].fill(0);
         }
         // Holes of a cluster, and in clusters.
-        for &block in &HOLES {
+        let holes: Vec<u64> =
+            if setup.crumbled { (1..LENGTH / 4096).step_by(2).collect() } else { HOLES.to_vec() };
+        for &block in &holes {
             let start = usize::try_from(block * 4096).unwrap();
             contents[start..start + 4096].fill(0);
         }
@@ -159,12 +167,12 @@ impl Bench {
         let fleece = u64::from(setup.fleece_slots) * CLUSTER;
         let fleece = Disk::new(vec![0xFE; usize::try_from(fleece).unwrap()], traits);
         let mut source = Disk::new(contents.clone(), traits);
-        source.punch(HOLES);
+        source.punch(holes);
         for disk in [source, target, fleece] {
             world.borrow_mut().add_disk(disk);
         }
         let arena = CARRIER_BYTES + (SLOTS as usize * 8192).next_multiple_of(65_536);
-        let ring = SimRing::new(world.clone(), arena, 256, setup.seed, setup.faults.clone());
+        let ring = SimRing::new(world.clone(), arena, setup.capacity, setup.seed, setup.faults.clone());
         let mut engine = SimEngine::new(ring);
         let (disk, _added) = engine.add_disk(SOURCE, Length(LENGTH), setup.alignment);
         let plan = setup.clone();

@@ -52,6 +52,22 @@ fn guests_outlast_a_target_that_is_stuck() {
     }
 }
 
+/// A source of which each run is many writes, so that the sweep could fill all the places on the ring that its job has.
+#[test]
+fn a_target_that_is_stuck_leaves_guests_of_the_same_job_places_on_the_ring() {
+    for seed in 0..20 {
+        let setup = Setup { crumbled: true, capacity: 48, ..Setup::new(seed) };
+        let mut bench = Bench::start(&setup);
+        bench.with_disk(TARGET, Disk::set_stuck);
+        bench.pass(Duration::from_millis(50));
+        for cluster in bench.shuffled() {
+            bench.write(cluster);
+        }
+        bench.with_disk(TARGET, Disk::set_free);
+        bench.end_complete();
+    }
+}
+
 #[test]
 fn without_direct_io_it_is_the_same() {
     let mut bench = Bench::start(&Setup { alignment: None, ..Setup::new(1) });

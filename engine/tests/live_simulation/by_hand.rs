@@ -2,10 +2,11 @@
 
 use std::num::NonZeroU64;
 use std::sync::Arc;
+use std::time::Duration;
 
 use engine::copy::SyncMode;
 use engine::error::Error;
-use engine::job::JobHandle;
+use engine::job::{JobHandle, Outcome};
 use engine::live::JobId;
 use engine::live::sim::{Pending, SimDisk, SimEngine};
 use engine::ring::Wait;
@@ -23,7 +24,7 @@ const TARGET: usize = 1;
 struct Hand {
     world: SharedWorld,
     engine: SimEngine,
-    _disk: SimDisk,
+    disk: SimDisk,
     job: JobId,
     handle: JobHandle,
 }
@@ -31,7 +32,7 @@ struct Hand {
 /// Of a disk of 64 clusters; `prepare` has the last word on its contents.
 fn start(spec: JobSpec, prepare: impl FnOnce(&SharedWorld)) -> Hand {
     let mut scenario = Scenario::plain(7, Path::Own);
-    scenario.disks[0].length = 64 * CLUSTER;
+    scenario.disks[0].length = 64 * spec.cluster;
     scenario.starts[0].jobs = vec![spec];
     let world = scenario.world();
     prepare(&world);
@@ -48,7 +49,7 @@ fn start(spec: JobSpec, prepare: impl FnOnce(&SharedWorld)) -> Hand {
     handle.set_speed(NonZeroU64::new(100).map(Speed)).unwrap();
     assert!(engine.act().is_some(), "it is in use");
     let job = pending.take().expect("nobody holds a permit").expect("there is room")[0];
-    Hand { world, engine, _disk: disk, job, handle }
+    Hand { world, engine, disk, job, handle }
 }
 
 impl Hand {
@@ -114,8 +115,26 @@ fn what_nobody_waits_for_any_more_is_not_copied() {
     hand.world.borrow_mut().disk(TARGET).set_free();
     hand.answered(&kept);
     hand.turn(20);
-    assert_eq!(hand.written(), 3 * CLUSTER, "what had begun, and what is wanted");
-    assert!([0, 1, 20].into_iter().all(|cluster| hand.target_holds(cluster)));
+    assert_eq!(hand.written(), 3 * CLUSTER, "a cluster each of what had begun, and what is wanted");
+    assert!([0, 5, 20].into_iter().all(|cluster| hand.target_holds(cluster)));
+}
+
+#[test]
+fn a_guest_with_little_to_copy_does_not_wait_for_one_with_much() {
+    let spec = JobSpec { sync: SyncMode::None, slots: 4, max_run: 2, ..JobSpec::plain(0, CLUSTER) };
+    let mut hand = start(spec, dense);
+    let large = [hand.copy(0, 30), hand.copy(25, 60)];
+    hand.turn(2);
+    let small = [hand.copy(61, 62), hand.copy(62, 63), hand.copy(40, 41)];
+    for small in &small {
+        hand.answered(small);
+    }
+    assert!(hand.written() <= 24 * CLUSTER, "{} clusters", hand.written() / CLUSTER);
+    assert!(large.iter().all(|large| large.take().is_none()));
+    for large in &large {
+        hand.answered(large);
+    }
+    assert_eq!(hand.written(), 62 * CLUSTER, "each once");
 }
 
 #[test]
@@ -181,4 +200,102 @@ fn the_snapshot_tells_what_the_top_layer_does_not_hold() {
     assert_eq!(read(&mut hand, 40).unwrap(), bytes(40), "from the target");
     let error = read(&mut hand, 39).unwrap_err().to_string();
     assert!(error.contains("top layer") && error.contains("layers below"), "{error}");
+}
+
+/// How a job ends while there are always some who read `cluster`; `None`: not in as many turns as it should take.
+fn end_under_readers(hand: &mut Hand, cluster: u64) -> Option<Outcome> {
+    let range = ByteRange::new(cluster * CLUSTER, CLUSTER);
+    let mut reads = [(); 4].map(|()| hand.engine.read_snapshot(hand.job, range));
+    hand.handle.set_speed(None).unwrap();
+    for _ in 0..5000 {
+        // The first does not wait, for it has been asked something.
+        hand.turn(2);
+        for read in &mut reads {
+            if read.take().is_some() {
+                *read = hand.engine.read_snapshot(hand.job, range);
+            }
+        }
+        if hand.engine.jobs().count() == 0 {
+            // Its last steps are another thread's.
+            return hand.handle.wait_timeout(Duration::from_secs(60)).map(|result| result.outcome.clone());
+        }
+    }
+    None
+}
+
+#[test]
+fn readers_who_take_turns_do_not_keep_the_sweep_from_a_cluster() {
+    for (sync, held) in [(SyncMode::Full, true), (SyncMode::Top, true), (SyncMode::Top, false)] {
+        let mut hand = start(JobSpec { sync, ..JobSpec::plain(0, CLUSTER) }, |world| {
+            dense(world);
+            let blocks = if held { 0..128 } else { 80..128 };
+            world.borrow_mut().disk(SOURCE).set_top_layer(blocks);
+        });
+        let outcome = end_under_readers(&mut hand, 30);
+        assert!(matches!(outcome, Some(Outcome::Complete)), "{sync:?}: {outcome:?}");
+        assert!(sync == SyncMode::Top || hand.written() == 64 * CLUSTER, "each once");
+        assert!((45..64).all(|cluster| hand.target_holds(cluster)));
+        assert_eq!(hand.target_holds(30), held);
+    }
+}
+
+#[test]
+fn readers_who_take_turns_do_not_keep_the_sweep_from_an_error() {
+    let mut hand = start(JobSpec::plain(0, CLUSTER), |world| {
+        dense(world);
+        world.borrow_mut().disk(SOURCE).set_bad(ByteRange::new(30 * CLUSTER, 512));
+    });
+    let outcome = end_under_readers(&mut hand, 30);
+    assert!(matches!(outcome, Some(Outcome::Failed(_))), "{outcome:?}");
+}
+
+/// The most clusters, and the most runs of zeros, that the sweep has in flight while it copies a disk with holes, or nothing else. `guests`: somebody
+/// tries to write to it by himself, and asks for nothing.
+fn most_in_flight(guests: bool, holes: bool) -> (u32, u32) {
+    let spec = JobSpec {
+        slots: 60,
+        max_run: 16,
+        target_is_zero: false,
+        space_reserved: false,
+        ..JobSpec::plain(0, 65_536)
+    };
+    let mut hand = start(spec, |world| {
+        let mut world = world.borrow_mut();
+        world.disk(SOURCE).fill(0, &vec![1; 64 * 65_536]);
+        if holes {
+            world.disk(SOURCE).punch(64..1024);
+        }
+        world.disk(TARGET).set_slowness(20);
+    });
+    let mut most = (0, 0);
+    // Time passes while something is in flight.
+    let started = hand.engine.now();
+    let mut reading = None;
+    for _ in 0..4000 {
+        if guests {
+            // He gets his permit or goes away.
+            drop(hand.engine.attempt(&hand.disk, ByteRange::new(0, 1)));
+        }
+        if hand.engine.now().since(started) < Duration::from_millis(30) {
+            let range = ByteRange::new(63 * 65_536, 512);
+            reading = Some(hand.engine.read_snapshot(hand.job, range));
+            hand.turn(1);
+        } else if reading.take().is_some() {
+            hand.handle.set_speed(None).unwrap();
+        }
+        hand.turn(1);
+        for job in hand.engine.jobs() {
+            most = (most.0.max(job.sweep), most.1.max(job.zero_runs));
+        }
+    }
+    assert_eq!(hand.engine.jobs().count(), 0, "it is over");
+    most
+}
+
+#[test]
+fn guests_who_write_by_themselves_have_the_sweep_hold_back() {
+    let (alone, beside) = (most_in_flight(false, false).0, most_in_flight(true, false).0);
+    assert!(alone >= 24 && (1..=14).contains(&beside), "{alone} clusters alone, {beside} beside guests");
+    let (alone, beside) = (most_in_flight(false, true).1, most_in_flight(true, true).1);
+    assert!(alone > 1 && beside == 1, "{alone} runs of zeros alone, {beside} beside guests");
 }

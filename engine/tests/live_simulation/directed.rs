@@ -8,7 +8,7 @@ use engine::modes::CbwErrorPolicy;
 use engine::units::ByteRange;
 
 use crate::run::{Ended, run};
-use crate::scenario::{JobSpec, Operator, Path, Scenario, Stuck};
+use crate::scenario::{JobSpec, Operator, Path, Scenario, StartSpec, Stuck};
 
 fn ended(scenario: &Scenario) -> Ended {
     run(scenario).unwrap_or_else(|wrong| panic!("{wrong}"))
@@ -67,6 +67,27 @@ fn a_target_that_is_stuck_leaves_places_on_the_ring_to_guests_of_others() {
     scenario.capacity = 64;
     let ended = ended(&scenario);
     assert!(ended.longest < Duration::from_secs(2), "{:?}", ended.longest);
+    assert!(ended.seen.complete == 1, "{:?}", ended.seen);
+}
+
+/// So many of them that together they could have all the places that jobs have.
+#[test]
+fn targets_that_are_stuck_leave_places_on_the_ring_to_another_job() {
+    let mut scenario = busy(51, Path::Own);
+    scenario.disks[0].length = 64 * 65_536;
+    scenario.disks[0].crumbled = true;
+    let job = || JobSpec { slots: 20, max_run: 8, depth: SweepDepth::Fixed(18), ..JobSpec::plain(0, 65_536) };
+    let stuck = Stuck { from: Duration::ZERO, until: None };
+    let cancel_at = Some(Duration::from_secs(20));
+    scenario.disks.push(scenario.disks[0].clone());
+    scenario.disks[0].requests = 0;
+    scenario.starts[0].jobs = vec![JobSpec { stuck: Some(stuck), cancel_at, ..job() }; 12];
+    let healthy = StartSpec { at: Duration::from_secs(1), ..scenario.starts[0].clone() };
+    scenario.starts.push(StartSpec { jobs: vec![JobSpec { disk: 1, ..job() }], ..healthy });
+    scenario.disks[1].pace = Duration::from_millis(50);
+    scenario.capacity = 1024;
+    let ended = ended(&scenario);
+    assert!(ended.longest < Duration::from_secs(1), "{:?}", ended.longest);
     assert!(ended.seen.complete == 1, "{:?}", ended.seen);
 }
 

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine::copier::plan::{Checkpoint, Plan};
-use engine::copier::{Copier, Ending, Event};
+use engine::copier::{Copier, Ending, Event, Places};
 use engine::copy::ErrorPolicy;
 use engine::interval_set::IntervalSet;
 use engine::job::{Status, TargetHolds};
 use engine::ring::sim::{DiskTraits, FaultPlan};
 use engine::ring::{Arena, BufferRange, Completion, Extent, Op, Output, Token, ZeroMethod};
-use engine::units::{ByteRange, Timestamp};
+use engine::units::{ByteRange, ClusterSize, Geometry, Length, Timestamp};
 use nix::errno::Errno;
 
 use crate::run::driver_of;
@@ -51,7 +51,7 @@ impl ByHand {
     /// Let it start whatever it can. What it wants to know about the source is answered at once.
     fn poll(&mut self) {
         loop {
-            while self.copier.poll(self.now, usize::MAX, &mut self.waiting) {}
+            while self.copier.poll(self.now, Places::alone(usize::MAX), &mut self.waiting) {}
             self.events.extend(self.copier.take_events());
             let asks = |op: &Op| matches!(op, Op::Extents { .. });
             if self.count(asks) == 0 {
@@ -272,4 +272,33 @@ fn of_what_was_written_and_taken_back_nobody_knows_what_the_target_holds() {
         let skipped = copy.copier.skipped_ranges();
         assert!(!skipped.is_empty() && skipped.iter().all(|skipped| skipped.target == holds), "{skipped:?}");
     }
+}
+
+/// 16 million clusters that need no copy: little of them in each iteration of the ring thread, and at the end they are not all looked at at once.
+#[test]
+fn a_large_disk_with_nothing_in_it_does_not_hold_up_the_ring_thread() {
+    let scenario = Scenario { cluster: 4096, ..Scenario::plain(35) };
+    let clusters = 1 << 24;
+    let geometry = Geometry::new(Length(clusters * 4096), ClusterSize::new(4096).unwrap());
+    let set = Arc::new(IntervalSet::new(geometry.clusters()).unwrap());
+    let mut copier = Copier::new(Plan { geometry, ..scenario.plan(blank()) }, set);
+    let arena = Arena::new(4096).unwrap();
+    let now = Timestamp::default();
+    let (mut ops, mut done, mut after) = (Vec::new(), 0, 0);
+    while !copier.is_finished() {
+        let more = copier.poll(now, Places::alone(usize::MAX), &mut ops);
+        let total = copier.counters().done;
+        assert!(total - done <= 400_000 * 4096, "{} clusters at once", (total - done) / 4096);
+        after += u32::from(done == clusters * 4096 && more);
+        done = total;
+        for (token, op) in ops.drain(..) {
+            let output = match op {
+                Op::Extents { range, .. } => Output::Extents(vec![Extent { range, present: false }]),
+                _ => Output::Done,
+            };
+            copier.on_completion(Completion { token, result: Ok(output) }, &arena, now);
+        }
+    }
+    assert_eq!(done, clusters * 4096);
+    assert!(after >= 1, "all looked at at once");
 }

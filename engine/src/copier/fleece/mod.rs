@@ -41,6 +41,8 @@ pub(super) use carry::Drained;
 pub const MIN_SLOTS: u32 = 16;
 /// Most slots of a fleece file: 64 GiB with clusters of 64 KiB, and at most some 100 MiB of memory to know them by.
 pub const MAX_SLOTS: u32 = 1 << 20;
+/// Most slots that are given back in one iteration of the ring thread: after a flush that took long there are many.
+const FREED_AT_ONCE: usize = 4096;
 /// Longest time between two flushes that free slots, while there are some to free.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -90,6 +92,8 @@ pub(super) struct Fleece {
     written: Vec<ClusterIndex>,
     /// What the flush under way covers.
     captured: Vec<ClusterIndex>,
+    /// What a flush has covered, and whose slots are still to be given back.
+    flushed: Vec<ClusterIndex>,
     last_flush: Timestamp,
     full_noted: bool,
     failure_noted: bool,
@@ -112,6 +116,7 @@ impl Fleece {
             cursor: ClusterIndex(0),
             written: Vec::new(),
             captured: Vec::new(),
+            flushed: Vec::new(),
             last_flush: Timestamp::default(),
             full_noted: false,
             failure_noted: false,
@@ -208,7 +213,7 @@ impl Fleece {
 
     /// Whether a flush, one that is under way perhaps, lets slots be used again.
     pub(super) fn has_unflushed(&self) -> bool {
-        !self.written.is_empty() || !self.captured.is_empty()
+        !self.written.is_empty() || !self.captured.is_empty() || !self.flushed.is_empty()
     }
 
     /// When the next flush is due at the latest; `None`: it would free nothing.
@@ -224,9 +229,16 @@ impl Fleece {
 
     /// It has succeeded.
     pub(super) fn flushed(&mut self) {
-        for cluster in std::mem::take(&mut self.captured) {
+        self.flushed.append(&mut self.captured);
+    }
+
+    /// Give back some of the slots whose contents are safe elsewhere; whether there are more.
+    pub(super) fn free_some(&mut self) -> bool {
+        for _ in 0..FREED_AT_ONCE {
+            let Some(cluster) = self.flushed.pop() else { break };
             self.let_go(cluster);
         }
+        !self.flushed.is_empty()
     }
 
     /// The slot of `cluster`, if it is nowhere else for sure.

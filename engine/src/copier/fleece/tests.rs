@@ -45,14 +45,17 @@ fn a_slot_is_free_after_the_flush_that_covers_its_cluster_and_not_before() {
     fleece.written(ClusterIndex(1));
     assert_eq!(fleece.space.free_count(), 12);
     fleece.flushed();
+    assert!(!fleece.free_some());
     assert_eq!(fleece.space.free_count(), 13, "what was written during the flush is not covered");
     assert!(
         fleece.still_holds(ClusterRange::new(1, 4), 1) && !fleece.still_holds(ClusterRange::new(0, 2), 0)
     );
     fleece.flushed();
+    assert!(!fleece.free_some());
     assert_eq!(fleece.space.free_count(), 13);
     fleece.capture(NOW);
     fleece.flushed();
+    assert!(!fleece.free_some());
     assert_eq!(fleece.space.free_count(), 14);
 }
 
@@ -91,4 +94,23 @@ fn runs_are_as_their_slots_are() {
     assert_eq!(fleece.first_run(ClusterRange::new(8, 9)), Some((2, 1)));
     assert_eq!(fleece.first_run(ClusterRange::new(9, 10)), None);
     assert_eq!(fleece.place(3, 700), ByteRange::new(3 << 16, 1024));
+}
+
+#[test]
+fn many_slots_come_free_little_by_little() {
+    let mut fleece = fleece(10_000);
+    hold(&mut fleece, 0..10_000);
+    while let Some((clusters, _)) = fleece.next_run(100, NOW, 8) {
+        clusters.iter().for_each(|cluster| fleece.written(cluster));
+    }
+    fleece.capture(NOW);
+    fleece.flushed();
+    assert_eq!(fleece.space.free_count(), 0);
+    let mut times = 0;
+    while fleece.free_some() {
+        assert!(fleece.has_unflushed(), "there will be more room");
+        times += 1;
+        assert!(fleece.space.free_count() <= times * 4096);
+    }
+    assert_eq!((times, fleece.space.free_count(), fleece.has_unflushed()), (2, 10_000, false));
 }
