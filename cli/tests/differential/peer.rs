@@ -14,6 +14,14 @@ use crate::support::{PATIENCE, Running, directory, has, heeding};
 /// Length of the disks, unless a script wants another.
 pub(crate) const LENGTH: usize = 4 << 20;
 
+/// Where exports are, beside the images.
+const SOCKET: &str = "nbd.sock";
+
+/// What the disk `s` holds at first: data without zeros.
+pub(crate) fn contents(length: usize) -> Vec<u8> {
+    (0..length).map(|at| u8::try_from(at % 251).expect("small") | 1).collect()
+}
+
 /// Which daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Which {
@@ -78,9 +86,9 @@ impl Peer {
         };
         let events = BTreeMap::new();
         let mut peer = Self { which, there, running: Some(running), qmp, replies: Vec::new(), events };
-        let data: Vec<u8> = (0..length).map(|at| u8::try_from(at % 251).expect("small") | 1).collect();
+        let seven = vec![7; length];
         for (name, contents) in
-            [("s", data), ("t", vec![7; length]), ("u", vec![7; length]), ("small", vec![7; 64 << 10])]
+            [("s", contents(length)), ("t", seven.clone()), ("u", seven), ("small", vec![7; 64 << 10])]
         {
             std::fs::write(peer.path(name), contents).expect("written");
             peer.add(name, json!({}));
@@ -113,6 +121,43 @@ impl Peer {
         replace(&mut noted, &self.there.path().display().to_string());
         self.replies.push(json!({ command: noted }));
         reply
+    }
+
+    /// Serve a node for writing, under its own name.
+    pub(crate) fn export(&mut self, node: &str) {
+        let address = json!({ "type": "unix", "data": { "path": self.path(SOCKET) } });
+        self.say("nbd-server-start", json!({ "addr": address }));
+        let export = json!({ "type": "nbd", "id": node, "node-name": node, "name": node, "writable": true });
+        self.say("block-export-add", export);
+    }
+
+    /// A guest does what `commands` of `qemu-io` say to the export of a node, one after the other. What failed is noted.
+    pub(crate) fn guest(&mut self, node: &str, commands: &[&str]) {
+        let output = self.guest_command(node, commands).output().expect("it runs");
+        let said = [output.stdout, output.stderr].map(|text| String::from_utf8(text).expect("text")).concat();
+        assert!(matches!(output.status.code(), Some(0 | 1)), "{:?}, {commands:?}: {said}", self.which);
+        let failed: Vec<&str> = said.lines().filter(|line| line.contains("ailed")).collect();
+        assert!(output.status.success() || !failed.is_empty(), "{:?}, {commands:?}: {said}", self.which);
+        self.replies.push(json!({ "guest": commands, "failed": failed }));
+    }
+
+    /// The program that does so; it gives up rather than hang.
+    pub(crate) fn guest_command(&self, node: &str, commands: &[&str]) -> Command {
+        let mut command = Command::new("timeout");
+        command.args(["60", "qemu-io", "-f", "raw"]);
+        command.args(commands.iter().flat_map(|command| ["-c", command]));
+        command.arg(format!("nbd+unix:///{node}?socket={}", self.path(SOCKET).display()));
+        command
+    }
+
+    /// How far a job says that it is, in bytes.
+    pub(crate) fn offset(&mut self) -> u64 {
+        self.qmp.ok("query-block-jobs", json!({}))[0]["offset"].as_u64().expect("a number")
+    }
+
+    /// Have something else compared as well.
+    pub(crate) fn note_that(&mut self, what: &str, value: Value) {
+        self.replies.push(json!({ what: value }));
     }
 
     /// `blockdev-backup` of `s`.
@@ -217,7 +262,15 @@ fn start_qemu(there: &Path) -> (Running, Qmp) {
     // It may greet the first client twice (and forget what was negotiated between), where that one comes before its monitor's
     // thread has settled: once somebody was greeted, it has.
     drop(Qmp::greeted(&socket));
-    (running, Qmp::connect(&socket))
+    // It serves one client at a time; the next one it may overlook or send away where it has not noticed yet that the first is gone.
+    let deadline = Instant::now() + PATIENCE;
+    let client = loop {
+        if let Some(client) = Qmp::try_connect(&socket, Duration::from_secs(2)) {
+            break client;
+        }
+        assert!(Instant::now() < deadline, "qemu-storage-daemon does not answer");
+    };
+    (running, client)
 }
 
 /// A reply without what is different on purpose, or by the moment.
