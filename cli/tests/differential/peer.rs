@@ -261,7 +261,7 @@ fn start_qemu(there: &Path) -> (Running, Qmp) {
     let running = Running::start(&mut command);
     // It may greet the first client twice (and forget what was negotiated between), where that one comes before its monitor's
     // thread has settled: once somebody was greeted, it has.
-    drop(Qmp::greeted(&socket));
+    drop(Qmp::try_connect(&socket, Duration::from_secs(2)));
     // It serves one client at a time; the next one it may overlook or send away where it has not noticed yet that the first is gone.
     let deadline = Instant::now() + PATIENCE;
     let client = loop {
