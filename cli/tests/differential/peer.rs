@@ -251,26 +251,34 @@ fn extend(object: &mut Value, more: Value) {
     }
 }
 
+/// Times that `qemu-storage-daemon` is started before it is given up.
+const STARTS: usize = 10;
+
+/// It may greet its first client twice, and forget what was negotiated between, where that one comes before its monitor's thread has
+/// settled; and it may crash where a client leaves at that moment. So it is met once it has said that it is up, and started anew if
+/// it stumbles all the same.
 fn start_qemu(there: &Path) -> (Running, Qmp) {
-    let socket = there.join("qmp.sock");
+    let (socket, pid) = (there.join("qmp.sock"), there.join("pid"));
     let chardev = format!("socket,id=qmp,path={},server=on,wait=off", socket.display());
     // A write beyond a limit is to fail, not to kill.
-    let script = format!("trap '' XFSZ; exec qemu-storage-daemon --chardev {chardev} --monitor chardev=qmp");
-    let mut command: Command = heeding("sh");
-    command.args(["-c", &script]).current_dir(there).stdin(Stdio::null());
-    let running = Running::start(&mut command);
-    // It may greet the first client twice (and forget what was negotiated between), where that one comes before its monitor's
-    // thread has settled: once somebody was greeted, it has.
-    drop(Qmp::try_connect(&socket, Duration::from_secs(2)));
-    // It serves one client at a time; the next one it may overlook or send away where it has not noticed yet that the first is gone.
-    let deadline = Instant::now() + PATIENCE;
-    let client = loop {
-        if let Some(client) = Qmp::try_connect(&socket, Duration::from_secs(2)) {
-            break client;
+    let program = format!("exec qemu-storage-daemon --chardev {chardev} --monitor chardev=qmp --pidfile pid");
+    for _ in 0..STARTS {
+        let mut command: Command = heeding("sh");
+        command.args(["-c", &format!("trap '' XFSZ; {program}")]).current_dir(there).stdin(Stdio::null());
+        let mut running = Running::start(&mut command);
+        let deadline = Instant::now() + PATIENCE;
+        while !pid.exists() && running.is_running() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
         }
-        assert!(Instant::now() < deadline, "qemu-storage-daemon does not answer");
-    };
-    (running, client)
+        if let Some(client) = Qmp::try_connect(&socket, Duration::from_secs(5)) {
+            return (running, client);
+        }
+        running.kill();
+        for left in [&socket, &pid] {
+            std::fs::remove_file(left).ok();
+        }
+    }
+    panic!("qemu-storage-daemon does not answer");
 }
 
 /// A reply without what is different on purpose, or by the moment.

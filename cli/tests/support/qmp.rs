@@ -34,26 +34,32 @@ impl Qmp {
         client
     }
 
-    /// Connect; `None`: the daemon closes the connection, or does not answer for `patience`.
+    /// Connect to a socket that is there; `None`: the daemon does not answer as it should, for `patience` each time.
     pub(crate) fn try_connect(path: &Path, patience: Duration) -> Option<Self> {
-        let mut client = Self::connected(path);
+        let mut client = Self::over(UnixStream::connect(path).ok()?);
         client.stream.set_read_timeout(Some(patience)).expect("set");
         client.greeting = client.try_receive().ok()??;
-        client.stream.write_all(br#"{"execute":"qmp_capabilities"}"#).ok()?;
-        let reply = client.try_receive().ok()??;
+        for command in [&br#"{"execute":"qmp_capabilities"}"#[..], br#"{"execute":"query-version"}"#] {
+            client.stream.write_all(command).ok()?;
+            let reply = client.try_receive().ok()??;
+            reply.get("return")?;
+        }
         client.stream.set_read_timeout(Some(PATIENCE)).expect("set");
-        reply.get("return").is_some().then_some(client)
+        Some(client)
     }
 
     fn connected(path: &Path) -> Self {
         let deadline = Instant::now() + PATIENCE;
-        let stream = loop {
+        loop {
             match UnixStream::connect(path) {
-                Ok(stream) => break stream,
+                Ok(stream) => return Self::over(stream),
                 Err(error) => assert!(Instant::now() < deadline, "{}: {error}", path.display()),
             }
             std::thread::sleep(Duration::from_millis(10));
-        };
+        }
+    }
+
+    fn over(stream: UnixStream) -> Self {
         stream.set_read_timeout(Some(PATIENCE)).expect("set");
         let lines = BufReader::new(stream.try_clone().expect("cloned"));
         Self { stream, lines, greeting: Value::Null, events: VecDeque::new() }
