@@ -182,6 +182,56 @@ fn a_tool_that_hands_its_socket_over_copies_the_disk() {
     assert!(same(&there.path().join("disk.img"), &there.path().join("out.img")));
 }
 
+#[track_caller]
+fn tool_says(there: &Path, arguments: &[&str]) -> String {
+    let output = tool(there, arguments);
+    assert!(output.status.success(), "{arguments:?}: {}{}", stdout(&output), stderr(&output));
+    stdout(&output)
+}
+
+/// QEMU's tools list exports, look at one, and copy out of it and into it, also while a job shows t0.
+#[test]
+fn tools_of_qemu_as_clients() {
+    if !has("qemu-img") || !has("qemu-nbd") {
+        return;
+    }
+    let there = directory();
+    let there = there.path();
+    let daemon = with_disk(there);
+    let mut client = daemon.client();
+    let socket = there.join("nbd.sock");
+    let list = ["qemu-nbd", "--list", "--socket", socket.to_str().expect("text")];
+    let listed = tool_says(there, &list);
+    for expected in ["'vda'", &format!("size:  {LENGTH}"), "multi", "fast-zero", "base:allocation"] {
+        assert!(listed.contains(expected), "no {expected:?} in {listed}");
+    }
+    let info = tool_says(there, &["qemu-img", "info", "--output=json", "-f", "raw", &uri("vda")]);
+    let info: Value = serde_json::from_str(&info).expect("JSON");
+    assert_eq!(info["virtual-size"], LENGTH);
+    tool_says(there, &["qemu-img", "convert", "-f", "raw", "-O", "raw", &uri("vda"), "out.img"]);
+    assert!(same(&there.join("disk.img"), &there.join("out.img")), "copied out");
+    tool_says(there, &["qemu-img", "compare", "-f", "raw", "-F", "raw", &uri("vda"), "out.img"]);
+
+    // A job, whose t0 is exported; then another disk is copied in, with holes.
+    dense(&there.join("target.img"), LENGTH, 9);
+    client.add_file("target", &there.join("target.img"));
+    let backup = json!({ "job-id": "job", "device": "vda", "target": "target", "sync": "none" });
+    client.ok("blockdev-backup", backup);
+    let snapshot =
+        json!({ "type": "nbd", "id": "t0", "node-name": "vda", "name": "t0", "x-snapshot": "job" });
+    client.ok("block-export-add", snapshot);
+    support::sparse(&there.join("in.img"), LENGTH as u64);
+    tool_says(there, &["qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", "in.img", &uri("vda")]);
+    tool_says(there, &["qemu-img", "compare", "-f", "raw", "-F", "raw", &uri("vda"), "in.img"]);
+    tool_says(there, &["qemu-img", "convert", "-f", "raw", "-O", "qcow2", &uri("t0"), "t0.qcow2"]);
+    tool_says(there, &["qemu-img", "compare", "-f", "qcow2", "-F", "raw", "t0.qcow2", "out.img"]);
+    let listed = tool_says(there, &list);
+    assert!(listed.contains("'t0'") && listed.contains("readonly"), "{listed}");
+    client.ok("job-cancel", json!({ "id": "job" }));
+    client.until("job", "null");
+    assert!(same(&there.join("disk.img"), &there.join("in.img")), "copied in");
+}
+
 #[test]
 fn the_operator_hears_what_guests_felt() {
     if !has("qemu-io") {

@@ -139,6 +139,25 @@ fn what_no_guest_has_changed_takes_no_space_in_a_copy_of_old_contents_alone() {
     assert!(taken <= 3 * CLUSTER, "{taken} bytes for 2 clusters");
 }
 
+/// What it checks: where guests have changed everything, such a job still is not over. Why: whoever reads its snapshot decides when it is.
+#[test]
+fn a_copy_of_old_contents_alone_goes_on_until_it_is_cancelled() {
+    let fixture = Fixture::new();
+    let (disk, contents) = fixture.disk("disk", true);
+    let mut options = fixture.options("backup");
+    options.sync = SyncMode::None;
+    let backup = fixture.engine.start_backup(&disk, &options).unwrap();
+    disk.write(0, vec![0xEE; contents.len()]).unwrap();
+    let ended = backup.job.wait_timeout(std::time::Duration::from_millis(300));
+    assert!(ended.is_none(), "it has ended by itself: {ended:?}");
+    assert!(backup.snapshot.read(0, contents.len()).unwrap() == contents, "its snapshot is there");
+    backup.job.pause().unwrap();
+    backup.job.resume().unwrap();
+    backup.job.cancel().unwrap();
+    assert!(matches!(backup.job.wait().outcome, Outcome::Cancelled));
+    assert!(fs::read(fixture.path("backup")).unwrap() == contents);
+}
+
 #[test]
 fn the_backup_is_of_the_start_and_the_disk_of_now() {
     let fixture = Fixture::new();

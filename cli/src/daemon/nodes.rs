@@ -241,14 +241,17 @@ impl Nodes {
         let stands_on =
             |node: &Node| matches!(&node.kind, Kind::Raw(below) | Kind::Filter(below) if below == name);
         let node = &self.nodes[at];
-        if matches!(node.kind, Kind::Filter(_)) || node.exports > 0 {
+        // With QEMU, the exports of a disk that is being backed up stand on a filter, and that one on the node.
+        let filtered = self.disk_of(name).is_ok_and(|disk| disk.readers > node.exports);
+        if matches!(node.kind, Kind::Filter(_)) || node.exports > 0 && !filtered {
             return generic(format!("Node {name} is in use"));
         }
         if self.disk_of(name).is_ok_and(|disk| disk.target) {
             return Err(busy(name));
         }
         let is_bottom = matches!(node.kind, Kind::Disk(_));
-        let in_use = self.nodes.iter().any(stands_on)
+        let in_use = node.exports > 0
+            || self.nodes.iter().any(stands_on)
             || self.disk_of(name).is_ok_and(|disk| disk.readers > 0) && (is_bottom || self.is_only_top(name));
         if in_use {
             return generic(format!("Block device {name} is in use"));

@@ -8,7 +8,7 @@ use crate::peer::{Peer, compare};
 use crate::support::has;
 
 /// Have writes to files beyond `bytes` fail; `None`: no longer.
-fn limit_files(peer: &Peer, bytes: Option<u64>) {
+pub(crate) fn limit_files(peer: &Peer, bytes: Option<u64>) {
     let limit = bytes.map_or("unlimited".to_owned(), |bytes| bytes.to_string());
     let process = peer.id().to_string();
     // The soft limit alone, so that it can be lifted.

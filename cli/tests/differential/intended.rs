@@ -1,10 +1,12 @@
 //! What differs on purpose, with both sides shown.
 
 use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::peer::{LENGTH, Peer, Which};
+use crate::errors::limit_files;
+use crate::peer::{LENGTH, Peer, Which, contents};
 use crate::support::has;
 
 /// What `script` makes of either daemon.
@@ -55,4 +57,89 @@ fn a_speed_limit_is_kept_from_the_first_moment() {
     let Some([theirs, ours]) = made else { return };
     assert!(ours <= 4 * 65536, "{ours} bytes in a moment, at 64 KiB a second");
     assert!(theirs >= 1 << 20, "QEMU has learnt it; the document may say so");
+}
+
+/// A node of whose file guests may free parts, in the words of either daemon.
+fn add_with_discard(peer: &mut Peer, name: &str) {
+    std::fs::write(peer.path(name), contents(LENGTH)).expect("written");
+    let path = peer.path(name).display().to_string();
+    let file = json!({ "driver": "file", "filename": path, "discard": "unmap" });
+    peer.add(name, json!({ "discard": "unmap", "file": file }));
+}
+
+fn allocated(peer: &Peer, name: &str) -> u64 {
+    std::fs::metadata(peer.path(name)).expect("there").blocks() * 512
+}
+
+/// The target shows t0 with both. What a guest gives back during a job, QEMU keeps; here it is freed, once it is copied.
+#[test]
+fn discards_of_guests_during_a_job() {
+    const GIVEN_BACK: u64 = 1 << 20;
+    let made = both(|peer| {
+        add_with_discard(peer, "d");
+        peer.export("d");
+        let arguments = json!({ "job-id": "j", "device": "d", "target": "t", "sync": "full", "speed": 1 });
+        peer.say("blockdev-backup", arguments);
+        peer.until("j", "running");
+        let before = allocated(peer, "d");
+        peer.guest("d", &["discard 2M 1M", "write -P 3 2100k 4k"]);
+        peer.say("block-job-set-speed", json!({ "device": "j", "speed": 0 }));
+        peer.until("j", "null");
+        let deadline = Instant::now() + Duration::from_secs(if peer.which == Which::Ours { 30 } else { 1 });
+        let mut freed = 0;
+        while freed < GIVEN_BACK - (64 << 10) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
+            freed = before.saturating_sub(allocated(peer, "d"));
+        }
+        let t = std::fs::read(peer.path("t")).expect("read");
+        assert!(t == contents(LENGTH), "{:?}: the target does not show t0", peer.which);
+        // Without a job they do the same.
+        peer.guest("d", &["discard 3M 1M"]);
+        assert!(before - allocated(peer, "d") >= freed + GIVEN_BACK, "{:?}", peer.which);
+        freed
+    });
+    let Some([theirs, ours]) = made else { return };
+    assert!((GIVEN_BACK - (64 << 10)..GIVEN_BACK).contains(&ours), "all but what was written again: {ours}");
+    assert_eq!(theirs, 0, "QEMU has learnt it; the document may say so");
+}
+
+/// QEMU 10.0 has `break-snapshot` only of the filter that its backup puts in, so the filter stands alone there. What guests see is the same:
+/// their write succeeds, and t0 is lost.
+#[test]
+fn a_snapshot_may_be_given_up_for_the_guest() {
+    if !has("prlimit") {
+        return;
+    }
+    let made = both(|peer| {
+        let exported = match peer.which {
+            Which::Ours => {
+                peer.export("s");
+                peer.backup("j", "t", json!({ "sync": "none", "on-cbw-error": "break-snapshot" }));
+                peer.until("j", "running");
+                "s"
+            }
+            Which::Qemu => {
+                let filter = json!({ "driver": "copy-before-write", "node-name": "filter", "file": "s",
+                                     "target": "t", "on-cbw-error": "break-snapshot" });
+                peer.qmp.ok("blockdev-add", filter);
+                peer.export("filter");
+                "filter"
+            }
+        };
+        limit_files(peer, Some((2 << 20) + (32 << 10)));
+        peer.guest(exported, &["write -P 2 1M 4k", "write -P 3 2M 4k", "write -P 4 512k 4k"]);
+        if peer.which == Which::Ours {
+            peer.until("j", "null");
+        }
+        let s = std::fs::read(peer.path("s")).expect("read");
+        let t = std::fs::read(peer.path("t")).expect("read");
+        (s, t[1 << 20..(1 << 20) + 65536] == contents(LENGTH)[1 << 20..(1 << 20) + 65536], t[512 << 10])
+    });
+    let Some([theirs, ours]) = made else { return };
+    for (s, copied, later) in [&theirs, &ours] {
+        assert_eq!((s[1 << 20], s[2 << 20], s[512 << 10]), (2, 3, 4), "the guest's writes");
+        assert!(copied, "what was copied before");
+        assert_eq!(*later, 7, "nothing is copied any more");
+    }
+    assert!(theirs == ours);
 }

@@ -9,6 +9,7 @@
 //! Skipped where `qemu-storage-daemon` is not installed.
 
 mod errors;
+mod guests;
 mod intended;
 mod jobs;
 mod peer;

@@ -14,6 +14,14 @@ use crate::support::{PATIENCE, Running, directory, has, heeding};
 /// Length of the disks, unless a script wants another.
 pub(crate) const LENGTH: usize = 4 << 20;
 
+/// Where exports are, beside the images.
+const SOCKET: &str = "nbd.sock";
+
+/// What the disk `s` holds at first: data without zeros.
+pub(crate) fn contents(length: usize) -> Vec<u8> {
+    (0..length).map(|at| u8::try_from(at % 251).expect("small") | 1).collect()
+}
+
 /// Which daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Which {
@@ -78,9 +86,9 @@ impl Peer {
         };
         let events = BTreeMap::new();
         let mut peer = Self { which, there, running: Some(running), qmp, replies: Vec::new(), events };
-        let data: Vec<u8> = (0..length).map(|at| u8::try_from(at % 251).expect("small") | 1).collect();
+        let seven = vec![7; length];
         for (name, contents) in
-            [("s", data), ("t", vec![7; length]), ("u", vec![7; length]), ("small", vec![7; 64 << 10])]
+            [("s", contents(length)), ("t", seven.clone()), ("u", seven), ("small", vec![7; 64 << 10])]
         {
             std::fs::write(peer.path(name), contents).expect("written");
             peer.add(name, json!({}));
@@ -113,6 +121,43 @@ impl Peer {
         replace(&mut noted, &self.there.path().display().to_string());
         self.replies.push(json!({ command: noted }));
         reply
+    }
+
+    /// Serve a node for writing, under its own name.
+    pub(crate) fn export(&mut self, node: &str) {
+        let address = json!({ "type": "unix", "data": { "path": self.path(SOCKET) } });
+        self.say("nbd-server-start", json!({ "addr": address }));
+        let export = json!({ "type": "nbd", "id": node, "node-name": node, "name": node, "writable": true });
+        self.say("block-export-add", export);
+    }
+
+    /// A guest does what `commands` of `qemu-io` say to the export of a node, one after the other. What failed is noted.
+    pub(crate) fn guest(&mut self, node: &str, commands: &[&str]) {
+        let output = self.guest_command(node, commands).output().expect("it runs");
+        let said = [output.stdout, output.stderr].map(|text| String::from_utf8(text).expect("text")).concat();
+        assert!(matches!(output.status.code(), Some(0 | 1)), "{:?}, {commands:?}: {said}", self.which);
+        let failed: Vec<&str> = said.lines().filter(|line| line.contains("ailed")).collect();
+        assert!(output.status.success() || !failed.is_empty(), "{:?}, {commands:?}: {said}", self.which);
+        self.replies.push(json!({ "guest": commands, "failed": failed }));
+    }
+
+    /// The program that does so; it gives up rather than hang.
+    pub(crate) fn guest_command(&self, node: &str, commands: &[&str]) -> Command {
+        let mut command = Command::new("timeout");
+        command.args(["60", "qemu-io", "-f", "raw"]);
+        command.args(commands.iter().flat_map(|command| ["-c", command]));
+        command.arg(format!("nbd+unix:///{node}?socket={}", self.path(SOCKET).display()));
+        command
+    }
+
+    /// How far a job says that it is, in bytes.
+    pub(crate) fn offset(&mut self) -> u64 {
+        self.qmp.ok("query-block-jobs", json!({}))[0]["offset"].as_u64().expect("a number")
+    }
+
+    /// Have something else compared as well.
+    pub(crate) fn note_that(&mut self, what: &str, value: Value) {
+        self.replies.push(json!({ what: value }));
     }
 
     /// `blockdev-backup` of `s`.
@@ -206,18 +251,34 @@ fn extend(object: &mut Value, more: Value) {
     }
 }
 
+/// Times that `qemu-storage-daemon` is started before it is given up.
+const STARTS: usize = 10;
+
+/// It may greet its first client twice, and forget what was negotiated between, where that one comes before its monitor's thread has
+/// settled; and it may crash where a client leaves at that moment. So it is met once it has said that it is up, and started anew if
+/// it stumbles all the same.
 fn start_qemu(there: &Path) -> (Running, Qmp) {
-    let socket = there.join("qmp.sock");
+    let (socket, pid) = (there.join("qmp.sock"), there.join("pid"));
     let chardev = format!("socket,id=qmp,path={},server=on,wait=off", socket.display());
     // A write beyond a limit is to fail, not to kill.
-    let script = format!("trap '' XFSZ; exec qemu-storage-daemon --chardev {chardev} --monitor chardev=qmp");
-    let mut command: Command = heeding("sh");
-    command.args(["-c", &script]).current_dir(there).stdin(Stdio::null());
-    let running = Running::start(&mut command);
-    // It may greet the first client twice (and forget what was negotiated between), where that one comes before its monitor's
-    // thread has settled: once somebody was greeted, it has.
-    drop(Qmp::greeted(&socket));
-    (running, Qmp::connect(&socket))
+    let program = format!("exec qemu-storage-daemon --chardev {chardev} --monitor chardev=qmp --pidfile pid");
+    for _ in 0..STARTS {
+        let mut command: Command = heeding("sh");
+        command.args(["-c", &format!("trap '' XFSZ; {program}")]).current_dir(there).stdin(Stdio::null());
+        let mut running = Running::start(&mut command);
+        let deadline = Instant::now() + PATIENCE;
+        while !pid.exists() && running.is_running() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if let Some(client) = Qmp::try_connect(&socket, Duration::from_secs(5)) {
+            return (running, client);
+        }
+        running.kill();
+        for left in [&socket, &pid] {
+            std::fs::remove_file(left).ok();
+        }
+    }
+    panic!("qemu-storage-daemon does not answer");
 }
 
 /// A reply without what is different on purpose, or by the moment.

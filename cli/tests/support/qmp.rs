@@ -29,29 +29,54 @@ impl Qmp {
 
     /// Connect, but negotiate nothing yet.
     pub(crate) fn greeted(path: &Path) -> Self {
-        let deadline = Instant::now() + PATIENCE;
-        let stream = loop {
-            match UnixStream::connect(path) {
-                Ok(stream) => break stream,
-                Err(error) => assert!(Instant::now() < deadline, "{}: {error}", path.display()),
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        };
-        stream.set_read_timeout(Some(PATIENCE)).expect("set");
-        let lines = BufReader::new(stream.try_clone().expect("cloned"));
-        let mut client = Self { stream, lines, greeting: Value::Null, events: VecDeque::new() };
+        let mut client = Self::connected(path);
         client.greeting = client.receive().expect("a greeting");
         client
     }
 
+    /// Connect to a socket that is there; `None`: the daemon does not answer as it should, for `patience` each time.
+    pub(crate) fn try_connect(path: &Path, patience: Duration) -> Option<Self> {
+        let mut client = Self::over(UnixStream::connect(path).ok()?);
+        client.stream.set_read_timeout(Some(patience)).expect("set");
+        client.greeting = client.try_receive().ok()??;
+        for command in [&br#"{"execute":"qmp_capabilities"}"#[..], br#"{"execute":"query-version"}"#] {
+            client.stream.write_all(command).ok()?;
+            let reply = client.try_receive().ok()??;
+            reply.get("return")?;
+        }
+        client.stream.set_read_timeout(Some(PATIENCE)).expect("set");
+        Some(client)
+    }
+
+    fn connected(path: &Path) -> Self {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => return Self::over(stream),
+                Err(error) => assert!(Instant::now() < deadline, "{}: {error}", path.display()),
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn over(stream: UnixStream) -> Self {
+        stream.set_read_timeout(Some(PATIENCE)).expect("set");
+        let lines = BufReader::new(stream.try_clone().expect("cloned"));
+        Self { stream, lines, greeting: Value::Null, events: VecDeque::new() }
+    }
+
     /// The next message; `None`: the connection was closed.
     pub(crate) fn receive(&mut self) -> Option<Value> {
+        self.try_receive().unwrap_or_else(|error| panic!("nothing comes: {error}"))
+    }
+
+    fn try_receive(&mut self) -> std::io::Result<Option<Value>> {
         let mut line = String::new();
         match self.lines.read_line(&mut line) {
-            Ok(0) => None,
-            Ok(_) => Some(serde_json::from_str(&line).expect("a value a line")),
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => None,
-            Err(error) => panic!("nothing comes: {error}"),
+            Ok(0) => Ok(None),
+            Ok(_) => Ok(Some(serde_json::from_str(&line).expect("a value a line"))),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => Ok(None),
+            Err(error) => Err(error),
         }
     }
 

@@ -32,8 +32,10 @@ impl Copier {
         }
         let idle = self.is_idle();
         let all_settled = self.tally.settled_clusters == self.plan.geometry.clusters().0;
+        // What is for guests alone goes on until it is cancelled, also where they have changed everything.
+        let completes = all_settled && self.plan.sync != SyncMode::None;
         // Once all is settled, the last checkpoint covers them. A pause may be long, and guests need the slots.
-        let frees_slots = !all_settled && self.fleece.as_ref().is_some_and(Fleece::has_unflushed);
+        let frees_slots = !completes && self.fleece.as_ref().is_some_and(Fleece::has_unflushed);
         let still = match self.plan.live {
             // Guests go on, and what is copied for them.
             Some(_) => {
@@ -49,7 +51,7 @@ impl Copier {
         if self.writing_back {
             return;
         }
-        if all_settled && idle && self.checkpoints.is_idle() && !self.paused() {
+        if completes && idle && self.checkpoints.is_idle() && !self.paused() {
             if self.gives_back() {
                 return;
             }
@@ -60,7 +62,7 @@ impl Copier {
         }
         let halts = self.paused() && self.sweep_is_idle();
         let due = self.fleece.as_ref().is_some_and(|fleece| fleece.flush_is_due(now, halts));
-        if due && self.checkpoints.is_idle() && !all_settled {
+        if due && self.checkpoints.is_idle() && !completes {
             self.begin_checkpoint(false, now);
         }
         if !self.paused() {

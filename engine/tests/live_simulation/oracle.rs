@@ -245,6 +245,9 @@ impl Job {
                 }
             }
             Outcome::Cancelled => return Err("cancelled, and nobody asked for it".into()),
+            Outcome::Complete | Outcome::CompleteWithSkipped if self.spec.sync == SyncMode::None => {
+                return Err("it ended by itself, which is for whoever started it to decide".into());
+            }
             Outcome::Complete | Outcome::CompleteWithSkipped => {
                 let progress = &result.progress;
                 if progress.done + progress.skipped != progress.total || listed != progress.skipped {
