@@ -106,7 +106,9 @@ fn back_up(
     let node = json!({ "driver": driver, "node-name": name, "filename": target.path, "discard": "unmap" });
     let done = client.execute("blockdev-add", node).and_then(|_| {
         let mut done = follow(&mut client, args, &name, signalled, meter, last);
-        if let Ok(ended) = &mut done {
+        if let Ok(ended) = &mut done
+            && matches!(ended.result, "complete" | "skipped")
+        {
             watch_after(&mut client, args, signalled, ended);
         }
         // If it cannot be had any more there is nothing to remove it from.
@@ -186,7 +188,10 @@ fn follow(
 
 /// Add to the report what guests feel once it is over. They are still being served when the job has ended, so this takes its time.
 fn watch_after(client: &mut Client, args: &BackupArgs, signalled: &Signalled, ended: &mut Ended) {
-    let guests = &mut ended.last["x-report"]["guests"];
+    // Another daemon tells no such thing.
+    let Some(guests) = ended.last.pointer_mut("/x-report/guests").filter(|guests| guests.is_object()) else {
+        return;
+    };
     let were_there = |phase: &str| guests[phase]["requests"].as_u64().is_some_and(|requests| requests > 0);
     if args.after == 0 || !(were_there("before") || were_there("during")) {
         return;

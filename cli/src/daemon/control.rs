@@ -180,7 +180,8 @@ impl Control {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                out::say(format_args!("{} jobs do not end; leaving them", running.len()));
+                let what = if running.is_empty() { "exports" } else { "jobs" };
+                out::say(format_args!("there are {what} that do not end; leaving them"));
                 break;
             }
             if let Some(letter) = self.mailbox.wait(left.min(PATIENCE)) {

@@ -150,13 +150,18 @@ impl<T> Asked<T> {
 
     /// Sleep until the answer is there, or for `limit`.
     pub(super) fn wait_for(self, limit: Duration) -> Option<T> {
-        let deadline = Instant::now() + limit;
+        may_wait();
+        let deadline = Instant::now().checked_add(limit);
         let mut state = self.0.state.lock();
         loop {
             match std::mem::replace(&mut *state, State::Over) {
                 State::Answered(answer) => return Some(answer),
                 open => *state = open,
             }
+            let Some(deadline) = deadline else {
+                self.0.answered.wait(&mut state);
+                continue;
+            };
             if self.0.answered.wait_until(&mut state, deadline).timed_out() {
                 return match std::mem::replace(&mut *state, State::Over) {
                     State::Answered(answer) => Some(answer),
@@ -235,6 +240,10 @@ mod tests {
         let waiting = std::thread::spawn(move || asked.wait_for(Duration::from_secs(60)));
         answer.give(Some(7));
         assert_eq!(waiting.join().unwrap(), Some(Some(7)));
+        let (answer, asked) = ask::<Option<u32>>();
+        let waiting = std::thread::spawn(move || asked.wait_for(Duration::MAX));
+        answer.give(Some(9));
+        assert_eq!(waiting.join().unwrap(), Some(Some(9)));
         let (answer, asked) = ask::<Option<u32>>();
         assert_eq!(asked.wait_for(Duration::from_millis(1)), None);
         answer.give(Some(8));

@@ -32,16 +32,20 @@ impl<R: Ring> Reactor<R> {
             answers.extend(disk.take_askers());
         }
         // The ring goes first, and with it what is in flight; then what is served, whose clients have lost their sockets.
+        let ending = self.ending.take();
         drop(self);
         for job in jobs {
             let Job { mut runner, asks, reads, .. } = job;
-            let error = Arc::clone(&error);
+            let (error, ending) = (Arc::clone(&error), ending.clone());
             let Some(at_end) = runner.take_at_end() else {
                 runner.shared().died(engine, error, |_| {});
                 continue;
             };
             let shared = Arc::clone(runner.shared());
-            run_aside("engine-end", move || shared.died(engine, error, at_end));
+            run_aside("engine-end", move || {
+                shared.died(engine, error, at_end);
+                drop(ending);
+            });
             drop((runner, asks, reads));
         }
         drop(answers);

@@ -14,10 +14,12 @@
 //! A guest that is held up in the midst of its look at the jobs may be the last to let go of it. The thread waits for such guests, a while, so
 //! that none of them has to give the memory back.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use crossbeam::channel::Sender;
 use parking_lot::Mutex;
 
 use super::jobs::{JobList, Watch};
@@ -39,6 +41,8 @@ pub(super) struct End {
     pub(super) at_end: Option<AtEnd>,
     pub(super) share: Share,
     pub(super) watch: Arc<Watch>,
+    /// Dropped once the result is told.
+    pub(super) ending: Option<Sender<Infallible>>,
 }
 
 impl End {
@@ -52,12 +56,13 @@ impl End {
     }
 
     fn finish(self) -> Arc<Watch> {
-        let Self { runner, mut result, at_end, share, watch } = self;
+        let Self { runner, mut result, at_end, share, watch, ending } = self;
         if let Some(at_end) = at_end {
             foreign::call("the end of a job", || at_end(&mut result));
         }
         drop(share);
         runner.conclude(result);
+        drop(ending);
         watch
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::DiskId;
-use super::ask::ask;
+use super::ask::{ask, may_wait};
 use super::backup::{self, Backup, BackupOptions};
 use super::command::{Command, GroupFailure, NewGroup, NewJob};
 use super::disk::{DiskShared, File, Inner, LiveDisk, LiveInbox};
@@ -91,9 +91,13 @@ pub struct EngineEnd(Receiver<Infallible>);
 
 impl EngineEnd {
     /// Wait for that, at most `limit`: `false`, it is not yet. It is gone once the last handle of it, of its disks and of its servers is, and all
-    /// jobs and requests have ended; its disks are closed then, and nobody finds them locked any more.
+    /// jobs and requests have ended; its disks and targets are closed then, and nobody finds them locked any more.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, which would wait for itself.
     #[must_use]
     pub fn wait(&self, limit: Duration) -> bool {
+        may_wait();
         self.0.recv_timeout(limit) == Err(RecvTimeoutError::Disconnected)
     }
 }
@@ -329,9 +333,10 @@ fn carry_on<R: Ring<File = File, Socket = OwnedFd>>(
     started: &Sender<Result<Engine, Error>>,
 ) {
     let waker = ring.waker();
-    // Dropped last, whatever becomes of the rest.
-    let (_ending, ended) = bounded(0);
+    // Declared first: dropped last, whatever becomes of the rest.
+    let (ending, ended) = bounded(0);
     let mut reactor = Reactor::new(ring);
+    reactor.tell_end(ending.clone());
     super::ask::this_is_a_ring_thread();
     let handle = Handle {
         inbox: reactor.inbox(),

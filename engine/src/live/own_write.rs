@@ -8,7 +8,8 @@
 //! A discard that the engine has put off is told to be done before it is carried out. So whoever writes later by himself
 //! must have it forgotten first, or it would take his new data with it. A disk says by a flag whether there are any; while there are, every
 //! such writer asks the ring thread to take his range out, before anything else. The flag is set before the discard is told to be done, and a
-//! writer who comes at the same time as a discard has no right to either order, so one look, at the beginning, is enough.
+//! writer who comes at the same time as a discard has no right to either order; but he who has waited for a copy looks again, lest a
+//! discard that was told to be done meanwhile take away what is read after both.
 //!
 //! # The clock
 //! The time-out of a copy counts from the moment at which the guest asks, and goes on when it has to ask another job. A large request goes
@@ -66,6 +67,7 @@ impl OwnWrite {
                     self.since = Instant::now();
                 }
                 self.last = Some((job, clusters.start));
+                self.forgotten = false;
                 Step::Copy(job, clusters, self.since.elapsed())
             }
         }
@@ -115,6 +117,19 @@ mod tests {
         assert!(matches!(write.next(&disk, attempt), Step::Granted(_)));
         disk.set_discards_put_off(false);
         assert!(matches!(OwnWrite::new(ByteRange::new(0, 10)).next(&disk, attempt), Step::Granted(_)));
+    }
+
+    #[test]
+    fn who_has_waited_for_a_copy_looks_for_discards_again() {
+        let disk = disk();
+        let watch = watch(&disk, 1);
+        let mut write = OwnWrite::new(ByteRange::new(0, 10));
+        disk.set_discards_put_off(true);
+        assert!(matches!(write.next(&disk, attempt), Step::Forget));
+        assert!(matches!(write.next(&disk, attempt), Step::Copy(..)));
+        watch.set().mark_done(ClusterRange::new(0, 1));
+        assert!(matches!(write.next(&disk, attempt), Step::Forget));
+        assert!(matches!(write.next(&disk, attempt), Step::Granted(_)));
     }
 
     #[test]

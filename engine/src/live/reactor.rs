@@ -12,9 +12,11 @@
 //! How it ends when it breaks: `death`.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::convert::Infallible;
 use std::ops::Bound;
 use std::sync::Arc;
 
+use crossbeam::channel::Sender;
 use nix::errno::Errno;
 use slab::Slab;
 
@@ -94,6 +96,8 @@ pub(super) struct Reactor<R: Ring> {
     completions: Vec<Completion>,
     ops: Vec<(Token, Op)>,
     quit: bool,
+    /// Dropped with the last of it, the ends of jobs included.
+    pub(super) ending: Option<Sender<Infallible>>,
     /// Bounds of the carriers of disks to come.
     pub(super) carrier_limits: CarrierLimits,
     /// A bug put in on purpose, to see that the tests catch it.
@@ -133,10 +137,16 @@ impl<R: Ring> Reactor<R> {
             completions: Vec::new(),
             ops: Vec::new(),
             quit: false,
+            ending: None,
             carrier_limits: CarrierLimits::default(),
             #[cfg(feature = "sim")]
             planted: Planted::default(),
         }
+    }
+
+    /// `ending` is dropped once it is gone, and the ends of its jobs with it.
+    pub(super) fn tell_end(&mut self, ending: Sender<Infallible>) {
+        self.ending = Some(ending);
     }
 
     /// Where commands are left.
@@ -313,7 +323,9 @@ impl<R: Ring> Reactor<R> {
     }
 
     fn read_snapshot(&mut self, id: JobId, range: ByteRange, asker: IoAsker) {
-        let Some(job) = self.jobs.iter_mut().map(|(_, job)| job).find(|job| job.watch.id() == id) else {
+        // One that is over answers nobody any more.
+        let reads = |job: &Job| job.watch.id() == id && !job.runner.copier.is_finished();
+        let Some(job) = self.jobs.iter_mut().map(|(_, job)| job).find(|job| reads(job)) else {
             let error = Error::new(
                 ErrorKind::Io(Errno::ESTALE),
                 Operation::ReadSnapshot,
@@ -445,7 +457,7 @@ impl<R: Ring> Reactor<R> {
         let over: Vec<usize> = self
             .jobs
             .iter()
-            .filter(|(_, job)| job.runner.copier.is_finished() && job.asks.is_empty())
+            .filter(|(_, job)| job.runner.copier.is_finished() && job.asks.is_empty() && job.reads.is_empty())
             .map(|(index, _)| index)
             .collect();
         for index in over {
@@ -460,7 +472,7 @@ impl<R: Ring> Reactor<R> {
                 self.ring.remove_file(file);
             }
             let at_end = runner.take_at_end();
-            End { runner, result, at_end, share, watch }.begin();
+            End { runner, result, at_end, share, watch, ending: self.ending.clone() }.begin();
         }
     }
 

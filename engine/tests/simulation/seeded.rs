@@ -52,7 +52,7 @@ fn from_environment(name: &str, default: u64) -> u64 {
 #[test]
 fn seeded() {
     let first = from_environment("SIM_FIRST", 0);
-    let count = from_environment("SIM_SEEDS", 3000);
+    let count = from_environment("SIM_SEEDS", 2000);
     for seed in first..first + count {
         if let Err(panic) = std::panic::catch_unwind(|| one_seed(seed)) {
             eprintln!("seed {seed} failed");
