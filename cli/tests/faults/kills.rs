@@ -1,6 +1,6 @@
 //! Copies with a map that are killed at random times, again and again, and brought to their end.
 //!
-//! Twelve kills by default. More, and the same again: `KILL_ROUNDS=200 KILL_SEED=1 cargo test -p engine-cli --test faults kills -- --nocapture`.
+//! Eight kills by default. More, and the same again: `KILL_ROUNDS=200 KILL_SEED=1 cargo test -p engine-cli --test faults kills -- --nocapture`.
 //!
 //! Copies are slowed down so that kills fall before, between and behind checkpoints (5 s apart), and several run at a time. What is
 //! checked: every result equals the source; no run does again more than the last checkpoint interval, that is, what the
@@ -240,7 +240,7 @@ fn ended_equal(case: &Case) -> bool {
 #[test]
 fn killed_at_random_times_every_copy_comes_to_its_end() {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse().expect("a whole number"));
-    let rounds: u64 = number("KILL_ROUNDS").unwrap_or(12);
+    let rounds: u64 = number("KILL_ROUNDS").unwrap_or(8);
     let seed: u64 = number("KILL_SEED").unwrap_or_else(|| fastrand::u64(0..1 << 32));
     println!("KILL_ROUNDS={rounds} KILL_SEED={seed}");
     let devices = is_root();
