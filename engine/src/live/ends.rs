@@ -4,8 +4,8 @@
 //! When a job is over and has left its disk and the ring, what is left to do may take its time: to ask for the target's name and to remove a
 //! partial file (on a server that does not answer, for ever), to close files (the last close of one without a name gives its space
 //! back), to unmap what told of its clusters. The ring thread serves everybody else meanwhile. So each job's end is a thread of its own, for as long
-//! as that takes, and an end that hangs keeps nobody but those who wait for that very job. Their number is bounded: each keeps the job's share
-//! of the engine's room until its storages are closed.
+//! as that takes, and an end that hangs keeps nobody but those who wait for that very job. Those that hang are bounded: each keeps the job's share
+//! of the engine's room until its storages are closed. (What is left then, a wait for guests who look at the set, takes 8 s at most.)
 //!
 //! # Order
 //! The target is looked at and cleaned up; the storages are closed; the share goes back; then the result is told; then the memory goes.
