@@ -43,6 +43,7 @@
 
 mod admission;
 mod ask;
+mod asks;
 mod backup;
 pub mod carrier;
 mod command;

@@ -21,8 +21,9 @@ use nix::errno::Errno;
 use slab::Slab;
 
 use super::DiskId;
-use super::ask::{Answer, Lost};
-use super::carrier::{CarrierLimits, CopyWait, IoOutcome, IoRequest};
+use super::ask::Lost;
+use super::asks::{Asker, Asks, forget_beside};
+use super::carrier::{CarrierLimits, IoOutcome, IoRequest};
 use super::command::{Command, GroupFailure, Inbox, NewGroup};
 use super::controller::Controller;
 use super::disk::DiskShared;
@@ -40,19 +41,12 @@ use super::room::{Room, Share};
 use super::starts::Raised;
 use super::token::{Owner, owner_of, token_of};
 use super::waits::ForgetWait;
-use crate::copier::guests::CbwId;
 use crate::copier::plan::Side;
 use crate::copier::snapshot::SnapshotId;
 use crate::error::{Error, ErrorKind, Operation, Refusal};
 use crate::job::runner::Runner;
 use crate::ring::{Completion, FileId, Op, Ring, RingFailure, Token, Wait};
 use crate::units::{ByteRange, Timestamp};
-
-/// Who waits for a copy-before-write.
-pub(super) enum Asker {
-    Guest(Answer<Result<(), Arc<Error>>>),
-    Carrier(CopyWait),
-}
 
 pub(super) struct Job {
     pub(super) disk: DiskId,
@@ -68,7 +62,7 @@ pub(super) struct Job {
     pub(super) guests: Box<GuestLatencies>,
     pub(super) group: u64,
     pub(super) on_failure: GroupFailure,
-    pub(super) asks: BTreeMap<CbwId, Asker>,
+    pub(super) asks: Asks,
     /// With how many bytes each asks for.
     pub(super) reads: BTreeMap<SnapshotId, (u64, IoAsker)>,
     pub(super) next_ask: u64,
@@ -250,9 +244,9 @@ impl<R: Ring> Reactor<R> {
             Command::Io { disk, request, answer } => {
                 self.submit(disk, request, IoAsker::Caller(answer), now);
             }
-            Command::Copy { job, clusters, waited, answer } => {
+            Command::Copy { wish, waited, answer } => {
                 let since = Timestamp(now.0.saturating_sub(waited));
-                self.copy_before_write(job, clusters, answer, since);
+                self.copy_before_write(wish, answer, since);
             }
             Command::ForgetDiscards { disk, range, answer } => {
                 self.forget_discards(disk, range, answer);
@@ -400,7 +394,7 @@ impl<R: Ring> Reactor<R> {
     /// Let the jobs act; `true`: there is more to do at once.
     fn poll_jobs(&mut self, now: Timestamp) -> bool {
         let mut more = false;
-        let mut failed_groups = Vec::new();
+        let (mut failed_groups, mut beside) = (Vec::new(), Vec::new());
         self.look_for_guests(now);
         let division = Division::of(self.ring.capacity());
         let mut taken = taken_by_jobs(&self.jobs, division);
@@ -433,8 +427,9 @@ impl<R: Ring> Reactor<R> {
                 tell(asker, IoOutcome { result }, &mut self.exports);
             }
             for (id, outcome) in job.runner.copier.take_cbw_outcomes() {
-                match job.asks.remove(&id).expect("every request has its asker") {
+                match job.asks.answered(id, &mut beside) {
                     Asker::Guest(answer) => answer.give(outcome),
+                    Asker::Beside => {}
                     Asker::Carrier(wait) => {
                         disk.carrier.copied(wait, outcome);
                         more = true;
@@ -442,6 +437,7 @@ impl<R: Ring> Reactor<R> {
                 }
             }
         }
+        forget_beside(&mut self.jobs, &beside);
         for group in failed_groups {
             for (_, job) in &mut self.jobs {
                 if job.group == group && !job.runner.copier.is_ending() {
@@ -563,7 +559,7 @@ impl<R: Ring> Reactor<R> {
             guests,
             group,
             on_failure,
-            asks: BTreeMap::new(),
+            asks: Asks::default(),
             reads: BTreeMap::new(),
             next_ask: 0,
             in_flight: 0,
