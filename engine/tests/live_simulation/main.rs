@@ -18,5 +18,7 @@ mod readers;
 mod run;
 mod scenario;
 mod seeded;
+#[path = "../support/seeds.rs"]
+mod seeds;
 mod seen;
 mod shadow;
