@@ -102,9 +102,7 @@ fn follow(copy: &Copy, signalled: &Signalled, meter: &mut Meter, told: &mut Vec<
         if let Some(result) = copy.job.wait_timeout(TICK) {
             return result;
         }
-        // In this order: a pause that is lifted between the two is not taken for another one.
-        let lifted = signalled.resumes();
-        let progress = copy.job.progress();
+        let (lifted, progress) = observe(|| signalled.resumes(), || copy.job.progress());
         meter.update(&Snapshot::of_copy(&progress));
         for notice in copy.job.notices(seen) {
             meter.say(&notice);
@@ -121,6 +119,12 @@ fn follow(copy: &Copy, signalled: &Signalled, meter: &mut Meter, told: &mut Vec<
     }
 }
 
+/// How many pauses were lifted, and how the job stands. In this order: a pause that is lifted between the two is not taken for another one.
+fn observe<P>(lifted: impl FnOnce() -> u64, progress: impl FnOnce() -> P) -> (u64, P) {
+    let lifted = lifted();
+    (lifted, progress())
+}
+
 /// Announces pauses on an error and takes the key that ends them.
 #[derive(Default)]
 struct Pauses {
@@ -135,8 +139,7 @@ impl Pauses {
         if progress.status != Status::Paused || progress.io_status == IoStatus::Ok {
             return;
         }
-        if self.announced != Some(lifted) {
-            self.announced = Some(lifted);
+        if self.is_another(lifted) {
             let enter = if self.keys.begin() { "press Enter, or run: " } else { "run: " };
             let reason = progress.paused_on.as_deref().unwrap_or("an error");
             meter.say(out::Message::error(format_args!("paused: {}", out::one_line(reason))));
@@ -144,5 +147,84 @@ impl Pauses {
         } else if self.keys.pressed() {
             signalled.go_on();
         }
+    }
+
+    /// Whether the pause that was found after so many were lifted was not announced yet; it is now.
+    fn is_another(&mut self, lifted: u64) -> bool {
+        self.announced.replace(lifted) != Some(lifted)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    /// A job that pauses, and one who looks at it.
+    struct Looked {
+        signalled: Signalled,
+        paused: Cell<bool>,
+        pauses: Pauses,
+        announced: usize,
+    }
+
+    impl Looked {
+        /// One look; what `between` does happens in the midst of it.
+        fn look(&mut self, between: impl Fn(&Self)) {
+            let done = Cell::new(false);
+            let then = || {
+                if !done.replace(true) {
+                    between(self);
+                }
+            };
+            let lifted = || {
+                let lifted = self.signalled.resumes();
+                then();
+                lifted
+            };
+            let paused = || {
+                let paused = self.paused.get();
+                then();
+                paused
+            };
+            let (lifted, paused) = observe(lifted, paused);
+            self.announced += usize::from(paused && self.pauses.is_another(lifted));
+        }
+
+        fn go_on(&self) {
+            self.signalled.lift(|| self.paused.replace(false));
+        }
+    }
+
+    #[test]
+    fn a_pause_is_announced_once_whenever_it_is_lifted() {
+        let signalled = Signalled::without_signals();
+        let paused = Cell::new(true);
+        let mut looked = Looked { signalled, paused, pauses: Pauses::default(), announced: 0 };
+        let nothing = |_: &Looked| {};
+        looked.look(nothing);
+        looked.look(nothing);
+        assert_eq!(looked.announced, 1);
+        // It is lifted in the midst of a look, and asked to be once more.
+        looked.look(|looked| {
+            looked.go_on();
+            looked.go_on();
+        });
+        assert_eq!((looked.announced, looked.signalled.resumes()), (1, 1));
+        // The next one is another, and is looked at in the midst of being lifted.
+        looked.paused.set(true);
+        looked.look(nothing);
+        assert_eq!(looked.announced, 2);
+        looked.signalled.clone().lift(|| {
+            looked.look(nothing);
+            looked.paused.set(false);
+            looked.look(nothing);
+            true
+        });
+        assert_eq!(looked.announced, 2);
+        looked.paused.set(true);
+        looked.look(nothing);
+        assert_eq!(looked.announced, 3);
     }
 }

@@ -108,6 +108,18 @@ impl Signalled {
         self.state.resumes.load(Ordering::SeqCst)
     }
 
+    /// Nobody is asked for any.
+    #[cfg(test)]
+    pub(crate) fn without_signals() -> Self {
+        Self { state: Arc::default() }
+    }
+
+    /// See [`State::lift`].
+    #[cfg(test)]
+    pub(crate) fn lift(&self, resume: impl FnOnce() -> bool) {
+        self.state.lift(resume);
+    }
+
     /// As SIGCONT.
     pub(crate) fn go_on(&self) {
         self.state.go_on();
@@ -132,11 +144,15 @@ impl State {
             let progress = job.progress();
             if progress.status == Status::Paused && progress.io_status != IoStatus::Ok {
                 // Refused when it was resumed or cancelled meanwhile: nothing is left to do.
-                if job.resume().is_ok() {
-                    // After it: whoever sees this does not see that pause any more.
-                    self.resumes.fetch_add(1, Ordering::SeqCst);
-                }
+                self.lift(|| job.resume().is_ok());
             }
+        }
+    }
+
+    /// Lift a pause by `resume`, and count it if that was granted. After it: whoever sees the count does not see that pause any more.
+    fn lift(&self, resume: impl FnOnce() -> bool) {
+        if resume() {
+            self.resumes.fetch_add(1, Ordering::SeqCst);
         }
     }
 }

@@ -1,78 +1,37 @@
 //! The live disk as its users have it: permits, requests, starts, snapshots, on a real engine and real files.
 
+#[path = "support/live.rs"]
+mod support;
+
 use std::fs;
 use std::future::Future;
-use std::path::PathBuf;
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::mpsc;
-use std::task::{Context, Poll, Wake, Waker};
+use std::task::{Context, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use engine::copy::SyncMode;
 use engine::job::Outcome;
-use engine::live::{
-    BackupOptions, DiskOptions, Engine, EngineOptions, FleeceOptions, GroupFailure, IoRequest, LiveDisk, read,
-};
+use engine::live::{DiskOptions, FleeceOptions, GroupFailure, IoRequest, LiveDisk, read};
 use engine::units::ByteRange;
+use support::{Fixture, PATIENCE, block_on};
 
 const CLUSTER: u64 = 64 << 10;
 const LENGTH: u64 = 20 * CLUSTER + 700;
 
-struct Fixture {
-    directory: tempfile::TempDir,
-    engine: Engine,
-}
-
-impl Fixture {
-    fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        Self { directory, engine: Engine::start(&EngineOptions::default()).unwrap() }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    /// A disk of random bytes, and these.
-    fn disk(&self, name: &str, writable: bool) -> (LiveDisk, Vec<u8>) {
-        let mut contents = vec![0; usize::try_from(LENGTH).unwrap()];
-        fastrand::Rng::with_seed(7).fill(&mut contents);
-        // A cluster of zeros.
-        contents[3 << 16..4 << 16].fill(0);
-        fs::write(self.path(name), &contents).unwrap();
-        let path = self.path(name).display().to_string();
-        (self.engine.open_disk(&DiskOptions { path, writable }).unwrap(), contents)
-    }
-
-    fn options(&self, target: &str) -> BackupOptions {
-        BackupOptions::new(self.path(target).display().to_string())
-    }
-}
-
-/// Polls a future on this thread until it is ready.
-fn block_on<F: Future>(future: F) -> F::Output {
-    struct Unpark(thread::Thread);
-    impl Wake for Unpark {
-        fn wake(self: Arc<Self>) {
-            self.0.unpark();
-        }
-    }
-    let waker = Waker::from(Arc::new(Unpark(thread::current())));
-    let mut context = Context::from_waker(&waker);
-    let mut future = pin!(future);
-    loop {
-        if let Poll::Ready(output) = future.as_mut().poll(&mut context) {
-            return output;
-        }
-        thread::park();
-    }
+/// A disk of random bytes, and these.
+fn random_disk(fixture: &Fixture, name: &str, writable: bool) -> (LiveDisk, Vec<u8>) {
+    let mut contents = vec![0; usize::try_from(LENGTH).unwrap()];
+    fastrand::Rng::with_seed(7).fill(&mut contents);
+    // A cluster of zeros.
+    contents[3 << 16..4 << 16].fill(0);
+    (fixture.disk_of(name, &contents, writable), contents)
 }
 
 /// Waits until a start has raised the disk's barrier.
 fn await_barrier(disk: &LiveDisk) {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + PATIENCE;
     let mut context = Context::from_waker(Waker::noop());
     while pin!(disk.begin_write_async(ByteRange::new(0, 1))).poll(&mut context).is_ready() {
         assert!(Instant::now() < deadline, "the barrier was never raised");
@@ -83,7 +42,7 @@ fn await_barrier(disk: &LiveDisk) {
 #[test]
 fn a_disk_nobody_writes_to_is_copied_whole() {
     let fixture = Fixture::new();
-    let (disk, contents) = fixture.disk("disk", false);
+    let (disk, contents) = random_disk(&fixture, "disk", false);
     let backup = fixture.engine.start_backup(&disk, &fixture.options("backup")).unwrap();
     let result = backup.job.wait();
     assert!(matches!(result.outcome, Outcome::Complete), "{result:?}");
@@ -105,9 +64,7 @@ fn half_zeros(fixture: &Fixture) -> (LiveDisk, Vec<u8>) {
     for pair in contents.chunks_mut(8 * usize::try_from(CLUSTER).unwrap()) {
         fastrand::Rng::with_seed(7).fill(&mut pair[..4 * usize::try_from(CLUSTER).unwrap()]);
     }
-    fs::write(fixture.path("zeros"), &contents).unwrap();
-    let path = fixture.path("zeros").display().to_string();
-    (fixture.engine.open_disk(&DiskOptions { path, writable: true }).unwrap(), contents)
+    (fixture.disk_of("zeros", &contents, true), contents)
 }
 
 #[test]
@@ -143,7 +100,7 @@ fn what_no_guest_has_changed_takes_no_space_in_a_copy_of_old_contents_alone() {
 #[test]
 fn a_copy_of_old_contents_alone_goes_on_until_it_is_cancelled() {
     let fixture = Fixture::new();
-    let (disk, contents) = fixture.disk("disk", true);
+    let (disk, contents) = random_disk(&fixture, "disk", true);
     let mut options = fixture.options("backup");
     options.sync = SyncMode::None;
     let backup = fixture.engine.start_backup(&disk, &options).unwrap();
@@ -161,7 +118,7 @@ fn a_copy_of_old_contents_alone_goes_on_until_it_is_cancelled() {
 #[test]
 fn the_backup_is_of_the_start_and_the_disk_of_now() {
     let fixture = Fixture::new();
-    let (disk, contents) = fixture.disk("disk", true);
+    let (disk, contents) = random_disk(&fixture, "disk", true);
     let mut options = fixture.options("backup");
     // Slow enough that the guest is there first.
     options.speed = std::num::NonZeroU64::new(4 * CLUSTER);
@@ -195,7 +152,7 @@ fn the_backup_is_of_the_start_and_the_disk_of_now() {
 #[test]
 fn sync_none_copies_what_guests_change_and_keeps_it_when_it_is_cancelled() {
     let fixture = Fixture::new();
-    let (disk, contents) = fixture.disk("disk", true);
+    let (disk, contents) = random_disk(&fixture, "disk", true);
     let mut options = fixture.options("old");
     options.sync = SyncMode::None;
     let backup = fixture.engine.start_backup(&disk, &options).unwrap();
@@ -217,7 +174,7 @@ fn sync_none_copies_what_guests_change_and_keeps_it_when_it_is_cancelled() {
 #[test]
 fn requests_come_as_callbacks_and_futures_too() {
     let fixture = Fixture::new();
-    let (disk, contents) = fixture.disk("disk", true);
+    let (disk, contents) = random_disk(&fixture, "disk", true);
     let (sender, receiver) = mpsc::channel();
     disk.request_with(read(100, 50), move |outcome| sender.send(outcome).unwrap());
     assert!(receiver.recv().unwrap().unwrap() == contents[100..150]);
@@ -235,7 +192,7 @@ fn requests_come_as_callbacks_and_futures_too() {
 #[test]
 fn a_start_waits_for_permits_and_gives_up_without_a_trace() {
     let fixture = Fixture::new();
-    let (disk, contents) = fixture.disk("disk", false);
+    let (disk, contents) = random_disk(&fixture, "disk", false);
     let permit = disk.begin_write(ByteRange::new(0, 4096)).unwrap();
     let mut options = fixture.options("backup");
     options.start_timeout = Duration::from_millis(50);
@@ -267,7 +224,7 @@ fn a_start_waits_for_permits_and_gives_up_without_a_trace() {
 #[test]
 fn a_future_that_waits_at_the_barrier_may_be_dropped() {
     let fixture = Fixture::new();
-    let (disk, _) = fixture.disk("disk", false);
+    let (disk, _) = random_disk(&fixture, "disk", false);
     let permit = disk.begin_write(ByteRange::new(0, 4096)).unwrap();
     let starting = thread::spawn({
         let (engine, disk, mut options) = (fixture.engine.clone(), disk.clone(), fixture.options("backup"));
@@ -288,8 +245,8 @@ fn a_future_that_waits_at_the_barrier_may_be_dropped() {
 #[test]
 fn a_group_starts_as_a_whole_or_not_at_all() {
     let fixture = Fixture::new();
-    let (first, contents) = fixture.disk("first", false);
-    let (second, _) = fixture.disk("second", false);
+    let (first, contents) = random_disk(&fixture, "first", false);
+    let (second, _) = random_disk(&fixture, "second", false);
     fs::write(fixture.path("taken"), b"mine").unwrap();
     let group = [(first.clone(), fixture.options("a")), (second.clone(), fixture.options("taken"))];
     let timeout = Duration::from_secs(1);
@@ -315,16 +272,16 @@ fn a_group_starts_as_a_whole_or_not_at_all() {
 #[test]
 fn what_cannot_be_is_refused() {
     let fixture = Fixture::new();
-    let (disk, _) = fixture.disk("disk", false);
+    let (disk, _) = random_disk(&fixture, "disk", false);
     let refused = disk.write(0, vec![1]).unwrap_err();
     assert!(refused.to_string().contains("opened for reading"), "{refused}");
     assert!(disk.read(LENGTH, 1).is_err());
-    let (writable, _) = fixture.disk("other", true);
+    let (writable, _) = random_disk(&fixture, "other", true);
     let beyond = writable.write(LENGTH - 1, vec![1, 2]).unwrap_err();
     assert!(beyond.to_string().contains("other"), "{beyond}");
     let onto_itself = fixture.options("disk");
     assert!(fixture.engine.start_backup(&disk, &onto_itself).unwrap_err().is_refusal());
-    let again = DiskOptions { path: fixture.path("other").display().to_string(), writable: true };
+    let again = DiskOptions { path: fixture.name("other"), writable: true };
     let error = fixture.engine.open_disk(&again).unwrap_err();
     assert!(error.is_refusal(), "{error}");
 }
@@ -332,7 +289,7 @@ fn what_cannot_be_is_refused() {
 #[test]
 fn a_cancelled_job_lets_its_guests_go_and_removes_its_file() {
     let fixture = Fixture::new();
-    let (disk, _) = fixture.disk("disk", true);
+    let (disk, _) = random_disk(&fixture, "disk", true);
     let mut options = fixture.options("backup");
     options.speed = std::num::NonZeroU64::new(1);
     let backup = fixture.engine.start_backup(&disk, &options).unwrap();
@@ -349,15 +306,14 @@ fn a_cancelled_job_lets_its_guests_go_and_removes_its_file() {
 
 /// Fleece options of `clusters` clusters.
 fn fleece(fixture: &Fixture, name: &str, clusters: u64) -> FleeceOptions {
-    let path = fixture.path(name).display().to_string();
-    FleeceOptions { size: clusters * CLUSTER, ..FleeceOptions::new(path) }
+    FleeceOptions { size: clusters * CLUSTER, ..FleeceOptions::new(fixture.name(name)) }
 }
 
 #[test]
 fn what_guests_change_goes_by_way_of_the_fleece_file() {
     for sync in [SyncMode::Full, SyncMode::None] {
         let fixture = Fixture::new();
-        let (disk, contents) = fixture.disk("disk", true);
+        let (disk, contents) = random_disk(&fixture, "disk", true);
         let mut options = fixture.options("backup");
         options.sync = sync;
         // Neither the sweep nor the drain gets anywhere: the first cluster, or at most one more.
@@ -399,7 +355,7 @@ fn what_guests_change_goes_by_way_of_the_fleece_file() {
 #[test]
 fn a_fleece_file_that_cannot_be_is_refused_and_nothing_touched() {
     let fixture = Fixture::new();
-    let (disk, contents) = fixture.disk("disk", true);
+    let (disk, contents) = random_disk(&fixture, "disk", true);
     fs::write(fixture.path("full"), b"mine").unwrap();
     fs::write(fixture.path("empty"), b"").unwrap();
     fs::write(fixture.path("overwritten"), b"old").unwrap();

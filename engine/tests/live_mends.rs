@@ -1,10 +1,11 @@
 //! What embedders get wrong, and what goes wrong around them: on a real engine and real files.
 
+#[path = "support/live.rs"]
+mod support;
+
 use std::fs;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,54 +13,22 @@ use std::time::{Duration, Instant};
 use engine::copy::SyncMode;
 use engine::error::ErrorKind;
 use engine::job::{JobHandle, JobResult, Outcome};
-use engine::live::{
-    Backup, BackupOptions, DiskOptions, Engine, EngineOptions, FleeceOptions, GroupFailure, IoRequest,
-    LiveDisk, read,
-};
+use engine::live::{Backup, DiskOptions, FleeceOptions, GroupFailure, IoRequest, LiveDisk, read};
 use engine::units::{ByteRange, ClusterSize};
+use support::{Fixture, PATIENCE, block_on};
 
 const CLUSTER: u64 = 64 << 10;
 const LENGTH: u64 = 20 * CLUSTER;
-const PATIENCE: Duration = Duration::from_secs(60);
 
-struct Fixture {
-    directory: tempfile::TempDir,
-    engine: Engine,
+fn disk_of_sevens(fixture: &Fixture, writable: bool) -> LiveDisk {
+    fixture.disk_of("disk", &vec![7; usize::try_from(LENGTH).unwrap()], writable)
 }
 
-impl Fixture {
-    fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        Self { directory, engine: Engine::start(&EngineOptions::default()).unwrap() }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn name(&self, name: &str) -> String {
-        self.path(name).display().to_string()
-    }
-
-    fn disk(&self, name: &str, writable: bool) -> LiveDisk {
-        fs::write(self.path(name), vec![7; usize::try_from(LENGTH).unwrap()]).unwrap();
-        self.open(name, writable)
-    }
-
-    fn open(&self, name: &str, writable: bool) -> LiveDisk {
-        self.engine.open_disk(&DiskOptions { path: self.name(name), writable }).unwrap()
-    }
-
-    fn options(&self, target: &str) -> BackupOptions {
-        BackupOptions::new(self.name(target))
-    }
-
-    /// A backup whose sweep gets nowhere.
-    fn slow_backup(&self, disk: &LiveDisk, target: &str) -> Backup {
-        let mut options = self.options(target);
-        options.speed = std::num::NonZeroU64::new(1);
-        self.engine.start_backup(disk, &options).unwrap()
-    }
+/// A backup whose sweep gets nowhere.
+fn slow_backup(fixture: &Fixture, disk: &LiveDisk) -> Backup {
+    let mut options = fixture.options("backup");
+    options.speed = std::num::NonZeroU64::new(1);
+    fixture.engine.start_backup(disk, &options).unwrap()
 }
 
 fn end(job: &JobHandle) -> Arc<JobResult> {
@@ -69,7 +38,7 @@ fn end(job: &JobHandle) -> Arc<JobResult> {
 #[test]
 fn a_disk_of_another_engine_is_refused() {
     let (here, there) = (Fixture::new(), Fixture::new());
-    let (_own, theirs) = (here.disk("disk", true), there.disk("disk", true));
+    let (_own, theirs) = (disk_of_sevens(&here, true), disk_of_sevens(&there, true));
     let error = here.engine.start_backup(&theirs, &here.options("backup")).unwrap_err();
     assert!(error.is_refusal() && error.to_string().contains("another engine"), "{error}");
     assert!(!here.path("backup").exists());
@@ -80,9 +49,9 @@ fn a_disk_of_another_engine_is_refused() {
 #[test]
 fn a_discard_that_was_put_off_spares_what_its_guest_wrote_by_himself_since() {
     let fixture = Fixture::new();
-    let disk = fixture.disk("disk", true);
+    let disk = disk_of_sevens(&fixture, true);
     let file = fs::File::options().write(true).open(fixture.path("disk")).unwrap();
-    let backup = fixture.slow_backup(&disk, "backup");
+    let backup = slow_backup(&fixture, &disk);
     disk.discard(ByteRange::new(4 * CLUSTER, 12 * CLUSTER)).unwrap();
     // Three clusters of these, in each of the three forms.
     let at = |cluster: u64| ByteRange::new(cluster * CLUSTER, CLUSTER);
@@ -95,7 +64,7 @@ fn a_discard_that_was_put_off_spares_what_its_guest_wrote_by_himself_since() {
     let permit = receiver.recv_timeout(PATIENCE).unwrap();
     write(at(7));
     drop(permit);
-    let permit = futures_lite(disk.begin_write_async(at(9))).unwrap();
+    let permit = block_on(disk.begin_write_async(at(9))).unwrap();
     write(at(9));
     drop(permit);
     backup.job.cancel().unwrap();
@@ -114,27 +83,13 @@ fn a_discard_that_was_put_off_spares_what_its_guest_wrote_by_himself_since() {
     }
 }
 
-/// Polls a future on this thread until it is ready.
-fn futures_lite<F: Future>(future: F) -> F::Output {
-    let mut future = std::pin::pin!(future);
-    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let std::task::Poll::Ready(output) = future.as_mut().poll(&mut context) {
-            return output;
-        }
-        assert!(Instant::now() < deadline, "it never comes");
-        thread::sleep(Duration::from_millis(1));
-    }
-}
-
 #[test]
 fn arguments_that_make_no_sense_are_errors_and_harm_nobody() {
     let fixture = Fixture::new();
-    let disk = fixture.disk("disk", true);
-    let backup = fixture.slow_backup(&disk, "backup");
+    let disk = disk_of_sevens(&fixture, true);
+    let backup = slow_backup(&fixture, &disk);
     let request = IoRequest::Read { range: ByteRange::new(0, 100), buffer: vec![0; 10] };
-    let error = futures_lite(disk.request(request)).unwrap_err();
+    let error = block_on(disk.request(request)).unwrap_err();
     assert!(error.is_refusal() && error.to_string().contains("10 bytes"), "{error}");
     let nowhere = ByteRange::new(u64::MAX, 2);
     for (offset, length) in [(u64::MAX, 2), (0, usize::MAX), (LENGTH - 1, 2), (LENGTH + 1, 0)] {
@@ -146,7 +101,7 @@ fn arguments_that_make_no_sense_are_errors_and_harm_nobody() {
     assert!(disk.discard(nowhere).is_err() && disk.write_zeroes(nowhere, true).is_err());
     assert!(disk.write(u64::MAX, vec![1, 2]).is_err());
     assert!(disk.begin_write(nowhere).is_err());
-    assert!(futures_lite(disk.begin_write_async(nowhere)).is_err());
+    assert!(block_on(disk.begin_write_async(nowhere)).is_err());
     let (sender, receiver) = mpsc::channel();
     disk.begin_write_with(nowhere, move |permit| sender.send(permit.is_err()).unwrap());
     assert!(receiver.recv_timeout(PATIENCE).unwrap());
@@ -174,8 +129,8 @@ fn a_snapshot_is_read_within_bounds() {
 #[test]
 fn callbacks_that_panic_or_wait_harm_only_themselves() {
     let fixture = Fixture::new();
-    let disk = fixture.disk("disk", true);
-    let backup = fixture.slow_backup(&disk, "backup");
+    let disk = disk_of_sevens(&fixture, true);
+    let backup = slow_backup(&fixture, &disk);
     let (sender, receiver) = mpsc::channel();
     for number in 0..8 {
         let (sender, waits) = (sender.clone(), disk.clone());
@@ -196,6 +151,14 @@ fn callbacks_that_panic_or_wait_harm_only_themselves() {
     for _ in 0..9 {
         receiver.recv_timeout(PATIENCE).unwrap();
     }
+    let (sender, refused) = mpsc::channel();
+    let the_end = fixture.engine.end();
+    disk.request_with(read(0, 1), move |_| {
+        let waits = || the_end.wait(Duration::ZERO);
+        let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(waits));
+        sender.send(panic.is_err()).unwrap();
+    });
+    assert_eq!(refused.recv_timeout(PATIENCE), Ok(true), "it waits for the thread that it is on, too");
     assert_eq!(disk.read(0, 3).unwrap(), [7; 3]);
     backup.job.set_speed(None).unwrap();
     assert!(matches!(end(&backup.job).outcome, Outcome::Complete), "the engine lives");
@@ -205,7 +168,7 @@ fn callbacks_that_panic_or_wait_harm_only_themselves() {
 fn a_copy_whose_target_has_lost_its_name_is_none() {
     for (sync, replaced) in [(SyncMode::Full, false), (SyncMode::Full, true), (SyncMode::None, false)] {
         let fixture = Fixture::new();
-        let disk = fixture.disk("disk", true);
+        let disk = disk_of_sevens(&fixture, true);
         let mut options = fixture.options("backup");
         options.speed = std::num::NonZeroU64::new(1);
         options.sync = sync;
@@ -233,7 +196,7 @@ fn a_copy_whose_target_has_lost_its_name_is_none() {
 #[test]
 fn what_is_refused_leaves_the_old_backup_as_it_was() {
     let fixture = Fixture::new();
-    let disk = fixture.disk("disk", true);
+    let disk = disk_of_sevens(&fixture, true);
     let old = vec![3; 100_000];
     fs::write(fixture.path("old"), &old).unwrap();
     fs::write(fixture.path("empty"), b"").unwrap();
@@ -245,7 +208,13 @@ fn what_is_refused_leaves_the_old_backup_as_it_was() {
             Some(FleeceOptions { size: 16 * cluster, ..FleeceOptions::new(fixture.name("empty")) });
         options
     };
+    let times = || {
+        let old = fs::metadata(fixture.path("old")).unwrap();
+        (old.len(), old.mtime(), old.mtime_nsec(), old.ctime(), old.ctime_nsec())
+    };
+    let before = times();
     let untouched = || {
+        assert_eq!(times(), before);
         assert!(fs::read(fixture.path("old")).unwrap() == old);
         assert_eq!(fs::read(fixture.path("empty")).unwrap(), b"");
     };
@@ -278,7 +247,7 @@ fn what_is_refused_leaves_the_old_backup_as_it_was() {
 #[test]
 fn a_disk_is_open_once_on_an_engine() {
     let fixture = Fixture::new();
-    let disk = fixture.disk("disk", false);
+    let disk = disk_of_sevens(&fixture, false);
     fs::hard_link(fixture.path("disk"), fixture.path("alias")).unwrap();
     std::os::unix::fs::symlink(fixture.path("disk"), fixture.path("link")).unwrap();
     for name in ["disk", "alias", "link"] {
@@ -287,7 +256,7 @@ fn a_disk_is_open_once_on_an_engine() {
         assert!(error.is_refusal() && error.to_string().contains("open already"), "{error}");
     }
     // A job keeps it beyond its handles.
-    let backup = fixture.slow_backup(&disk, "backup");
+    let backup = slow_backup(&fixture, &disk);
     drop(disk);
     let options = DiskOptions { path: fixture.name("disk"), writable: false };
     let error = fixture.engine.open_disk(&options).unwrap_err();
@@ -302,7 +271,7 @@ fn a_disk_is_open_once_on_an_engine() {
 #[test]
 fn a_job_without_handles_can_be_found_and_ended() {
     let fixture = Fixture::new();
-    let disk = fixture.disk("disk", true);
+    let disk = disk_of_sevens(&fixture, true);
     assert!(fixture.engine.jobs().unwrap().is_empty());
     let mut options = fixture.options("backup");
     options.sync = SyncMode::None;
@@ -315,20 +284,39 @@ fn a_job_without_handles_can_be_found_and_ended() {
     assert!(fixture.engine.jobs().unwrap().is_empty());
 }
 
+/// They go while the ring thread is held up, so that it has not begun their copies.
 #[test]
-fn a_future_that_is_dropped_while_it_waits_for_a_copy_leaves_nothing_behind() {
+fn a_future_that_is_dropped_before_its_copy_has_begun_has_none_made() {
     let fixture = Fixture::new();
-    let disk = fixture.disk("disk", true);
-    let backup = fixture.slow_backup(&disk, "backup");
-    let polled = AtomicUsize::new(0);
-    for cluster in 1..20 {
-        let range = ByteRange::new(cluster * CLUSTER, 1);
-        let mut future = std::pin::pin!(disk.begin_write_async(range));
-        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        polled.fetch_add(usize::from(future.as_mut().poll(&mut context).is_pending()), Ordering::Relaxed);
+    let disk = disk_of_sevens(&fixture, true);
+    let backup = slow_backup(&fixture, &disk);
+    let done = || backup.job.progress().done / CLUSTER;
+    let (held_up, is_held_up) = mpsc::channel();
+    let (let_go, held) = mpsc::channel::<()>();
+    disk.request_with(read(0, 1), move |_| {
+        held_up.send(()).unwrap();
+        held.recv_timeout(PATIENCE).unwrap();
+    });
+    is_held_up.recv_timeout(PATIENCE).unwrap();
+    let at = |cluster: u64| ByteRange::new(cluster * CLUSTER, 1);
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    for cluster in 10..20 {
+        let mut future = std::pin::pin!(disk.begin_write_async(at(cluster)));
+        assert!(future.as_mut().poll(&mut context).is_pending());
     }
-    assert!(polled.into_inner() > 0);
-    drop(disk.begin_write(ByteRange::new(0, LENGTH)).unwrap());
+    // One who stays has his made, after theirs would have been.
+    let mut stays = std::pin::pin!(disk.begin_write_async(at(9)));
+    assert!(stays.as_mut().poll(&mut context).is_pending());
+    let before = done();
+    let_go.send(()).unwrap();
+    drop(block_on(stays).unwrap());
+    for _ in 0..20 {
+        disk.flush().unwrap();
+        thread::sleep(Duration::from_millis(5));
+    }
+    // His, and what the sweep has had in flight.
+    let copied = done() - before;
+    assert!((1..=3).contains(&copied), "{copied} clusters");
     backup.job.set_speed(None).unwrap();
     assert!(matches!(end(&backup.job).outcome, Outcome::Complete));
 }
@@ -336,13 +324,11 @@ fn a_future_that_is_dropped_while_it_waits_for_a_copy_leaves_nothing_behind() {
 /// A source whose space is taken, in which there is nothing but zeros here and there.
 #[test]
 fn zeros_take_no_space_in_a_backup() {
-    use std::os::unix::fs::MetadataExt;
     let fixture = Fixture::new();
     let mut contents = vec![0; usize::try_from(LENGTH).unwrap()];
     contents[..65_536].fill(1);
-    fs::write(fixture.path("disk"), &contents).unwrap();
     let space = |name: &str| fs::metadata(fixture.path(name)).unwrap().blocks() * 512;
-    let disk = fixture.open("disk", true);
+    let disk = fixture.disk_of("disk", &contents, true);
     let backup = fixture.engine.start_backup(&disk, &fixture.options("backup")).unwrap();
     assert!(matches!(end(&backup.job).outcome, Outcome::Complete));
     assert!(fs::read(fixture.path("backup")).unwrap() == contents);

@@ -2,10 +2,17 @@
 
 mod support;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use engine::ring::Op;
 use engine::ring::threads::ThreadsRing;
 use engine::ring::uring::UringRing;
-use support::real::Real;
+use engine::storage::Storage;
+use nix::errno::Errno;
+use support::real::{Real, RealRing, config};
 use support::simulated::Simulated;
+use support::storage::Odd;
 
 macro_rules! suite {
     ($ring:ident, $fixture:ty: $($module:ident::$check:ident),* $(,)?) => {
@@ -75,6 +82,29 @@ macro_rules! conformance {
 
 conformance!(uring, Real<UringRing>);
 conformance!(threads, Real<ThreadsRing>);
+
+/// A storage whose flush is more than one system call is asked to flush itself.
+fn a_flush_that_is_more_than_one_call_is_the_storages_own<R: RealRing>() {
+    if let Some(reason) = <Real<R> as support::Fixture>::unavailable() {
+        return support::skip("its own flush", &reason);
+    }
+    let mut ring = R::open(&config(4096, 4, 0)).unwrap();
+    let storage = Arc::new(Odd::FlushesItself(tempfile::tempfile().unwrap(), AtomicU32::new(0)));
+    let file = ring.add_file(Arc::clone(&storage) as Arc<dyn Storage>).unwrap();
+    assert_eq!(support::run(&mut ring, Op::Flush { file }), Err(Errno::EIO));
+    let Odd::FlushesItself(_, flushes) = &*storage else { unreachable!("made so") };
+    assert_eq!(flushes.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn flushes_of_storages_on_uring() {
+    a_flush_that_is_more_than_one_call_is_the_storages_own::<UringRing>();
+}
+
+#[test]
+fn flushes_of_storages_on_threads() {
+    a_flush_that_is_more_than_one_call_is_the_storages_own::<ThreadsRing>();
+}
 
 // In virtual time: without the checks that need other threads, signals, no time at all, or an operation that panics.
 suite! { sim, Simulated:

@@ -188,14 +188,7 @@ fn follow(
 
 /// Add to the report what guests feel once it is over. They are still being served when the job has ended, so this takes its time.
 fn watch_after(client: &mut Client, args: &BackupArgs, signalled: &Signalled, ended: &mut Ended) {
-    // Another daemon tells no such thing.
-    let Some(guests) = ended.last.pointer_mut("/x-report/guests").filter(|guests| guests.is_object()) else {
-        return;
-    };
-    let were_there = |phase: &str| guests[phase]["requests"].as_u64().is_some_and(|requests| requests > 0);
-    if args.after == 0 || !(were_there("before") || were_there("during")) {
-        return;
-    }
+    let Some(guests) = guests_of(&mut ended.last).filter(|_| args.after > 0) else { return };
     let until = Instant::now() + Duration::from_secs(args.after.into());
     while Instant::now() < until && signalled.ending().is_none() {
         std::thread::sleep(TICK);
@@ -206,6 +199,13 @@ fn watch_after(client: &mut Client, args: &BackupArgs, signalled: &Signalled, en
         guests["line"] = json!(format!("{line}; after: {}", words(&after)));
     }
     guests["after"] = after;
+}
+
+/// What is told of the guests, where there were any. (Another daemon tells no such thing.)
+fn guests_of(last: &mut Value) -> Option<&mut Value> {
+    let guests = last.pointer_mut("/x-report/guests").filter(|guests| guests.is_object())?;
+    let were_there = |phase: &str| guests[phase]["requests"].as_u64().is_some_and(|requests| requests > 0);
+    (were_there("before") || were_there("during")).then_some(guests)
 }
 
 fn tell_error(data: &Value, id: &str, args: &BackupArgs, meter: &Meter) {
@@ -292,4 +292,28 @@ fn create(path: &Path, length: u64) -> std::io::Result<()> {
         // The error says enough.
         fs::remove_file(path).ok();
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_read_into_the_report_of_another_daemon() {
+        let strange = [
+            json!(null),
+            json!({ "len": 1 }),
+            json!({ "x-report": "none" }),
+            json!({ "x-report": { "guests": null } }),
+            json!({ "x-report": { "guests": { "during": 7 } } }),
+            json!({ "x-report": { "guests": { "before": { "requests": 0 } } } }),
+        ];
+        for told in strange {
+            let mut last = told.clone();
+            assert!(guests_of(&mut last).is_none(), "{told}");
+            assert_eq!(last, told);
+        }
+        let mut ours = json!({ "x-report": { "guests": { "during": { "requests": 3 } } } });
+        assert!(guests_of(&mut ours).is_some());
+    }
 }

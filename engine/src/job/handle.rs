@@ -50,6 +50,11 @@ struct State {
 }
 
 impl State {
+    /// Whether a cancel was accepted that the ring thread has not acted upon.
+    fn is_cancelled(&self) -> bool {
+        self.cancel && self.lifecycle.status() == Status::Pending
+    }
+
     /// After the lifecycle has changed: the progress shows it, and the observer hears of it.
     fn tell_changes(&mut self) {
         self.progress.status = self.lifecycle.status();
@@ -181,6 +186,23 @@ impl Shared {
         self.end(result);
     }
 
+    /// If the job may conclude it will: whatever is asked for from now on is refused. `false`: it may not, or was cancelled before and the ring
+    /// thread has not looked yet.
+    pub(crate) fn decide(&self) -> bool {
+        let mut state = self.state.lock();
+        !state.is_cancelled() && state.lifecycle.decide()
+    }
+
+    /// The same for one of a group that concludes as a whole; `false`: it was cancelled before.
+    pub(crate) fn conclude_with_group(&self) -> bool {
+        let mut state = self.state.lock();
+        let concludes = !state.is_cancelled();
+        if concludes {
+            state.lifecycle.conclude_with_group();
+        }
+        concludes
+    }
+
     /// A cancel came too late: it is not to be seen again.
     pub(crate) fn forget_cancel(&self) {
         self.state.lock().cancel = false;
@@ -233,6 +255,12 @@ impl JobHandle {
         Self { shared }
     }
 
+    /// What it shares with the ring thread.
+    #[cfg(test)]
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
     /// The last counters that the ring thread published.
     #[must_use]
     pub fn progress(&self) -> Progress {
@@ -276,7 +304,7 @@ impl JobHandle {
     /// End the job without a result. Returns at once; [`Self::wait`] tells when it has ended.
     ///
     /// # Errors
-    /// When it is ending already.
+    /// When it is ending already: nothing changes any more how.
     pub fn cancel(&self) -> Result<(), Refusal> {
         self.request(|state| {
             state.lifecycle.check(Verb::Cancel)?;

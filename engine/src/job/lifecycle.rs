@@ -11,6 +11,9 @@
 //!
 //! Jobs of a group that stands and falls together wait for each other twice: in `waiting` until the work of all is done, and in `pending`
 //! until all may conclude. Each change of state is kept until it was told ([`Lifecycle::take_changes`]).
+//!
+//! From the moment at which a job's end is decided until that was told, its last steps are taken, which may take their time. It shows `pending`
+//! then, but verbs find it as good as `concluded`: what is accepted has its effect, so a cancel that is too late is refused.
 
 use std::fmt;
 
@@ -171,6 +174,8 @@ pub struct Lifecycle {
     /// Whether it concludes with its group only, and whether that may conclude.
     grouped: bool,
     group_concludes: bool,
+    /// Nothing changes any more how it ends.
+    decided: bool,
     /// States that were entered and not told yet.
     changes: Vec<Status>,
 }
@@ -188,6 +193,7 @@ impl Lifecycle {
             finalize_asked: false,
             grouped: false,
             group_concludes: false,
+            decided: false,
             changes: Vec::new(),
         }
     }
@@ -225,7 +231,10 @@ impl Lifecycle {
     /// # Errors
     /// The refusal.
     pub fn check(&self, verb: Verb) -> Result<(), Refusal> {
-        if self.status.allows(verb) { Ok(()) } else { Err(Refusal::State { status: self.status, verb }) }
+        let too_late =
+            self.decided && self.status == Status::Pending && matches!(verb, Verb::Cancel | Verb::Finalize);
+        let status = if too_late { Status::Concluded } else { self.status };
+        if status.allows(verb) { Ok(()) } else { Err(Refusal::State { status, verb }) }
     }
 
     /// A user asks for a pause. The job is `paused` once [`Self::drained`] is told.
@@ -305,9 +314,22 @@ impl Lifecycle {
         self.finalize_asked
     }
 
-    /// The whole group may conclude.
+    /// The whole group may conclude: how it ends is decided.
     pub fn conclude_with_group(&mut self) {
         self.group_concludes = true;
+        self.decided = true;
+    }
+
+    /// Another of the group was cancelled before [`Self::conclude_with_group`] came to all of them.
+    pub fn conclude_not_yet(&mut self) {
+        self.group_concludes = false;
+        self.decided = false;
+    }
+
+    /// If it may conclude it will, and as it stands: `false`, it may not.
+    pub fn decide(&mut self) -> bool {
+        self.decided |= self.may_conclude();
+        self.decided
     }
 
     /// `finalize`: a job in `pending` may conclude; it does when [`Self::conclude`] is told.
@@ -448,6 +470,41 @@ mod tests {
         let told = [Status::Running, Status::Waiting, Status::Pending, Status::Concluded, Status::Null];
         assert_eq!(job.take_changes(), told);
         assert!(job.take_changes().is_empty(), "each is told once");
+    }
+
+    #[test]
+    fn what_comes_after_the_end_was_decided_is_too_late() {
+        let mut job = Lifecycle::new(false, true);
+        job.start();
+        assert!(!job.decide());
+        job.finished();
+        assert!(!job.decide(), "it waits to be finalized");
+        assert_eq!(job.check(Verb::Cancel), Ok(()));
+        job.finalize().unwrap();
+        assert!(job.decide() && job.status() == Status::Pending);
+        for verb in [Verb::Cancel, Verb::Finalize] {
+            assert_eq!(job.check(verb), Err(Refusal::State { status: Status::Concluded, verb }));
+        }
+        assert!(job.dismiss().is_err(), "its end was not told yet");
+        job.conclude();
+        let mut failing = Lifecycle::new(true, true);
+        failing.abort();
+        assert!(failing.decide());
+        let refused = Refusal::State { status: Status::Aborting, verb: Verb::Cancel };
+        assert_eq!(failing.check(Verb::Cancel), Err(refused));
+    }
+
+    #[test]
+    fn a_group_that_cannot_conclude_after_all_can_be_cancelled() {
+        let mut job = Lifecycle::new(true, true);
+        job.join_group();
+        job.start();
+        job.finished();
+        job.group_finished();
+        job.conclude_with_group();
+        assert!(job.check(Verb::Cancel).is_err());
+        job.conclude_not_yet();
+        assert!(job.check(Verb::Cancel).is_ok() && !job.decide());
     }
 
     #[test]

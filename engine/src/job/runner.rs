@@ -167,7 +167,8 @@ impl Runner {
             return None;
         }
         let ending = self.ending.as_ref()?;
-        if !self.shared.with_lifecycle(|lifecycle| lifecycle.may_conclude()) {
+        // From here on a cancel is refused; one that was accepted before is taken first.
+        if !self.shared.decide() {
             return None;
         }
         let skipped = self.copier.skipped_ranges();

@@ -345,7 +345,7 @@ fn new_fleece(fleece: &OpenedFleece, cluster_size: ClusterSize) -> NewFleece<Fil
 /// Make the targets of a group ready, or leave them all as they were. What cannot be undone comes last: nothing of it is left to fail for a
 /// reason that could be known.
 pub(super) fn prepare_all(checked: Vec<Checked<'_>>) -> Result<Vec<Prepared>, Error> {
-    checked.iter().try_for_each(|checked| checked.target.try_length())?;
+    checked.iter().try_for_each(|checked| checked.target.check_length())?;
     let mut prepared: Vec<Option<Prepared>> = checked.iter().map(|_| None).collect();
     let mut left: Vec<(usize, Checked<'_>)> = checked.into_iter().enumerate().collect();
     left.sort_by_key(|(_, checked)| checked.destroys());

@@ -1,8 +1,9 @@
 //! The end of a ring thread that did not come to its end: the ring broke, or something of ours panicked.
 //!
 //! # Order
-//! All jobs are detached, all barriers are let down for ever, no more commands are taken; then the ring goes, and the exports with their
-//! clients; every job is told that it has failed, and every request is answered with the error. Who is told something looks again, and finds
+//! All jobs are detached, all barriers are let down for ever, no more commands are taken; then those who wait for copies and snapshots go,
+//! before anything that may take its time. Then the ring goes, and the exports with their clients; then every request is answered with the error,
+//! for none of them is under way any more; then every job is told that it has failed. Who is told something looks again, and finds
 //! no job and no barrier any more. Nothing
 //! waits for a thread that is gone. (A callback that panics is no death: see `crate::foreign`.)
 
@@ -26,7 +27,11 @@ impl<R: Ring> Reactor<R> {
         }
         self.disks.values().for_each(|disk| disk.shared.gate().poison());
         self.inbox.close();
-        let jobs: Vec<Job> = self.jobs.drain().collect();
+        let mut jobs: Vec<Job> = self.jobs.drain().collect();
+        for Job { asks, reads, .. } in &mut jobs {
+            asks.clear();
+            reads.clear();
+        }
         let mut answers = Vec::new();
         for disk in self.disks.values_mut() {
             answers.extend(disk.take_askers());
@@ -34,20 +39,21 @@ impl<R: Ring> Reactor<R> {
         // The ring goes first, and with it what is in flight; then what is served, whose clients have lost their sockets.
         let ending = self.ending.take();
         drop(self);
+        drop(answers);
         for job in jobs {
-            let Job { mut runner, asks, reads, .. } = job;
+            let Job { mut runner, .. } = job;
             let (error, ending) = (Arc::clone(&error), ending.clone());
             let Some(at_end) = runner.take_at_end() else {
                 runner.shared().died(engine, error, |_| {});
                 continue;
             };
             let shared = Arc::clone(runner.shared());
-            run_aside("engine-end", move || {
+            // Which guests have no part in any more.
+            drop(runner);
+            run_aside("engine-end", move |_| {
                 shared.died(engine, error, at_end);
                 drop(ending);
             });
-            drop((runner, asks, reads));
         }
-        drop(answers);
     }
 }

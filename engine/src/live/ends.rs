@@ -7,12 +7,15 @@
 //! as that takes, and an end that hangs keeps nobody but those who wait for that very job. Those that hang are bounded: each keeps the job's share
 //! of the engine's room until its storages are closed. (What is left then, a wait for guests who look at the set, takes 8 s at most.)
 //!
+//! Where no thread is to be had, the steps are taken by whoever asks for them, the ring thread that is: somebody waits for them, and there may
+//! never be a thread. He never sleeps for it: what only waits for others is left to them.
+//!
 //! # Order
 //! The target is looked at and cleaned up; the storages are closed; the share goes back; then the result is told; then the memory goes.
 //!
 //! # The set of clusters
 //! A guest that is held up in the midst of its look at the jobs may be the last to let go of it. The thread waits for such guests, a while, so
-//! that none of them has to give the memory back.
+//! that none of them has to give the memory back. The ring thread does not wait: it looks once, and the last of such guests gives it back.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -51,7 +54,7 @@ impl End {
         if self.at_end.is_none() {
             drop(self.finish());
         } else {
-            run_aside("engine-end", move || let_go(self.finish()));
+            run_aside("engine-end", move |place| let_go(self.finish(), place));
         }
     }
 
@@ -67,33 +70,49 @@ impl End {
     }
 }
 
+/// Where something is done that may take its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// In a thread of its own, which may sleep.
+    Aside,
+    /// In the thread that asked for it, which others wait for.
+    Here,
+}
+
 /// Run `work` in a thread of its own; here, where none is to be had.
-pub(super) fn run_aside(name: &str, work: impl FnOnce() + Send + 'static) {
+pub(super) fn run_aside(name: &str, work: impl FnOnce(Place) + Send + 'static) {
+    run_by(thread::Builder::new().name(name.into()), work);
+}
+
+fn run_by(thread: thread::Builder, work: impl FnOnce(Place) + Send + 'static) {
     // The thread that cannot be had must not take the work with it.
     let work = Arc::new(Mutex::new(Some(work)));
     let theirs = Arc::clone(&work);
     let run = move || {
         let work = theirs.lock().take();
         if let Some(work) = work {
-            work();
+            work(Place::Aside);
         }
     };
-    if let Err(error) = thread::Builder::new().name(name.into()).spawn(run) {
+    if let Err(error) = thread.spawn(run) {
         tracing::warn!(%error, "no thread for what may take its time");
         let work = work.lock().take();
         if let Some(work) = work {
-            work();
+            work(Place::Here);
         }
     }
 }
 
 /// Give back the memory of a job that nobody looks at any more.
-fn let_go(watch: Arc<Watch>) {
+fn let_go(watch: Arc<Watch>, place: Place) {
     for look in 0..LOOKS {
         if Arc::strong_count(&watch) == 1 && Arc::strong_count(watch.set()) == 1 {
             return;
         }
         JobList::collect();
+        if place == Place::Here {
+            return;
+        }
         thread::sleep(Duration::from_micros(500) * 2_u32.pow(look));
     }
     tracing::debug!(job = ?watch.id(), "a guest has not looked away from a job that is over");
@@ -137,13 +156,18 @@ mod tests {
     use crate::interval_set::IntervalSet;
     use crate::units::{ClusterSize, Geometry, Length};
 
-    #[test]
-    fn the_memory_of_a_job_is_not_left_to_a_guest() {
+    /// What guests know of a job that has ended.
+    fn watch() -> Arc<Watch> {
         let geometry = Geometry::new(Length(1 << 20), ClusterSize::DEFAULT);
         let set = Arc::new(IntervalSet::new(geometry.clusters()).unwrap());
-        let watch = Arc::new(Watch::new(JobId(1), set, geometry));
+        Arc::new(Watch::new(JobId(1), set, geometry))
+    }
+
+    #[test]
+    fn the_memory_of_a_job_is_not_left_to_a_guest() {
+        let watch = watch();
         let (looked_at, gone) = (Arc::clone(&watch), Arc::downgrade(&watch));
-        let aside = thread::spawn(move || let_go(watch));
+        let aside = thread::spawn(move || let_go(watch, Place::Aside));
         thread::sleep(Duration::from_millis(30));
         assert!(!aside.is_finished(), "a guest looks at it yet");
         drop(looked_at);
@@ -154,7 +178,26 @@ mod tests {
     #[test]
     fn what_is_run_aside_is_run_once() {
         let (sender, receiver) = std::sync::mpsc::channel();
-        run_aside("a-test", move || sender.send(1).unwrap());
-        assert_eq!(receiver.iter().collect::<Vec<_>>(), [1]);
+        run_aside("a-test", move |place| sender.send(place).unwrap());
+        assert_eq!(receiver.iter().collect::<Vec<_>>(), [Place::Aside]);
+    }
+
+    #[test]
+    fn without_a_thread_it_is_run_here_and_nobody_sleeps() {
+        let watch = watch();
+        let (looked_at, gone) = (Arc::clone(&watch), Arc::downgrade(&watch));
+        let (sender, receiver) = std::sync::mpsc::channel();
+        // No machine has room for such a stack.
+        let none = thread::Builder::new().stack_size(1 << 60);
+        let before = std::time::Instant::now();
+        run_by(none, move |place| {
+            let_go(watch, place);
+            sender.send((place, thread::current().id())).unwrap();
+        });
+        assert_eq!(receiver.iter().collect::<Vec<_>>(), [(Place::Here, thread::current().id())]);
+        // Who may sleep waits for 8 s here.
+        assert!(before.elapsed() < Duration::from_secs(4), "{:?}", before.elapsed());
+        drop(looked_at);
+        assert_eq!(gone.strong_count(), 0, "the guest has given it back");
     }
 }

@@ -6,7 +6,8 @@
 //! all.
 //!
 //! # Ordering
-//! Looked at once a turn, after the jobs have acted and before any concludes: a job that is aborting is seen here before it is gone.
+//! Looked at once a turn, after the jobs have acted and before any concludes: a job that is aborting is seen here before it is gone. A cancel of
+//! one that comes while all are told to conclude is either refused or holds all of them back.
 
 use super::command::GroupFailure;
 use super::reactor::{Job, Reactor};
@@ -49,11 +50,22 @@ impl<R: Ring> Reactor<R> {
             } else if standing.waiting {
                 shared.with_lifecycle(Lifecycle::group_finished);
                 more = true;
-            } else if standing.pending && (standing.finalized || standing.asked) {
-                shared.with_lifecycle(Lifecycle::conclude_with_group);
             }
         }
+        if standing.pending && (standing.finalized || standing.asked) {
+            more |= !self.conclude_group(group);
+        }
         more
+    }
+
+    /// Decide that all of a group conclude, unless one was cancelled that did not show it yet: `false`, then none does.
+    fn conclude_group(&mut self, group: u64) -> bool {
+        let of_group = || self.jobs.iter().map(|(_, job)| job).filter(|job| job.group == group);
+        let all = of_group().all(|job| job.runner.shared().conclude_with_group());
+        if !all {
+            of_group().for_each(|job| job.runner.shared().with_lifecycle(Lifecycle::conclude_not_yet));
+        }
+        all
     }
 
     fn standing_of(&self, group: u64) -> Standing {

@@ -316,7 +316,7 @@ impl<R: Ring> Reactor<R> {
         any
     }
 
-    fn read_snapshot(&mut self, id: JobId, range: ByteRange, asker: IoAsker) {
+    pub(super) fn read_snapshot(&mut self, id: JobId, range: ByteRange, asker: IoAsker) {
         // One that is over answers nobody any more.
         let reads = |job: &Job| job.watch.id() == id && !job.runner.copier.is_finished();
         let Some(job) = self.jobs.iter_mut().map(|(_, job)| job).find(|job| reads(job)) else {
@@ -392,7 +392,7 @@ impl<R: Ring> Reactor<R> {
     }
 
     /// Let the jobs act; `true`: there is more to do at once.
-    fn poll_jobs(&mut self, now: Timestamp) -> bool {
+    pub(super) fn poll_jobs(&mut self, now: Timestamp) -> bool {
         let mut more = false;
         let (mut failed_groups, mut beside) = (Vec::new(), Vec::new());
         self.look_for_guests(now);
@@ -449,7 +449,7 @@ impl<R: Ring> Reactor<R> {
         more
     }
 
-    fn conclude_jobs(&mut self, now: Timestamp) {
+    pub(super) fn conclude_jobs(&mut self, now: Timestamp) {
         let over: Vec<usize> = self
             .jobs
             .iter()

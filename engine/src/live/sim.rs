@@ -126,7 +126,8 @@ impl SimEngine {
         self.carrier_bytes = bytes;
     }
 
-    fn reactor_mut(&mut self) -> &mut Reactor<SimRing> {
+    /// Its parts, for a look at what happens within a turn.
+    pub(super) fn reactor_mut(&mut self) -> &mut Reactor<SimRing> {
         self.reactor.as_mut().expect("it has not died")
     }
 

@@ -6,17 +6,20 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use crossbeam::channel::RecvTimeoutError;
+
 use super::admission::Attempt;
-use super::ask::ask_with;
+use super::ask::{ask, ask_with};
 use super::carrier::{CarrierLimits, IoOutcome, IoRequest};
 use super::command::{Command, Inbox};
 use super::disk::read;
+use super::hosted::IoAsker;
 use super::jobs::JobId;
 use super::sim::{Pending, SimDisk, SimEngine, SimJob};
 use super::{GroupFailure, NbdOptions, SweepDepth};
 use crate::copier::plan::{Limits, LivePlan, Plan, Side};
 use crate::error::Error;
-use crate::job::{IoStatus, JobHandle, Outcome, Status, TargetHolds};
+use crate::job::{IoStatus, JobHandle, Outcome, Status, TargetHolds, Verb};
 use crate::modes::{CbwErrorPolicy, ErrorPolicy, SyncMode};
 use crate::ring::sim::{Disk, DiskTraits, FaultPlan, SharedWorld, SimRing, SimSocket, World};
 use crate::ring::{BufferRange, FileId, Wait};
@@ -80,6 +83,18 @@ impl Bench {
         panic!("it never comes")
     }
 
+    /// The same with half a turn of one's own.
+    fn turn_until_with<T>(&mut self, mut act: impl FnMut(&mut Self) -> Option<T>) -> T {
+        for _ in 0..100_000 {
+            if let Some(found) = act(self) {
+                return found;
+            }
+            let soon = self.engine.now().after(Duration::from_millis(1));
+            self.engine.wait(Wait::Until(soon));
+        }
+        panic!("it never comes")
+    }
+
     fn turn_for(&mut self, time: Duration) {
         let until = self.engine.now().after(time);
         self.turn_until(|bench| (bench.engine.now() >= until).then_some(()));
@@ -118,6 +133,21 @@ impl Bench {
         };
         let (disk, depth) = (self.disk.clone(), SweepDepth::Auto);
         SimJob { disk, target: 1, geometry, slots: SLOTS, depth, plan: Box::new(plan) }
+    }
+
+    /// Turn, but for what concludes jobs, until that is all that is left to be done for one.
+    fn turn_to_the_verdict(&mut self, handle: &JobHandle) {
+        self.turn_until_with(|bench| {
+            let now = bench.engine.now();
+            bench.engine.reactor_mut().poll_jobs(now);
+            (handle.status() == Status::Pending).then_some(())
+        });
+    }
+
+    /// Conclude the jobs that may.
+    fn conclude(&mut self) {
+        let now = self.engine.now();
+        self.engine.reactor_mut().conclude_jobs(now);
     }
 
     fn ask_for(&mut self, job: SimJob, timeout: Duration) -> (JobHandle, Pending<Result<Vec<JobId>, Error>>) {
@@ -341,4 +371,128 @@ fn callbacks_that_panic_do_not_keep_anybody_from_hearing_of_the_end() {
     let answer = ask_with(move |outcome: IoOutcome| sender.send(outcome.result.is_err()).unwrap());
     inbox.send(Command::Snapshot { job: id, range: ByteRange::new(0, 1), answer });
     assert_eq!(told.try_recv(), Ok(true));
+}
+
+fn too_late() -> crate::job::Refusal {
+    crate::job::Refusal::State { status: Status::Concluded, verb: Verb::Cancel }
+}
+
+#[test]
+fn a_cancel_that_comes_during_the_last_steps_is_refused() {
+    let mut bench = Bench::new();
+    let (let_go, held) = mpsc::channel::<()>();
+    let held = parking_lot::Mutex::new(held);
+    bench.engine.set_at_end(move || held.lock().recv_timeout(2 * PATIENCE).unwrap());
+    let (handle, _) = bench.start(bench.job(ErrorPolicy::Report, None));
+    bench.turn_until(|bench| (bench.engine.jobs().count() == 0).then_some(()));
+    assert_eq!((handle.status(), handle.cancel()), (Status::Pending, Err(too_late())));
+    let_go.send(()).unwrap();
+    assert!(matches!(handle.wait_timeout(PATIENCE).unwrap().outcome, Outcome::Complete));
+}
+
+#[test]
+fn a_cancel_that_is_accepted_before_the_verdict_is_the_verdict() {
+    let mut bench = Bench::new();
+    let (handle, _) = bench.start(bench.job(ErrorPolicy::Report, None));
+    bench.turn_to_the_verdict(&handle);
+    handle.cancel().unwrap();
+    bench.conclude();
+    let result = bench.turn_until(|_| handle.wait_timeout(Duration::ZERO));
+    assert!(matches!(result.outcome, Outcome::Cancelled), "{result:?}");
+}
+
+/// A group that stands and falls together, of two jobs; the second's target is another.
+fn start_two(bench: &mut Bench) -> (Vec<JobHandle>, Vec<JobId>) {
+    let target = Disk::sparse(usize::try_from(LENGTH).unwrap(), DiskTraits::default());
+    bench.world.borrow_mut().add_disk(target);
+    let second = SimJob { target: 2, ..bench.job(ErrorPolicy::Report, None) };
+    let jobs = vec![bench.job(ErrorPolicy::Report, None), second];
+    let (handles, started) = bench.engine.start(jobs, GroupFailure::FailAll, PATIENCE);
+    let ids = bench.turn_until(|_| started.take()).unwrap();
+    (handles, ids)
+}
+
+#[test]
+fn a_cancel_that_is_accepted_while_a_group_concludes_is_that_of_all() {
+    for cancelled in [0, 1] {
+        let mut bench = Bench::new();
+        let (handles, _) = start_two(&mut bench);
+        bench.turn_until(|_| handles.iter().all(|handle| handle.status() == Status::Pending).then_some(()));
+        let now = bench.engine.now();
+        bench.engine.reactor_mut().poll_jobs(now);
+        handles[cancelled].cancel().unwrap();
+        assert!(bench.engine.reactor_mut().settle_groups(), "there is more to do");
+        bench.conclude();
+        for handle in &handles {
+            let result = bench.turn_until(|_| handle.wait_timeout(Duration::ZERO));
+            assert!(matches!(result.outcome, Outcome::Cancelled), "{result:?}");
+        }
+    }
+}
+
+/// As by a client whose earlier request was answered because of that end.
+#[test]
+fn a_read_of_a_snapshot_that_comes_in_the_turn_in_which_its_job_ends_is_answered() {
+    let mut bench = Bench::new();
+    let (handle, id) = bench.start(bench.job(ErrorPolicy::Report, None));
+    bench.turn_to_the_verdict(&handle);
+    let (answer, asked) = ask::<IoOutcome>();
+    bench.engine.reactor_mut().read_snapshot(id, ByteRange::new(0, 1), IoAsker::Caller(answer));
+    bench.conclude();
+    let outcome = asked.try_take().or_else(|| {
+        bench.turn();
+        asked.try_take()
+    });
+    let error = outcome.expect("it is answered").result.unwrap_err();
+    assert!(error.to_string().contains("the job has ended"), "{error}");
+    assert!(matches!(handle.wait_timeout(Duration::ZERO).unwrap().outcome, Outcome::Complete));
+}
+
+/// With the ring thread alive to its end, and with one that dies.
+#[test]
+fn an_engine_is_not_gone_before_the_ends_of_its_jobs_are() {
+    for dies in [false, true] {
+        let mut bench = Bench::new();
+        let (ending, ended) = crossbeam::channel::bounded(0);
+        bench.engine.reactor_mut().tell_end(ending);
+        let (let_go, held) = mpsc::channel::<()>();
+        let held = parking_lot::Mutex::new(held);
+        bench.engine.set_at_end(move || held.lock().recv_timeout(2 * PATIENCE).unwrap());
+        let (handle, _) = bench.start(bench.job(ErrorPolicy::Report, None));
+        if dies {
+            bench.engine.die();
+        } else {
+            bench.turn_until(|bench| (bench.engine.jobs().count() == 0).then_some(()));
+            bench.engine.remove_disk(&bench.disk);
+            bench.engine.quit();
+            while let Some(wait) = bench.engine.act() {
+                bench.engine.wait(wait);
+            }
+        }
+        drop(bench);
+        let soon = Duration::from_millis(50);
+        assert_eq!(ended.recv_timeout(soon), Err(RecvTimeoutError::Timeout), "dies: {dies}");
+        let_go.send(()).unwrap();
+        assert_eq!(ended.recv_timeout(PATIENCE), Err(RecvTimeoutError::Disconnected));
+        assert!(handle.wait_timeout(Duration::ZERO).is_some(), "its waiters are told before");
+    }
+}
+
+/// Nobody knows how long those take who hear of the end of a job.
+#[test]
+fn when_the_ring_thread_dies_those_who_wait_for_jobs_wake_first() {
+    let mut bench = Bench::new();
+    bench.world.borrow_mut().disk(1).set_stuck();
+    let (handle, id) = bench.start(bench.job(ErrorPolicy::Report, None));
+    let copied = bench.engine.copy(id, ClusterRange::new(10, 11));
+    let read = bench.engine.read_snapshot(id, ByteRange::new(15 * CLUSTER, 10 * CLUSTER / 2));
+    let request = bench.engine.io(&bench.disk, IoRequest::Write { offset: 12 * CLUSTER, data: vec![1; 10] });
+    bench.turn();
+    assert!(copied.take().is_none() && read.take().is_none() && request.take().is_none());
+    let (sender, told) = mpsc::channel();
+    handle.shared().set_callback(Box::new(move |_| {
+        sender.send([copied.take().is_some(), read.take().is_some(), request.take().is_some()]).unwrap();
+    }));
+    bench.engine.die();
+    assert_eq!(told.recv_timeout(PATIENCE), Ok([true; 3]));
 }

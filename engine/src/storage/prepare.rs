@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{Mode, fstatat};
-use nix::unistd::{UnlinkatFlags, unlinkat};
+use nix::unistd::{UnlinkatFlags, Whence, lseek, unlinkat};
 
 use super::identity::{DiskId, Identity};
 use super::locator::Locator;
@@ -65,16 +65,18 @@ pub(crate) fn open_directory(path: &Path) -> std::result::Result<File, Errno> {
     File::options().read(true).custom_flags(libc::O_DIRECTORY).open(path).map_err(|error| errno_of(&error))
 }
 
-/// See whether an existing file can have that length; it is as it was afterwards.
-pub(super) fn try_length(locator: &Locator, pair: &OpenedPair, length: Length) -> Result<()> {
-    let before = pair.metadata.len();
-    if length.0 <= before {
-        return Ok(());
+/// See whether the file system takes an existing file of that length, by a question that changes nothing of it, not even its times: a file may
+/// be positioned at any length that it may have, and nowhere beyond. (Asking by lengthening it would leave its mark. What else could keep the file
+/// from that length, a server with a limit of its own, shows when it is lengthened, which comes before it is emptied.)
+pub(super) fn check_length(locator: &Locator, pair: &OpenedPair, length: Length) -> Result<()> {
+    let refused = |errno| Error::refused_by_system(Operation::Resize, locator.as_str(), errno);
+    let end = i64::try_from(length.0).map_err(|_| refused(Errno::EFBIG))?;
+    // The descriptor is the engine's own, and nothing reads or writes at its position.
+    match lseek(&pair.buffered, end, Whence::SeekSet) {
+        Ok(_) => Ok(()),
+        Err(Errno::EINVAL) => Err(refused(Errno::EFBIG)),
+        Err(errno) => Err(refused(errno)),
     }
-    let refused = |error: std::io::Error| {
-        Error::refused_by_system(Operation::Resize, locator.as_str(), errno_of(&error))
-    };
-    pair.buffered.set_len(length.0).and_then(|()| pair.buffered.set_len(before)).map_err(refused)
 }
 
 /// Empty an existing file and give it its length. It is lengthened first: what the file system cannot hold is refused
@@ -203,6 +205,7 @@ fn fill_new(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
 
     /// Empty a file of `before` bytes for a copy of `length`, where setting some lengths fails the given number of times later; gives the
     /// file's length then and whether it was a refusal.
@@ -228,5 +231,30 @@ mod tests {
         assert_eq!(empty_with(10, 50, |_, length| length == 0), (10, Some(true)));
         assert_eq!(empty_with(10, 50, |call, _| call > 1), (50, Some(false)), "it is longer than it was");
         assert_eq!(empty_with(10, 5, |_, length| length == 5), (0, Some(false)));
+    }
+
+    #[test]
+    fn a_length_is_asked_for_as_the_file_system_answers_and_leaves_no_mark() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("old");
+        std::fs::write(&path, b"old contents").unwrap();
+        let buffered = File::options().read(true).write(true).open(&path).unwrap();
+        let metadata = buffered.metadata().unwrap();
+        let pair = OpenedPair { buffered, direct: None, metadata, announced: None };
+        let looks = || {
+            let now = pair.buffered.metadata().unwrap();
+            let times = (now.mtime(), now.mtime_nsec(), now.ctime(), now.ctime_nsec());
+            (times, now.blocks(), std::fs::read(&path).unwrap())
+        };
+        let before = looks();
+        // A clock that has gone on would show.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let scratch = tempfile::tempfile_in(directory.path()).unwrap();
+        for length in [0, 12, 13, 1 << 30, (16 << 40) - 4096, 16 << 40, 1 << 60, 7 << 60, u64::MAX] {
+            let checked = check_length(&Locator::path(&path), &pair, Length(length));
+            assert_eq!(checked.is_ok(), scratch.set_len(length).is_ok(), "{length}: {checked:?}");
+            assert!(checked.is_ok() || checked.unwrap_err().kind() == ErrorKind::Refused(Refusal::TooLarge));
+            assert_eq!(looks(), before, "{length}");
+        }
     }
 }

@@ -184,14 +184,14 @@ impl TargetPlan {
         matches!(&self.state, Planned::Existing { pair, empty_it: true, .. } if pair.metadata.len() > 0)
     }
 
-    /// See whether a file that is to be emptied can have its new length, with its contents as they were.
+    /// See whether a file that is to be emptied can have its new length. Changes nothing.
     ///
     /// # Errors
     /// A refusal where it cannot.
-    pub(crate) fn try_length(&self) -> Result<()> {
+    pub(crate) fn check_length(&self) -> Result<()> {
         match &self.state {
             Planned::Existing { pair, empty_it: true, .. } => {
-                super::prepare::try_length(&self.locator, pair, self.length)
+                super::prepare::check_length(&self.locator, pair, self.length)
             }
             _ => Ok(()),
         }

@@ -11,21 +11,19 @@
 mod host;
 mod planted;
 mod run;
+#[path = "../support/seeds.rs"]
+mod seeds;
 #[path = "../support/shadow.rs"]
 mod shadow;
 
 use host::Seen;
-
-fn from_environment(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().map_or(default, |value| value.parse().expect("a number"))
-}
+use seeds::seeds;
 
 #[test]
 fn seeded() {
-    let first = from_environment("SIM_FIRST", 0);
-    let count = from_environment("SIM_SEEDS", 2000);
+    let chosen = seeds("SIM_", 2000);
     let mut all = Seen::default();
-    for seed in first..first + count {
+    for seed in chosen.clone() {
         match std::panic::catch_unwind(|| run::one_seed(seed, None)) {
             Ok(Ok(seen)) => add(&mut all, seen),
             Ok(Err(wrong)) => panic!("seed {seed}: {wrong}"),
@@ -35,7 +33,7 @@ fn seeded() {
             }
         }
     }
-    if count >= 1000 {
+    if chosen.count() >= 1000 {
         let Seen { granted, at_barrier, copies, jobs, cancelled, discarded_late, failed, read_back, durable } =
             all;
         let counts =

@@ -7,20 +7,18 @@
 mod client;
 mod peer;
 mod run;
+#[path = "../support/seeds.rs"]
+mod seeds;
 
 use run::{Scenario, Seen, run};
-
-fn from_environment(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().map_or(default, |value| value.parse().expect("a number"))
-}
+use seeds::seeds;
 
 #[test]
 fn seeded() {
-    let first = from_environment("EXPORTS_SIM_FIRST", 0);
-    let count = from_environment("EXPORTS_SIM_SEEDS", 400);
+    let chosen = seeds("EXPORTS_SIM_", 400);
     let mut all = Seen::default();
     let mut failed = Vec::new();
-    for seed in first..first + count {
+    for seed in chosen.clone() {
         match std::panic::catch_unwind(|| run(&Scenario::random(seed))) {
             Ok(Ok(seen)) => all.add(&seen),
             Ok(Err(wrong)) => {
@@ -36,7 +34,7 @@ fn seeded() {
     }
     assert!(failed.is_empty(), "seeds failed: {failed:?}");
     println!("{all:?}");
-    if count >= 400 {
+    if chosen.count() >= 400 {
         assert!(all.least() > 10, "the runs do too little: {all:?}");
     }
 }

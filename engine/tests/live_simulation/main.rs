@@ -18,6 +18,8 @@ mod readers;
 mod run;
 mod scenario;
 mod seeded;
+#[path = "../support/seeds.rs"]
+mod seeds;
 mod seen;
 #[path = "../support/shadow.rs"]
 mod shadow;

@@ -14,5 +14,7 @@ mod handshake;
 mod reads;
 mod rules;
 mod seeded;
+#[path = "../support/seeds.rs"]
+mod seeds;
 mod session;
 mod writes;

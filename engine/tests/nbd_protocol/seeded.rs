@@ -19,6 +19,7 @@ use fastrand::Rng;
 use nix::errno::Errno;
 
 use crate::client::*;
+use crate::seeds::seeds;
 use crate::session::Shelf;
 
 const LENGTH: u64 = 300_001;
@@ -496,15 +497,11 @@ impl World {
     }
 }
 
-fn from_environment(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().map_or(default, |value| value.parse().expect("a number"))
-}
-
 #[test]
 fn random_sessions() {
-    let (first, count) = (from_environment("FIRST", 0), from_environment("SEEDS", 400));
+    let chosen = seeds("", 400);
     let mut all = Seen::default();
-    for seed in first..first + count {
+    for seed in chosen.clone() {
         let seen = std::panic::catch_unwind(|| World::new(seed).run()).unwrap_or_else(|panic| {
             eprintln!("seed {seed} failed");
             std::panic::resume_unwind(panic)
@@ -518,7 +515,7 @@ fn random_sessions() {
         all.cut_off += seen.cut_off;
         all.waited += seen.waited;
     }
-    if count >= 400 {
+    if chosen.count() >= 400 {
         let Seen { good_reads, holes, good_writes, refused, failed, durable_long, cut_off, waited } = all;
         let counts = [good_reads, holes, good_writes, refused, failed, durable_long, cut_off, waited];
         assert!(counts.iter().all(|&count| count > 0), "not everything was seen: {all:?}");

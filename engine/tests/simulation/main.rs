@@ -15,6 +15,8 @@ mod planted;
 mod run;
 mod scenario;
 mod seeded;
+#[path = "../support/seeds.rs"]
+mod seeds;
 mod skipping;
 mod verification;
 mod withdrawal;

@@ -7,6 +7,7 @@ use fastrand::Rng;
 use crate::oracle::{Before, check};
 use crate::run::{End, Script, run};
 use crate::scenario::Scenario;
+use crate::seeds::seeds;
 
 /// Run one seed to its end; panics with the seed when the job's word is not true.
 pub(crate) fn one_seed(seed: u64) {
@@ -45,15 +46,9 @@ pub(crate) fn one_seed(seed: u64) {
     }
 }
 
-fn from_environment(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().map_or(default, |value| value.parse().expect("a number"))
-}
-
 #[test]
 fn seeded() {
-    let first = from_environment("SIM_FIRST", 0);
-    let count = from_environment("SIM_SEEDS", 2000);
-    for seed in first..first + count {
+    for seed in seeds("SIM_", 2000) {
         if let Err(panic) = std::panic::catch_unwind(|| one_seed(seed)) {
             eprintln!("seed {seed} failed");
             std::panic::resume_unwind(panic);

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use engine::ring::{Extent, ExtentQuery, IoPath, ZeroMethod};
 use engine::storage::{Descriptors, Document, Limits, Storage};
@@ -40,6 +41,8 @@ pub(crate) enum Odd {
     Fifo(File),
     /// Asking for extents panics.
     Panics(File),
+    /// Its flush, which counts how often it was asked for, fails; one by the kernel, on its descriptor, would succeed.
+    FlushesItself(File, AtomicU32),
 }
 
 impl Storage for Odd {
@@ -54,7 +57,7 @@ impl Storage for Odd {
     fn descriptors(&self) -> Option<Descriptors<'_>> {
         match self {
             Self::Null => None,
-            Self::Gate(_, file) | Self::Fifo(file) | Self::Panics(file) => {
+            Self::Gate(_, file) | Self::Fifo(file) | Self::Panics(file) | Self::FlushesItself(file, _) => {
                 Some(Descriptors { direct: None, buffered: file.as_fd(), block_device: false })
             }
         }
@@ -70,7 +73,7 @@ impl Storage for Odd {
                 }
             }
             Self::Fifo(file) => return nix::unistd::read(file, buffer),
-            Self::Null | Self::Panics(_) => {}
+            Self::Null | Self::Panics(_) | Self::FlushesItself(..) => {}
         }
         Ok(buffer.len())
     }
@@ -92,7 +95,13 @@ impl Storage for Odd {
     }
 
     fn flush(&self) -> Result<(), Errno> {
-        Ok(())
+        let Self::FlushesItself(_, flushes) = self else { return Ok(()) };
+        flushes.fetch_add(1, Ordering::SeqCst);
+        Err(Errno::EIO)
+    }
+
+    fn flush_is_plain(&self) -> bool {
+        !matches!(self, Self::FlushesItself(..))
     }
 
     fn drop_cache(&self, _: ByteRange) -> Result<(), Errno> {
