@@ -352,6 +352,12 @@ impl SimEngine {
         (self.reactor().room().parts(), self.reactor().ring.files())
     }
 
+    /// Which disk is the first to act in the next turn.
+    #[cfg(test)]
+    pub(super) fn first_disk(&self) -> DiskId {
+        self.reactor().first_disk
+    }
+
     /// Such a guest has clusters copied.
     #[must_use]
     pub fn copy(&self, job: JobId, clusters: ClusterRange) -> Pending<Result<(), Arc<Error>>> {

@@ -350,6 +350,9 @@ impl SimRing {
         if let Some(place) = place_of(op) {
             return self.sockets.is_stuck(place, op, &mut self.world.borrow_mut());
         }
+        if file_of(op).is_some_and(|file| self.world.borrow_mut().disk(self.disk_of(file)).is_hung()) {
+            return true;
+        }
         let (Op::Read { file, path, .. } | Op::Write { file, path, .. }) = op else { return false };
         let mut world = self.world.borrow_mut();
         let disk = world.disk(self.disk_of(*file));
