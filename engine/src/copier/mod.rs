@@ -440,8 +440,13 @@ impl Copier {
     }
 
     /// End without a result. What is in flight is waited for; with a map, a last checkpoint keeps what was done. `false`: too
-    /// late, how it ends is decided.
+    /// late, how it ends is decided. Of a live copy that is complete nothing is decided yet while something is in flight: a read of the
+    /// snapshot from a target that does not answer must not keep whoever wants it to end from that, nor the others of a group.
     pub fn cancel(&mut self) -> bool {
+        let undecided = self.plan.live.is_some() && self.is_complete() && !self.finished;
+        if undecided {
+            self.ending = None;
+        }
         let accepted = self.ending.is_none();
         self.end_with(Ending::Cancelled);
         accepted

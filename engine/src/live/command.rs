@@ -11,6 +11,7 @@ use crossbeam::queue::SegQueue;
 
 use super::DiskId;
 use super::ask::{Answer, Asked, Lost, ask_noting};
+use super::asks::Wish;
 use super::carrier::{IoOutcome, IoRequest};
 use super::controller::SweepDepth;
 use super::disk::DiskShared;
@@ -26,7 +27,7 @@ use crate::interval_set::IntervalSet;
 use crate::job::handle::Shared;
 use crate::job::runner::AtEnd;
 use crate::ring::{BufferRange, FileId, Wake};
-use crate::units::{ByteRange, ClusterRange, Geometry};
+use crate::units::{ByteRange, Geometry};
 
 /// Makes the plan of a job, once its place on the ring is known: the live disk as its source, its target, its part of the arena.
 pub(super) type MakePlan = Box<dyn FnOnce(Side, FileId, BufferRange) -> Plan + Send>;
@@ -102,8 +103,8 @@ pub(super) enum Command<F, S> {
     RemoveDisk { disk: DiskId },
     /// A guest's request on a disk that the engine carries.
     Io { disk: DiskId, request: IoRequest, answer: Answer<IoOutcome> },
-    /// A guest is about to change clusters that a job has not copied, and has waited for that since.
-    Copy { job: JobId, clusters: ClusterRange, waited: Duration, answer: Answer<Result<(), Arc<Error>>> },
+    /// A guest is about to change clusters that jobs have not copied, and has waited for that so long.
+    Copy { wish: Wish, waited: Duration, answer: Answer<Result<(), Arc<Error>>> },
     /// A guest is about to write by himself: discards of that range that were put off are not to come after it.
     ForgetDiscards { disk: DiskId, range: ByteRange, answer: Answer<Result<(), Arc<Error>>> },
     /// A read of a range as it was at the t0 of a job.
@@ -169,16 +170,11 @@ impl<F, S> Inbox<F, S> {
         })
     }
 
-    /// Have `clusters` copied by `job`, for which somebody has waited so long already. Who goes before the answer is there does not want
+    /// Have copied what somebody wishes, who has waited for that so long already. Who goes before the answer is there does not want
     /// them copied any more.
-    pub(super) fn ask_copy(
-        &self,
-        job: JobId,
-        clusters: ClusterRange,
-        waited: Duration,
-    ) -> Asked<Result<(), Arc<Error>>> {
+    pub(super) fn ask_copy(&self, wish: Wish, waited: Duration) -> Asked<Result<(), Arc<Error>>> {
         let (answer, asked) = ask_noting(&self.left);
-        self.send(Command::Copy { job, clusters, waited, answer });
+        self.send(Command::Copy { wish, waited, answer });
         asked
     }
 

@@ -192,7 +192,7 @@ impl LiveDisk {
                     continue;
                 }
                 Step::Forget => self.ask_to_forget(range),
-                Step::Copy(job, clusters, waited) => self.inner.inbox.ask_copy(job, clusters, waited),
+                Step::Copy(wish, waited) => self.inner.inbox.ask_copy(wish, waited),
             };
             asked.wait().map_err(|error| Error::clone(&error))?;
         }
@@ -410,8 +410,8 @@ impl Future for BeginWrite {
                     }
                 }
                 Step::Forget => this.waits = Waits::Asked(this.disk.ask_to_forget(write.range)),
-                Step::Copy(job, clusters, waited) => {
-                    this.waits = Waits::Asked(this.disk.inner.inbox.ask_copy(job, clusters, waited));
+                Step::Copy(wish, waited) => {
+                    this.waits = Waits::Asked(this.disk.inner.inbox.ask_copy(wish, waited));
                 }
             }
         }
@@ -454,12 +454,12 @@ fn step(disk: LiveDisk, mut write: OwnWrite, call: PermitCall) {
                 let answer = ask_with(move |_: Result<(), Arc<Error>>| step(again, write, theirs));
                 return disk.inner.inbox.send(Command::ForgetDiscards { disk: shared.id, range, answer });
             }
-            Step::Copy(job, clusters, waited) => {
+            Step::Copy(wish, waited) => {
                 let answer = ask_with(move |copied: Result<(), Arc<Error>>| match copied {
                     Ok(()) => step(again, write, theirs),
                     Err(error) => finish(&theirs, Err(Error::clone(&error))),
                 });
-                return disk.inner.inbox.send(Command::Copy { job, clusters, waited, answer });
+                return disk.inner.inbox.send(Command::Copy { wish, waited, answer });
             }
         }
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Waker};
 
 use super::DiskId;
+use super::asks::Wish;
 use super::command::{Command, Inbox};
 use super::disk::{DiskShared, Inner, LiveDisk};
 use super::jobs::{JobId, Watch};
@@ -40,8 +41,8 @@ fn a_future_that_goes_while_it_waits_for_a_copy_says_so() {
         asked = inbox.take();
         assert!(matches!(
             &asked,
-            Some(Command::Copy { job: JobId(5), clusters, answer, .. })
-                if *clusters == ClusterRange::new(1, 2) && answer.is_wanted()
+            Some(Command::Copy { wish: Wish { job: JobId(5), clusters, range }, answer, .. })
+                if *clusters == ClusterRange::new(1, 2) && range.offset == 65_536 && answer.is_wanted()
         ));
         assert!(inbox.take().is_none() && !inbox.has_someone_left());
     }

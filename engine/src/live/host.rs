@@ -3,37 +3,14 @@
 use slab::Slab;
 
 use super::admission::{Permit, attempt_unnested};
+use super::asks::{Asker, Wish, ask_jobs};
 use super::carrier::{AdmissionHost, Attempt, CopyWait, DiscardRule};
 use super::disk::DiskShared;
 use super::jobs::JobId;
 #[cfg(feature = "sim")]
 use super::planted::Planted;
-use super::reactor::{Asker, Job};
-use crate::copier::guests::CbwId;
-use crate::units::{ByteRange, ClusterRange, Timestamp};
-
-/// Have `clusters` copied by a job for a guest that has asked at `since`.
-pub(super) fn ask_job(
-    jobs: &mut Slab<Job>,
-    id: JobId,
-    clusters: ClusterRange,
-    asker: Asker,
-    since: Timestamp,
-) {
-    let job = jobs.iter_mut().map(|(_, job)| job).find(|job| job.watch.id() == id && job.attached);
-    let Some(job) = job else {
-        // It has ended meanwhile: the asker looks again and does not find it.
-        return match asker {
-            Asker::Guest(answer) => answer.give(Ok(())),
-            Asker::Carrier(_) => unreachable!("the carrier has just found it"),
-        };
-    };
-    let ask = CbwId(job.next_ask);
-    job.next_ask += 1;
-    job.asks.insert(ask, asker);
-    job.controller.on_guest(since, job.asks.len());
-    job.runner.copier.copy_before_write(ask, clusters, since);
-}
+use super::reactor::Job;
+use crate::units::{ByteRange, ClusterRange};
 
 /// What a disk's carrier finds around it.
 pub(super) struct Host<'a> {
@@ -68,8 +45,8 @@ impl AdmissionHost for Host<'_> {
         }
     }
 
-    fn copy(&mut self, job: JobId, clusters: ClusterRange, wait: CopyWait) {
-        ask_job(self.jobs, job, clusters, Asker::Carrier(wait), wait.since);
+    fn copy(&mut self, job: JobId, clusters: ClusterRange, range: ByteRange, wait: CopyWait) {
+        ask_jobs(self.jobs, Wish { job, clusters, range }, Asker::Carrier(wait), wait.since);
     }
 
     fn discards(&mut self, range: ByteRange) -> DiscardRule {

@@ -81,7 +81,7 @@ impl Watch {
     /// Of the clusters that `range` touches the first that are to be copied, if they are not all done; some of these may be done as well. What
     /// lies beyond the disk as it was at t0 is no part of the copy.
     #[inline]
-    fn undone(&self, range: ByteRange) -> Option<ClusterRange> {
+    pub(super) fn undone(&self, range: ByteRange) -> Option<ClusterRange> {
         let ClusterRange { start, end } = self.geometry.covering(range);
         let end = ClusterIndex(end.0.min(self.set.clusters().0));
         if start >= end {

@@ -44,6 +44,7 @@
 
 mod admission;
 mod ask;
+mod asks;
 mod backup;
 pub mod carrier;
 mod command;

@@ -12,16 +12,18 @@
 //! discard that was told to be done meanwhile take away what is read after both.
 //!
 //! # The clock
-//! The time-out of a copy counts from the moment at which the guest asks, and goes on when it has to ask another job. A large request goes
+//! The time-out of a copy counts from the moment at which the guest asks, and goes on when it has to ask another job: that one was asked beside the
+//! first (`asks`), and has had as much time. A large request goes
 //! piece by piece, and each further piece has its own time.
 
 use std::time::{Duration, Instant};
 
 use super::admission::{Attempt, Permit};
+use super::asks::Wish;
 use super::disk::DiskShared;
 use super::gate::Gate;
 use super::jobs::{JobId, JobList};
-use crate::units::{ByteRange, ClusterIndex, ClusterRange};
+use crate::units::{ByteRange, ClusterIndex};
 
 /// How a permit is asked for: nested or not.
 pub(super) type Ask = fn(&Gate, &JobList, ByteRange) -> Attempt;
@@ -34,8 +36,8 @@ pub(super) enum Step {
     AtBarrier,
     /// Have discards that were put off forgotten in the range.
     Forget,
-    /// Have clusters copied by that job; this long was waited for them already.
-    Copy(JobId, ClusterRange, Duration),
+    /// Have that copied; this long was waited for it already.
+    Copy(Wish, Duration),
 }
 
 /// See the module's header.
@@ -68,7 +70,7 @@ impl OwnWrite {
                 }
                 self.last = Some((job, clusters.start));
                 self.forgotten = false;
-                Step::Copy(job, clusters, self.since.elapsed())
+                Step::Copy(Wish { job, clusters, range: self.range }, self.since.elapsed())
             }
         }
     }
@@ -84,7 +86,7 @@ mod tests {
     use super::*;
     use crate::interval_set::IntervalSet;
     use crate::ring::Wake;
-    use crate::units::{ClusterSize, Geometry, Length};
+    use crate::units::{ClusterRange, ClusterSize, Geometry, Length};
 
     struct Nobody;
 
@@ -139,7 +141,7 @@ mod tests {
         let watches = [watch(&disk, 1), watch(&disk, 2)];
         let mut write = OwnWrite::new(ByteRange::new(0, 64 << 20));
         let mut next = || match write.next(&disk, attempt) {
-            Step::Copy(job, clusters, waited) => (job, clusters, waited),
+            Step::Copy(wish, waited) => (wish.job, wish.clusters, waited),
             _ => panic!("there is something to copy"),
         };
         let (job, clusters, _) = next();

@@ -20,8 +20,8 @@ use nix::errno::Errno;
 use slab::Slab;
 
 use super::DiskId;
-use super::ask::Answer;
-use super::carrier::{CarrierLimits, CopyWait, IoOutcome, IoRequest};
+use super::asks::{Asker, Asks, forget_beside};
+use super::carrier::{CarrierLimits, IoOutcome, IoRequest};
 use super::command::{Command, GroupFailure, Inbox, NewGroup};
 use super::controller::Controller;
 use super::ends::End;
@@ -36,18 +36,11 @@ use super::room::{Room, Share};
 use super::starts::Raised;
 use super::token::{Owner, owner_of, token_of};
 use super::waits::ForgetWait;
-use crate::copier::guests::CbwId;
 use crate::copier::snapshot::SnapshotId;
 use crate::error::{Error, ErrorKind, Operation};
 use crate::job::runner::Runner;
 use crate::ring::{Completion, FileId, Op, Ring, RingFailure, Token, Wait};
 use crate::units::{ByteRange, Timestamp};
-
-/// Who waits for a copy-before-write.
-pub(super) enum Asker {
-    Guest(Answer<Result<(), Arc<Error>>>),
-    Carrier(CopyWait),
-}
 
 pub(super) struct Job {
     pub(super) disk: DiskId,
@@ -63,7 +56,7 @@ pub(super) struct Job {
     pub(super) guests: Box<GuestLatencies>,
     pub(super) group: u64,
     pub(super) on_failure: GroupFailure,
-    pub(super) asks: BTreeMap<CbwId, Asker>,
+    pub(super) asks: Asks,
     /// With how many bytes each asks for.
     pub(super) reads: BTreeMap<SnapshotId, (u64, IoAsker)>,
     pub(super) next_ask: u64,
@@ -243,9 +236,9 @@ impl<R: Ring> Reactor<R> {
             Command::Io { disk, request, answer } => {
                 self.submit(disk, request, IoAsker::Caller(answer), now);
             }
-            Command::Copy { job, clusters, waited, answer } => {
+            Command::Copy { wish, waited, answer } => {
                 let since = Timestamp(now.0.saturating_sub(waited));
-                self.copy_before_write(job, clusters, answer, since);
+                self.copy_before_write(wish, answer, since);
             }
             Command::ForgetDiscards { disk, range, answer } => {
                 self.forget_discards(disk, range, answer);
@@ -320,7 +313,7 @@ impl<R: Ring> Reactor<R> {
     /// Let the jobs act; `true`: there is more to do at once.
     fn poll_jobs(&mut self, now: Timestamp) -> bool {
         let mut more = false;
-        let mut failed_groups = Vec::new();
+        let (mut failed_groups, mut beside) = (Vec::new(), Vec::new());
         self.look_for_guests(now);
         let (division, mut taken) = self.places();
         for (index, job) in &mut self.jobs {
@@ -350,8 +343,9 @@ impl<R: Ring> Reactor<R> {
                 tell(asker, IoOutcome { result }, &mut self.exports);
             }
             for (id, outcome) in job.runner.copier.take_cbw_outcomes() {
-                match job.asks.remove(&id).expect("every request has its asker") {
+                match job.asks.answered(id, &mut beside) {
                     Asker::Guest(answer) => answer.give(outcome),
+                    Asker::Beside => {}
                     Asker::Carrier(wait) => {
                         disk.carrier.copied(wait, outcome);
                         more = true;
@@ -359,6 +353,7 @@ impl<R: Ring> Reactor<R> {
                 }
             }
         }
+        forget_beside(&mut self.jobs, &beside);
         for group in failed_groups {
             for (_, job) in &mut self.jobs {
                 if job.group == group && !job.runner.copier.is_ending() {
@@ -461,7 +456,7 @@ impl<R: Ring> Reactor<R> {
             guests,
             group,
             on_failure,
-            asks: BTreeMap::new(),
+            asks: Asks::default(),
             reads: BTreeMap::new(),
             next_ask: 0,
         };

@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::DiskId;
 use super::admission::{Attempt, attempt_unnested};
 use super::ask::{Answer, Asked, ask};
+use super::asks::Wish;
 use super::carrier::{CarrierLimits, IoOutcome, IoRequest};
 use super::command::{Command, GroupFailure, Inbox, NewFleece, NewGroup, NewJob};
 use super::controller::SweepDepth;
@@ -358,10 +359,11 @@ impl SimEngine {
         self.reactor().first_disk
     }
 
-    /// Such a guest has clusters copied.
+    /// Such a guest has clusters copied, by that job alone.
     #[must_use]
     pub fn copy(&self, job: JobId, clusters: ClusterRange) -> Pending<Result<(), Arc<Error>>> {
-        Pending(self.inbox().ask_copy(job, clusters, Duration::ZERO))
+        let range = ByteRange::new(0, 0);
+        Pending(self.inbox().ask_copy(Wish { job, clusters, range }, Duration::ZERO))
     }
 
     /// Read a range as it was at the t0 of a job.

@@ -5,16 +5,12 @@ use std::sync::Arc;
 
 use super::DiskId;
 use super::ask::Answer;
-use super::host::ask_job;
+use super::asks::{Asker, MAX_ASKS, Wish, ask_jobs, forget_unwanted};
 use super::hosted::too_many;
-use super::jobs::JobId;
-use super::reactor::{Asker, Job, Reactor};
+use super::reactor::{Job, Reactor};
 use crate::error::{Error, Operation};
 use crate::ring::Ring;
-use crate::units::{ByteRange, ClusterRange, Timestamp};
-
-/// Most guests with an I/O path of their own who wait for copies of a job.
-const MAX_ASKS: usize = 65_536;
+use crate::units::{ByteRange, Timestamp};
 
 /// One who waits until a discard that was put off, and is just being carried out, is over.
 pub(super) struct ForgetWait {
@@ -47,11 +43,10 @@ impl<R: Ring> Reactor<R> {
         over.into_iter().for_each(|wait| wait.answer.give(Ok(())));
     }
 
-    /// A guest has waited since then to have `clusters` copied by a job.
+    /// A guest has waited since then to have copied what it wishes.
     pub(super) fn copy_before_write(
         &mut self,
-        id: JobId,
-        clusters: ClusterRange,
+        wish: Wish,
         answer: Answer<Result<(), Arc<Error>>>,
         since: Timestamp,
     ) {
@@ -59,12 +54,12 @@ impl<R: Ring> Reactor<R> {
         if !answer.is_wanted() {
             return;
         }
-        let full = |job: &Job| job.watch.id() == id && job.asks.len() >= MAX_ASKS;
+        let full = |job: &Job| job.watch.id() == wish.job && job.asks.len() >= MAX_ASKS;
         if let Some((_, job)) = self.jobs.iter().find(|(_, job)| full(job)) {
             let name = self.disks[&job.disk].shared.name().to_string();
             return answer.give(Err(Arc::new(too_many(Operation::CopyBeforeWrite, name, MAX_ASKS))));
         }
-        ask_job(&mut self.jobs, id, clusters, Asker::Guest(answer), since);
+        ask_jobs(&mut self.jobs, wish, Asker::Guest(answer), since);
     }
 
     /// Tell the jobs of those guests who write by themselves and ask for nothing, for all is copied where they write.
@@ -80,20 +75,10 @@ impl<R: Ring> Reactor<R> {
         }
     }
 
-    /// Copies that nobody waits for any more are not begun, and do not run into the time-out of their job.
+    /// Copies of those who have gone are forgotten.
     pub(super) fn forget_those_who_left(&mut self) {
-        if !self.inbox.has_someone_left() {
-            return;
-        }
-        for (_, job) in &mut self.jobs {
-            let copier = &mut job.runner.copier;
-            job.asks.retain(|&id, asker| {
-                let wanted = !matches!(asker, Asker::Guest(answer) if !answer.is_wanted());
-                if !wanted {
-                    copier.forget_cbw(id);
-                }
-                wanted
-            });
+        if self.inbox.has_someone_left() {
+            forget_unwanted(&mut self.jobs);
         }
     }
 }

@@ -190,7 +190,7 @@ impl AdmissionHost for Host {
         Attempt::Granted(Permit { ledger: Rc::clone(&self.ledger), number: self.next })
     }
 
-    fn copy(&mut self, job: JobId, clusters: ClusterRange, wait: CopyWait) {
+    fn copy(&mut self, job: JobId, clusters: ClusterRange, _range: ByteRange, wait: CopyWait) {
         assert!(self.asked.iter().all(|asked| asked.wait != wait), "every wait has a name of its own");
         self.seen.copies += 1;
         self.asked.push(Asked { job, clusters, wait });

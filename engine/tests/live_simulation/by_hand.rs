@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use engine::copy::SyncMode;
 use engine::error::Error;
-use engine::job::{JobHandle, Outcome};
+use engine::job::{JobHandle, Outcome, Status};
 use engine::live::JobId;
 use engine::live::sim::{Pending, SimDisk, SimEngine};
 use engine::ring::Wait;
@@ -247,6 +247,33 @@ fn readers_who_take_turns_do_not_keep_the_sweep_from_an_error() {
     });
     let outcome = end_under_readers(&mut hand, 30);
     assert!(matches!(outcome, Some(Outcome::Failed(_))), "{outcome:?}");
+}
+
+/// All is copied and flushed, and somebody reads the snapshot from a target that does not answer any more.
+#[test]
+fn a_copy_that_is_complete_is_cancelled_while_a_read_keeps_it() {
+    let mut hand = start(JobSpec::plain(0, CLUSTER), dense);
+    hand.handle.pause().unwrap();
+    let copied = hand.copy(0, 64);
+    hand.answered(&copied);
+    // The read gets stuck, the flush does not.
+    hand.world.borrow_mut().disk(TARGET).set_stuck();
+    let read = hand.engine.read_snapshot(hand.job, ByteRange::new(0, CLUSTER));
+    assert!(hand.engine.act().is_some());
+    hand.world.borrow_mut().disk(TARGET).set_free();
+    hand.handle.resume().unwrap();
+    assert!(hand.engine.act().is_some());
+    hand.world.borrow_mut().disk(TARGET).set_stuck();
+    hand.turn(50);
+    assert_eq!(hand.engine.in_flight(), 1, "the read");
+    hand.handle.cancel().unwrap();
+    hand.turn(2);
+    assert_eq!(hand.handle.progress().status, Status::Aborting);
+    hand.world.borrow_mut().disk(TARGET).set_free();
+    hand.turn(50);
+    assert!(read.take().is_some());
+    let result = hand.handle.wait_timeout(Duration::from_secs(60)).expect("nothing keeps it any more");
+    assert!(matches!(result.outcome, Outcome::Cancelled), "{:?}", result.outcome);
 }
 
 /// The most clusters, and the most runs of zeros, that the sweep has in flight while it copies a disk with holes, or nothing else. `guests`: somebody

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use engine::copy::ErrorPolicy;
-use engine::live::SweepDepth;
+use engine::live::{GroupFailure, SweepDepth};
 use engine::modes::CbwErrorPolicy;
 use engine::units::ByteRange;
 
@@ -104,6 +104,29 @@ fn a_guest_outlasts_a_target_that_is_stuck() {
         let broken = ended.seen.failed + ended.seen.refused;
         assert!(ended.longest < Duration::from_millis(400), "{:?}", ended.longest);
         assert_eq!(broken > 0, on_cbw_error == CbwErrorPolicy::BreakGuestWrite, "{:?}", ended.seen);
+    }
+}
+
+/// Two copies of one disk with the same time-out: all of it goes by while the target of one does not answer.
+#[test]
+fn a_target_that_is_stuck_leaves_another_copy_of_the_disk_its_time() {
+    for (seed, path) in [(52, Path::Own), (53, Path::Carried)] {
+        let mut scenario = busy(seed, path);
+        let stuck = Stuck { from: Duration::ZERO, until: None };
+        let job = JobSpec {
+            cbw_timeout: Some(Duration::from_millis(100)),
+            on_cbw_error: CbwErrorPolicy::BreakSnapshot,
+            // A cluster every 80 s: what is copied is what guests ask for.
+            speed: Some(100),
+            cancel_at: Some(Duration::from_secs(5)),
+            ..scenario.starts[0].jobs[0].clone()
+        };
+        scenario.starts[0].jobs = vec![JobSpec { stuck: Some(stuck), ..job.clone() }, job];
+        scenario.starts[0].on_failure = GroupFailure::GoOn;
+        let ended = ended(&scenario);
+        // Guests may have had all of it copied by then.
+        let sound = ended.seen.complete + ended.seen.cancelled;
+        assert_eq!((ended.seen.failed_jobs, sound), (1, 1), "{:?}", ended.seen);
     }
 }
 

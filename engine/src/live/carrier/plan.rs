@@ -97,8 +97,8 @@ pub trait AdmissionHost {
     /// Ask for leave to change `range`. The permits of a carrier never nest: at a raised barrier it waits.
     fn attempt(&mut self, range: ByteRange) -> Attempt<Self::Permit>;
 
-    /// Have `clusters` copied for `job`. Answered by [`super::Carrier::copied`], later: never before this has returned.
-    fn copy(&mut self, job: JobId, clusters: ClusterRange, wait: CopyWait);
+    /// Have `clusters` copied for `job` before `range` is changed, which other jobs may have to copy, too. Answered by [`super::Carrier::copied`], later: never before this has returned.
+    fn copy(&mut self, job: JobId, clusters: ClusterRange, range: ByteRange, wait: CopyWait);
 
     /// Which part of `range`, which is not empty, may be discarded now. Loads only.
     fn discards(&mut self, range: ByteRange) -> DiscardRule;

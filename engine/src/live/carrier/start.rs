@@ -159,7 +159,7 @@ impl<P> Carrier<P> {
                 let wait = CopyWait { number: self.next_wait, since };
                 self.next_wait += 1;
                 self.copying.insert(wait.number, key);
-                host.copy(job, clusters, wait);
+                host.copy(job, clusters, window.cover, wait);
                 Stage::Copying(wait)
             }
         };

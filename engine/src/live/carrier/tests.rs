@@ -54,7 +54,7 @@ impl AdmissionHost for Host {
         Attempt::Granted(Permit(self.out.clone(), range))
     }
 
-    fn copy(&mut self, job: JobId, _clusters: ClusterRange, wait: CopyWait) {
+    fn copy(&mut self, job: JobId, _clusters: ClusterRange, _range: ByteRange, wait: CopyWait) {
         assert_eq!(job, JobId(7));
         self.asked.push(wait);
     }
