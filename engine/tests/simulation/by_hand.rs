@@ -4,14 +4,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::copier::plan::{Checkpoint, Plan};
+use engine::copier::guests::CbwId;
+use engine::copier::plan::{Checkpoint, LivePlan, Plan};
+use engine::copier::snapshot::SnapshotId;
 use engine::copier::{Copier, Ending, Event, Places};
 use engine::copy::ErrorPolicy;
 use engine::interval_set::IntervalSet;
 use engine::job::{Status, TargetHolds};
+use engine::live::CbwErrorPolicy;
 use engine::ring::sim::{DiskTraits, FaultPlan};
 use engine::ring::{Arena, BufferRange, Completion, Extent, Op, Output, Token, ZeroMethod};
-use engine::units::{ByteRange, ClusterSize, Geometry, Length, Timestamp};
+use engine::units::{ByteRange, ClusterRange, ClusterSize, Geometry, Length, Timestamp};
 use nix::errno::Errno;
 
 use crate::run::driver_of;
@@ -301,4 +304,37 @@ fn a_large_disk_with_nothing_in_it_does_not_hold_up_the_ring_thread() {
     }
     assert_eq!(done, clusters * 4096);
     assert!(after >= 1, "all looked at at once");
+}
+
+/// A reader of the snapshot holds a cluster, his read is short, and what is left of the ring is for what guests wait for.
+#[test]
+fn the_rest_of_a_short_read_is_as_urgent_as_a_guest_has_made_it() {
+    let scenario = Scenario { length: 32 * CLUSTER, ..Scenario::plain(36) };
+    for guest_waits in [false, true] {
+        let live = LivePlan {
+            on_cbw_error: CbwErrorPolicy::BreakSnapshot,
+            cbw_timeout: None,
+            reserved_slots: 1,
+            space_reserved: false,
+        };
+        let set = Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap());
+        let mut copier = Copier::new(Plan { live: Some(live), ..scenario.plan(blank()) }, set);
+        let (arena, now, mut ops) = (Arena::new(1 << 20).unwrap(), Timestamp::default(), Vec::new());
+        copier.read_snapshot(SnapshotId(0), ByteRange::new(30 * CLUSTER, CLUSTER));
+        while copier.poll(now, Places::alone(usize::MAX), &mut ops) {}
+        let is_read = |op: &Op, at: u64| matches!(op, Op::Read { offset, .. } if *offset == at);
+        let reads: Vec<_> = ops.extract_if(.., |(_, op)| is_read(op, 30 * CLUSTER)).collect();
+        assert!(reads.len() == 1 && !ops.is_empty(), "a read, and others that hang");
+        // One place of each kind, which the others have of theirs.
+        let places = Places { free: 1, common: 0, own: 1, most: usize::MAX };
+        if guest_waits {
+            copier.copy_before_write(CbwId(0), ClusterRange::new(30, 31), now);
+            while copier.poll(now, places, &mut ops) {}
+        }
+        copier.on_completion(Completion { token: reads[0].0, result: Ok(Output::Bytes(512)) }, &arena, now);
+        ops.clear();
+        while copier.poll(now, places, &mut ops) {}
+        let rest = ops.iter().any(|(_, op)| is_read(op, 30 * CLUSTER + 512));
+        assert_eq!(rest, guest_waits, "{ops:?}");
+    }
 }
