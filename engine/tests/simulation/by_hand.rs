@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine::copier::guests::CbwId;
-use engine::copier::plan::{Checkpoint, LivePlan, Plan};
+use engine::copier::plan::{Checkpoint, Limits, LivePlan, Plan};
 use engine::copier::snapshot::SnapshotId;
 use engine::copier::{Copier, Ending, Event, Places};
 use engine::copy::ErrorPolicy;
@@ -337,4 +337,45 @@ fn the_rest_of_a_short_read_is_as_urgent_as_a_guest_has_made_it() {
         let rest = ops.iter().any(|(_, op)| is_read(op, 30 * CLUSTER + 512));
         assert_eq!(rest, guest_waits, "{ops:?}");
     }
+}
+
+/// The largest run of zeros, in bytes, of a live copy of a large hole to a target that takes so long over each, when guests have nothing to ask for.
+fn largest_zero_run(each: Duration) -> u64 {
+    let scenario = Scenario { cluster: 65_536, slots: 4, ..Scenario::plain(37) };
+    let geometry = Geometry::new(Length(4 << 30), ClusterSize::new(65_536).unwrap());
+    let live = LivePlan {
+        on_cbw_error: CbwErrorPolicy::BreakSnapshot,
+        cbw_timeout: None,
+        reserved_slots: 1,
+        space_reserved: false,
+    };
+    let plan = scenario.plan(blank());
+    let limits = Limits { zero_run_bytes: 32 << 20, ..plan.limits };
+    let plan = Plan { geometry, live: Some(live), target_is_zero: false, limits, ..plan };
+    let mut copier = Copier::new(plan, Arc::new(IntervalSet::new(geometry.clusters()).unwrap()));
+    let arena = Arena::new(4 << 16).unwrap();
+    let (mut now, mut ops, mut largest) = (Timestamp::default(), Vec::new(), 0);
+    for _ in 0..200 {
+        while copier.poll(now, Places::alone(usize::MAX), &mut ops) {}
+        now = now.after(each);
+        for (token, op) in ops.drain(..) {
+            let output = match op {
+                Op::Extents { range, .. } => Output::Extents(vec![Extent { range, present: false }]),
+                Op::WriteZeroes { range, .. } => {
+                    largest = largest.max(range.length);
+                    Output::Done
+                }
+                _ => Output::Done,
+            };
+            copier.on_completion(Completion { token, result: Ok(output) }, &arena, now);
+        }
+    }
+    largest
+}
+
+#[test]
+fn runs_of_zeros_are_as_large_as_the_target_is_quick_with_them() {
+    assert_eq!(largest_zero_run(Duration::from_micros(100)), 32 << 20);
+    assert_eq!(largest_zero_run(Duration::from_millis(4)), 512 << 10, "it is not quick with the first");
+    assert_eq!(largest_zero_run(Duration::from_millis(50)), 512 << 10);
 }
