@@ -8,6 +8,7 @@
 //!
 //! # The end of a disk
 //! It goes when its last handle is gone and nothing of it is left to do: no job, no start that is under way, no request, no discard that was put off.
+//! What was open is closed elsewhere (`ends`), for that may take its time.
 
 use std::ops::Bound;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use super::DiskId;
 use super::ask::Lost;
 use super::carrier::{IoOutcome, IoRequest};
 use super::disk::DiskShared;
+use super::ends::close;
 use super::exports::Question;
 use super::host::Host;
 use super::hosted::{HostedDisk, IoAsker};
@@ -148,9 +150,9 @@ impl<R: Ring> Reactor<R> {
             .collect();
         for id in &gone {
             let disk = self.disks.remove(id).expect("it is there");
-            self.ring.remove_file(disk.side.file);
-            // With it its part of the room, and the disk may be opened again.
-            drop(disk);
+            let storage = self.ring.remove_file(disk.side.file);
+            let (source, kept) = disk.into_rest();
+            close(storage, source, kept, self.ending.clone());
         }
         !gone.is_empty()
     }

@@ -19,6 +19,7 @@ use super::opened::Opened;
 use super::room::Share;
 use crate::copier::plan::Side;
 use crate::error::{Error, ErrorKind, Operation};
+use crate::storage::OpenedSource;
 use crate::units::Timestamp;
 
 /// Most requests of a disk that wait for room in its carrier. Each has its own buffer, so this is a bound on memory for those who send
@@ -48,9 +49,9 @@ pub(super) struct HostedDisk {
     pub(super) shared: Arc<DiskShared>,
     pub(super) side: Side,
     pub(super) carrier: Carrier<Permit>,
-    /// Kept until it has left the ring.
-    _share: Share,
-    _opened: Option<Arc<Opened>>,
+    /// Kept until it is closed.
+    share: Share,
+    opened: Option<Arc<Opened>>,
     /// With the moment at which each request came.
     askers: BTreeMap<IoId, (IoAsker, Timestamp)>,
     /// Those who write to it by themselves.
@@ -67,6 +68,8 @@ pub(super) struct HostedDisk {
     next_io: u64,
     /// Its last handle is gone: it goes when nothing is left to do.
     pub(super) closing: bool,
+    /// What its handles had open.
+    source: Option<Box<OpenedSource>>,
 }
 
 impl HostedDisk {
@@ -88,8 +91,8 @@ impl HostedDisk {
         Self {
             side,
             carrier: Carrier::new(plan),
-            _share: share,
-            _opened: opened,
+            share,
+            opened,
             askers: BTreeMap::new(),
             passers: Passers::default(),
             felt: Felt::default(),
@@ -99,6 +102,7 @@ impl HostedDisk {
             in_flight: 0,
             next_io: 0,
             closing: false,
+            source: None,
             shared,
         }
     }
@@ -170,6 +174,17 @@ impl HostedDisk {
         let submitted = std::mem::take(&mut self.askers).into_values().map(|(asker, _)| asker);
         let queued = std::mem::take(&mut self.queue).into_iter().map(|queued| queued.asker);
         submitted.chain(queued).collect()
+    }
+
+    /// The last handle is gone, and leaves what it had open.
+    pub(super) fn close(&mut self, source: Option<Box<OpenedSource>>) {
+        self.closing = true;
+        self.source = source;
+    }
+
+    /// What its handles had open, and what is kept until that is closed: its part of the room, and its name, which nobody else opens before.
+    pub(super) fn into_rest(self) -> (Option<Box<OpenedSource>>, impl Send + 'static) {
+        (self.source, (self.share, self.opened))
     }
 
     /// Whether nothing is left to do, discards that were put off included.

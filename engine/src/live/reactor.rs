@@ -228,10 +228,8 @@ impl<R: Ring> Reactor<R> {
                 let added = self.add_disk(file, direct_alignment, disk, opened, share);
                 answer.give(added);
             }
-            Command::RemoveDisk { disk } => {
-                if let Some(disk) = self.disks.get_mut(&disk) {
-                    disk.closing = true;
-                }
+            Command::RemoveDisk { disk, source } => {
+                self.disks.get_mut(&disk).expect("it has had a handle until now").close(source);
             }
             Command::Io { disk, request, answer } => {
                 self.submit(disk, request, IoAsker::Caller(answer), now);
@@ -381,7 +379,8 @@ impl<R: Ring> Reactor<R> {
             }
             result.guests = Some(guests);
             for file in [Some(target), fleece].into_iter().flatten() {
-                self.ring.remove_file(file);
+                // Its end has it, too, and closes it.
+                drop(self.ring.remove_file(file));
             }
             let at_end = runner.take_at_end();
             End { runner, result, at_end, share, watch, ending: self.ending.clone() }.begin();

@@ -268,7 +268,7 @@ impl SimEngine {
 
     /// The last handle of a disk is gone.
     pub fn remove_disk(&self, disk: &SimDisk) {
-        self.send(Command::RemoveDisk { disk: disk.0.id() });
+        self.send(Command::RemoveDisk { disk: disk.0.id(), source: None });
     }
 
     /// The last handle of the engine is gone.

@@ -433,10 +433,10 @@ impl Ring for SimRing {
         Ok(DocumentId(id))
     }
 
-    fn remove_file(&mut self, file: FileId) {
+    fn remove_file(&mut self, file: FileId) -> usize {
         let named = self.in_flight.iter().flatten().any(|slot| file_of(&slot.op) == Some(file));
         assert!(!named, "{file:?} is in use");
-        self.files[file.0 as usize].take().expect("a disk is removed once");
+        self.files[file.0 as usize].take().expect("a disk is removed once")
     }
 
     fn add_socket(&mut self, socket: SimSocket) -> Result<SocketId, RingFailure> {
