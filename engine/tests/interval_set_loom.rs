@@ -1,10 +1,9 @@
 //! The interval set under loom: every interleaving, and every value that the memory model lets a load return, of cases
 //! as small as show the point. Run with
-//! `RUSTFLAGS="--cfg loom" cargo test -p engine --release --test interval_set_loom --target-dir target/loom`.
+//! `cargo test -p engine --features loom --test interval_set_loom`.
 //!
 //! Bookkeeping of the tests themselves (who copied what) is in standard atomics: they are no part of the model, and
 //! loom, which runs one thread at a time, needs not branch on them.
-#![cfg(loom)]
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 

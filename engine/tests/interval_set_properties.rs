@@ -1,5 +1,4 @@
 //! The interval set against the naive oracle, and the oracle against planted bugs.
-#![cfg(not(loom))]
 
 mod interval_set_oracle;
 

@@ -1,6 +1,5 @@
 //! The interval set under real threads for about a second: a sweep, guests and failures all at once, on few enough
 //! clusters that they meet all the time.
-#![cfg(not(loom))]
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, Mutex};

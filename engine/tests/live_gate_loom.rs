@@ -1,6 +1,6 @@
 //! The gate, its barrier and the list of jobs under loom: every interleaving, and every value that the memory model lets a
 //! load return, of cases as small as show the point. Run with
-//! `RUSTFLAGS="--cfg loom" cargo test -p engine --release --test live_gate_loom --target-dir target/loom`.
+//! `cargo test -p engine --features loom --test live_gate_loom`.
 //!
 //! The starter sleeps until it is woken and guests wait without a timeout, so a wake-up that is lost is a deadlock, which
 //! loom reports. What a guest does under its pass is a write to a cell that nothing else protects, which the starter
@@ -11,7 +11,6 @@
 //! process while it cleans up, after the message. What is planted here is therefore counted rather than asserted.
 //!
 //! loom takes SeqCst accesses for acquire and release. That costs these models nothing: the gate has none.
-#![cfg(loom)]
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 

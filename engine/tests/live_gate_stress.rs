@@ -1,6 +1,5 @@
 //! The gate under real threads: guests that come and go, nest, hand passes to each other and wait at the barrier, and a
 //! starter that takes one t0 after the other and looks whether anybody is inside.
-#![cfg(not(loom))]
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc;

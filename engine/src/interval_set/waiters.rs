@@ -19,7 +19,7 @@ use crate::sync::{AtomicBool, Mutex, MutexGuard, Ordering, Parking};
 use crate::units::ClusterIndex;
 
 /// A power of two. Models have two, to see both the same and different shards.
-const SHARDS: usize = if cfg!(any(loom, shuttle)) { 2 } else { 64 };
+const SHARDS: usize = if cfg!(any(feature = "loom", feature = "shuttle")) { 2 } else { 64 };
 
 /// Whom to wake when what it waits for has come: a cluster is released, or a barrier is lowered. Woken at most once, by
 /// the thread that releases or lowers.

@@ -12,9 +12,9 @@ use std::ops::Deref;
 
 use crate::sync::AtomicU64;
 
-#[cfg(not(any(loom, shuttle)))]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 pub(super) use self::mapped::Words;
-#[cfg(any(loom, shuttle))]
+#[cfg(any(feature = "loom", feature = "shuttle"))]
 pub(super) use self::modelled::Words;
 
 /// Tells one live set from another: where its words lie.
@@ -27,7 +27,7 @@ impl Words {
     }
 }
 
-#[cfg(not(any(loom, shuttle)))]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 mod mapped {
     use std::num::NonZeroUsize;
     use std::ptr::NonNull;
@@ -94,7 +94,7 @@ mod mapped {
     }
 }
 
-#[cfg(any(loom, shuttle))]
+#[cfg(any(feature = "loom", feature = "shuttle"))]
 mod modelled {
     use super::{AtomicU64, Deref, io};
 

@@ -149,7 +149,7 @@ fn judge(result: &mut JobResult, error: Error) {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 mod tests {
     use super::super::jobs::JobId;
     use super::*;

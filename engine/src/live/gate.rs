@@ -301,7 +301,7 @@ impl Gate {
     }
 
     /// How many slots it has listed.
-    #[cfg(all(test, not(any(loom, shuttle))))]
+    #[cfg(test)]
     pub(super) fn slots(&self) -> usize {
         self.state.lock().slots.len()
     }

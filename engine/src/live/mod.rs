@@ -51,10 +51,10 @@ mod command;
 mod controller;
 mod death;
 mod disk;
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 mod disk_tests;
 mod disks;
-#[cfg(all(test, feature = "sim", not(loom)))]
+#[cfg(all(test, feature = "sim"))]
 mod disks_tests;
 mod ends;
 mod engine;
@@ -79,10 +79,10 @@ mod room;
 pub mod sim;
 mod slot;
 mod starts;
-#[cfg(all(test, not(any(loom, shuttle))))]
+#[cfg(test)]
 mod tests;
 mod token;
-#[cfg(all(test, feature = "sim", not(loom)))]
+#[cfg(all(test, feature = "sim"))]
 mod turns_tests;
 mod waits;
 

@@ -87,7 +87,7 @@ impl Drop for Share {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 mod tests {
     use super::*;
 

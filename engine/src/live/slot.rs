@@ -217,15 +217,15 @@ impl Drop for Here {
     }
 }
 
-#[cfg(not(any(loom, shuttle)))]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 std::thread_local! {
     static HERE: RefCell<Here> = const { RefCell::new(Here::new()) };
 }
-#[cfg(loom)]
+#[cfg(feature = "loom")]
 loom::thread_local! {
     static HERE: RefCell<Here> = RefCell::new(Here::new());
 }
-#[cfg(shuttle)]
+#[cfg(feature = "shuttle")]
 shuttle::thread_local! {
     static HERE: RefCell<Here> = RefCell::new(Here::new());
 }
@@ -260,7 +260,7 @@ pub(super) fn keep(gate: GateId, slot: SharedSlot) {
 }
 
 /// How many slots this thread keeps.
-#[cfg(all(test, not(any(loom, shuttle))))]
+#[cfg(test)]
 pub(super) fn kept() -> usize {
     HERE.with(|here| here.borrow().slots.len())
 }

@@ -421,7 +421,7 @@ fn next_job(shared: &Shared, ended: Option<LaneId>) -> Option<Job> {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 mod tests {
     use std::time::Duration;
 

@@ -1,7 +1,7 @@
 //! What the lock-free parts synchronise with: the standard atomics and parking_lot, or loom's or shuttle's models of them.
 //!
 //! Model checking needs every atomic, lock and park of the checked code to go through the checker, so the code under test
-//! imports from here and nowhere else. Built with `--cfg loom`, such a type works only inside `loom::model`; with `--cfg shuttle`, only
+//! imports from here and nowhere else. With the feature `loom`, such a type works only inside `loom::model`; with `shuttle`, only
 //! inside a run of shuttle.
 //!
 //! The two see different things. loom tries every order of small cases, and every value that the memory model lets a load return.
@@ -9,26 +9,26 @@
 
 mod published;
 
-#[cfg(loom)]
+#[cfg(feature = "loom")]
 mod looms;
-#[cfg(shuttle)]
+#[cfg(feature = "shuttle")]
 mod shuttles;
 
-#[cfg(loom)]
+#[cfg(feature = "loom")]
 pub(crate) use self::looms::{AtomicU64, Mutex, MutexGuard, Parking};
 pub(crate) use self::published::Published;
-#[cfg(not(any(loom, shuttle)))]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 pub(crate) use self::real::{Mutex, MutexGuard, Parking};
-#[cfg(shuttle)]
+#[cfg(feature = "shuttle")]
 pub(crate) use self::shuttles::{Mutex, MutexGuard, Parking};
-#[cfg(loom)]
+#[cfg(feature = "loom")]
 pub(crate) use loom::sync::atomic::{AtomicBool, Ordering, fence};
-#[cfg(shuttle)]
+#[cfg(feature = "shuttle")]
 pub(crate) use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-#[cfg(not(any(loom, shuttle)))]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 pub(crate) use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
-#[cfg(not(any(loom, shuttle)))]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 mod real {
     use std::thread::Thread;
     use std::time::Duration;

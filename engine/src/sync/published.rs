@@ -8,12 +8,12 @@
 //! Under loom and shuttle the values are kept in a list until the end, and the pointer is the modelled number of the current one:
 //! what is modelled is what a look may see. That memory is not freed too early is crossbeam's part.
 
-#[cfg(any(loom, shuttle))]
+#[cfg(any(feature = "loom", feature = "shuttle"))]
 pub(crate) use self::modelled::Published;
-#[cfg(not(any(loom, shuttle)))]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 pub(crate) use self::real::Published;
 
-#[cfg(not(any(loom, shuttle)))]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 mod real {
     use std::sync::atomic::Ordering;
 
@@ -77,7 +77,7 @@ mod real {
     }
 }
 
-#[cfg(any(loom, shuttle))]
+#[cfg(any(feature = "loom", feature = "shuttle"))]
 mod modelled {
     use std::sync::{Arc, Mutex};
 

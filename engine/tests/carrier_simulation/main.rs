@@ -9,9 +9,10 @@
 //! names its seed, and `SIM_FIRST=<seed> SIM_SEEDS=1` repeats it.
 
 mod host;
-mod oracle;
 mod planted;
 mod run;
+#[path = "../support/shadow.rs"]
+mod shadow;
 
 use host::Seen;
 

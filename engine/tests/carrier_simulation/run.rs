@@ -13,7 +13,7 @@ use engine::units::{ByteRange, ClusterSize, Geometry, Length};
 use fastrand::Rng;
 
 use crate::host::{Host, Permit, Seen};
-use crate::oracle::{Content, Oracle, pattern};
+use crate::shadow::{Content, Shadow, data};
 
 /// More turns than any run takes: beyond it, something hangs.
 const MAX_TURNS: u64 = 60_000;
@@ -107,7 +107,7 @@ struct Run {
     ring: SimRing,
     carrier: Carrier<Permit>,
     host: Host,
-    oracle: Oracle,
+    shadow: Shadow,
     /// Operations in flight that change the disk.
     changing: BTreeMap<Token, ByteRange>,
     waiting: BTreeMap<IoId, Kind>,
@@ -149,7 +149,7 @@ pub(crate) fn one_seed(seed: u64, planted: Option<CarrierBug>) -> Result<Seen, S
         return Err("an idle carrier wants to be called".into());
     }
     let view = run.view();
-    run.oracle.check(&view)?;
+    run.shadow.check(&view)?;
     Ok(run.host.seen)
 }
 
@@ -173,7 +173,7 @@ impl Run {
         let geometry = Geometry::new(Length(scenario.length), ClusterSize::new(scenario.cluster).unwrap());
         Self {
             host: Host::new(geometry, seed ^ 0x4057, scenario.failing_copies),
-            oracle: Oracle::new(contents),
+            shadow: Shadow::new(contents),
             scenario,
             rng,
             world,
@@ -213,7 +213,7 @@ impl Run {
         {
             self.host.seen.cancelled += 1;
             if matches!(self.waiting[&id], Kind::Write | Kind::Discard) {
-                self.oracle.changed(id, None);
+                self.shadow.changed(id, None);
                 // Its outcome tells nothing more.
                 self.waiting.insert(id, Kind::Beyond);
             }
@@ -238,7 +238,7 @@ impl Run {
         let bytes = usize::try_from(range.length).unwrap();
         let (kind, request) = match self.rng.u8(..20) {
             0..8 => {
-                let data = (range.offset..range.end()).map(|offset| pattern(id, offset)).collect();
+                let data = data(id, range);
                 (Kind::Write, IoRequest::Write { offset: range.offset, data })
             }
             8..12 => (Kind::Read, IoRequest::Read { range, buffer: vec![0xEE; bytes] }),
@@ -253,11 +253,11 @@ impl Run {
             }
         };
         match (kind, &request) {
-            (Kind::Write, IoRequest::Write { .. }) => self.oracle.change(id, range, Content::Data(id)),
-            (Kind::Write, _) => self.oracle.change(id, range, Content::Zeros),
-            (Kind::Discard, _) => self.oracle.change(id, range, Content::Undefined),
-            (Kind::Read, _) => self.oracle.look(id, range),
-            (Kind::Flush, _) => self.oracle.look(id, ByteRange::new(0, self.scenario.length)),
+            (Kind::Write, IoRequest::Write { .. }) => self.shadow.change(id, range, Content::Data(id)),
+            (Kind::Write, _) => self.shadow.change(id, range, Content::Zeros),
+            (Kind::Discard, _) => self.shadow.change(id, range, Content::Undefined),
+            (Kind::Read, _) => self.shadow.look(id, range),
+            (Kind::Flush, _) => self.shadow.look(id, ByteRange::new(0, self.scenario.length)),
             (Kind::Beyond, _) => {}
         }
         self.waiting.insert(id, kind);
@@ -363,17 +363,17 @@ impl Run {
             }
             let told = |wrong: String| format!("{kind:?}: {wrong}");
             match kind {
-                Kind::Write | Kind::Discard => self.oracle.changed(id, Some(result.is_ok())),
+                Kind::Write | Kind::Discard => self.shadow.changed(id, Some(result.is_ok())),
                 Kind::Read => {
                     self.host.seen.read_back += 1;
-                    self.oracle.looked(id, result.ok().as_deref()).map_err(told)?;
+                    self.shadow.looked(id, result.ok().as_deref()).map_err(told)?;
                 }
                 Kind::Flush => {
                     // A flush that fails loses writes for good, and says so once.
                     let whole = result.is_ok() && self.scenario.faults.rates.flush == 0;
                     self.host.seen.durable += u64::from(whole);
                     let medium = whole.then(|| self.world.borrow_mut().disk(0).medium().to_vec());
-                    self.oracle.looked(id, medium.as_deref()).map_err(told)?;
+                    self.shadow.looked(id, medium.as_deref()).map_err(told)?;
                 }
                 Kind::Beyond if result.is_ok() => return Err(format!("{id:?} lies beyond the end")),
                 Kind::Beyond => {}

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine::error::Error;
-use engine::live::carrier::{IoOutcome, IoRequest};
+use engine::live::carrier::{IoId, IoOutcome, IoRequest};
 use engine::live::sim::{Pending, SimDisk, SimEngine};
 use engine::live::{Attempt, Permit};
 use engine::ring::sim::SharedWorld;
@@ -15,7 +15,7 @@ use fastrand::Rng;
 use crate::oracle::Job;
 use crate::scenario::{BLOCK, DiskSpec, Path};
 use crate::seen::Seen;
-use crate::shadow::{Content, RequestId, Shadow, data};
+use crate::shadow::{Content, Shadow, data};
 
 /// What a guest waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +46,7 @@ enum Act {
 
 impl Act {
     /// What it leaves.
-    fn content(self, id: RequestId) -> Option<Content> {
+    fn content(self, id: IoId) -> Option<Content> {
         match self {
             Self::Write => Some(Content::Data(id)),
             Self::Punch => Some(Content::Zeros),
@@ -69,7 +69,7 @@ enum Stage {
 }
 
 struct Own {
-    id: RequestId,
+    id: IoId,
     range: ByteRange,
     act: Act,
     stage: Stage,
@@ -85,7 +85,7 @@ pub(crate) struct Guests {
     spec: DiskSpec,
     rng: Rng,
     shadow: Shadow,
-    carried: BTreeMap<RequestId, Carried>,
+    carried: BTreeMap<IoId, Carried>,
     own: Vec<Own>,
     submitted: u64,
     next_at: Timestamp,
@@ -208,7 +208,7 @@ impl Guests {
     }
 
     fn submit(&mut self, engine: &SimEngine, now: Timestamp) {
-        let id = RequestId(self.submitted);
+        let id = IoId(self.submitted);
         self.submitted += 1;
         let own = match self.spec.path {
             Path::Carried => false,
@@ -242,7 +242,7 @@ impl Guests {
         self.carried.insert(id, Carried { kind, pending, since: now });
     }
 
-    fn submit_own(&mut self, id: RequestId, mut range: ByteRange, now: Timestamp) {
+    fn submit_own(&mut self, id: IoId, mut range: ByteRange, now: Timestamp) {
         let act = match self.rng.u8(..8) {
             0 => Act::Nothing,
             1 | 2 => Act::Punch,
@@ -299,7 +299,7 @@ impl Guests {
         true
     }
 
-    fn write(&mut self, world: &SharedWorld, id: RequestId, range: ByteRange, act: Act) {
+    fn write(&mut self, world: &SharedWorld, id: IoId, range: ByteRange, act: Act) {
         let mut world = world.borrow_mut();
         let disk = world.disk(self.number);
         match act {
@@ -309,8 +309,11 @@ impl Guests {
         }
         match act.content(id) {
             None => {}
-            Some(_) if self.spec.path == Path::Mixed => self.shadow.changed(id, true),
-            Some(content) => self.shadow.change_now(id, range, content),
+            Some(_) if self.spec.path == Path::Mixed => self.shadow.changed(id, Some(true)),
+            Some(content) => {
+                self.shadow.change(id, range, content);
+                self.shadow.changed(id, Some(true));
+            }
         }
     }
 
@@ -322,7 +325,7 @@ impl Guests {
         may_fail: bool,
         seen: &mut Seen,
     ) -> Result<(), String> {
-        let ids: Vec<RequestId> = self.carried.keys().copied().collect();
+        let ids: Vec<IoId> = self.carried.keys().copied().collect();
         for id in ids {
             let Some(outcome) = self.carried[&id].pending.take() else { continue };
             let Carried { kind, since, .. } = self.carried.remove(&id).expect("just seen");
@@ -350,7 +353,7 @@ impl Guests {
 
     fn take_outcome(
         &mut self,
-        id: RequestId,
+        id: IoId,
         kind: Kind,
         outcome: IoOutcome,
         world: &SharedWorld,
@@ -365,7 +368,7 @@ impl Guests {
             }
         }
         match kind {
-            Kind::Write | Kind::Discard => self.shadow.changed(id, result.is_ok()),
+            Kind::Write | Kind::Discard => self.shadow.changed(id, Some(result.is_ok())),
             Kind::Read => {
                 seen.read += u64::from(result.is_ok());
                 self.shadow.looked(id, result.ok().as_deref())?;

@@ -19,4 +19,5 @@ mod run;
 mod scenario;
 mod seeded;
 mod seen;
+#[path = "../support/shadow.rs"]
 mod shadow;

@@ -1,12 +1,11 @@
 //! The lock-free parts under shuttle: larger cases than loom can finish, in orders chosen at random. Run with
-//! `RUSTFLAGS="--cfg shuttle" cargo test -p engine --test shuttle --target-dir target/shuttle`; `SHUTTLE_RUNS=100000` for more.
+//! `cargo test -p engine --features shuttle --test shuttle`; `SHUTTLE_RUNS=100000` for more.
 //!
 //! shuttle reports a deadlock, so a wake-up that is lost shows without further ado, and a failure prints a schedule that repeats it. It takes
 //! atomics for sequentially consistent: what orderings are needed is loom's matter.
 //!
 //! Bookkeeping of the tests themselves is in standard atomics and locks: shuttle runs one thread at a time, and switches at
 //! modelled operations only.
-#![cfg(shuttle)]
 
 mod gate;
 mod interval_set;

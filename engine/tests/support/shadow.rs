@@ -1,4 +1,4 @@
-//! What each byte of the disk may be.
+//! What each byte of a live disk may be.
 //!
 //! Every byte has a list of *candidates*: what it held at the start, and what each request that changes it would leave there. A
 //! request that was submitted after another one had ended comes after it, so when it has succeeded the other is no
@@ -24,9 +24,14 @@ pub(crate) enum Content {
 }
 
 /// The byte at `offset` as `id` writes it.
-pub(crate) fn pattern(id: IoId, offset: u64) -> u8 {
+fn pattern(id: IoId, offset: u64) -> u8 {
     let mixed = (id.0 << 32 ^ offset).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     mixed.to_be_bytes()[0]
+}
+
+/// The bytes that `id` writes to `range`.
+pub(crate) fn data(id: IoId, range: ByteRange) -> Vec<u8> {
+    (range.offset..range.end()).map(|offset| pattern(id, offset)).collect()
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -51,7 +56,7 @@ struct Look {
 }
 
 /// See the module's header.
-pub(crate) struct Oracle {
+pub(crate) struct Shadow {
     initial: Vec<u8>,
     /// Start of each stretch whose bytes have the same candidates; it ends where the next one starts.
     stretches: BTreeMap<u64, Vec<Candidate>>,
@@ -60,7 +65,7 @@ pub(crate) struct Oracle {
     clock: u64,
 }
 
-impl Oracle {
+impl Shadow {
     pub(crate) fn new(initial: Vec<u8>) -> Self {
         let start = vec![Candidate { id: None, content: Content::Initial, ended: 0 }];
         Self {
@@ -72,7 +77,7 @@ impl Oracle {
         }
     }
 
-    pub(crate) fn length(&self) -> u64 {
+    fn length(&self) -> u64 {
         self.initial.len() as u64
     }
 
@@ -82,15 +87,6 @@ impl Oracle {
             let here = here.clone();
             self.stretches.insert(offset, here);
         }
-    }
-
-    fn stretches_in(&self, range: ByteRange) -> Vec<(ByteRange, &Vec<Candidate>)> {
-        let ends = self.stretches.keys().skip(1).copied().chain([self.length()]);
-        let all = self.stretches.iter().zip(ends);
-        all.filter_map(|((&start, list), end)| {
-            ByteRange::between(start, end).intersection(range).map(|part| (part, list))
-        })
-        .collect()
     }
 
     /// A request that changes the disk was submitted.
@@ -115,24 +111,25 @@ impl Oracle {
         let Change { range, content, submitted } = self.changes.remove(&id).expect("submitted before");
         let settles = succeeded == Some(true) && content != Content::Undefined;
         for (_, list) in self.stretches.range_mut(range.offset..range.end()) {
-            match succeeded {
-                None => list.retain(|candidate| candidate.id != Some(id)),
-                Some(_) => {
-                    let own = list.iter_mut().find(|candidate| candidate.id == Some(id));
-                    own.expect("a candidate since it was submitted").ended = self.clock;
-                    list.retain(|candidate| !settles || candidate.ended >= submitted);
-                }
+            if succeeded.is_none() {
+                list.retain(|candidate| candidate.id != Some(id));
+                continue;
             }
+            let own = list.iter_mut().find(|candidate| candidate.id == Some(id));
+            own.expect("a candidate since it was submitted").ended = self.clock;
+            list.retain(|candidate| !settles || candidate.ended >= submitted);
         }
     }
 
     /// Somebody begins to look at `range`.
     pub(crate) fn look(&mut self, id: IoId, range: ByteRange) {
-        let stretches = self.stretches_in(range);
-        let allowed = stretches
-            .into_iter()
-            .flat_map(|(part, list)| list.iter().map(move |candidate| (part, candidate.content)))
-            .collect();
+        let ends = self.stretches.keys().skip(1).copied().chain([self.length()]);
+        let mut allowed = Vec::new();
+        for ((&start, list), end) in self.stretches.iter().zip(ends) {
+            if let Some(part) = ByteRange::between(start, end).intersection(range) {
+                allowed.extend(list.iter().map(|candidate| (part, candidate.content)));
+            }
+        }
         self.looks.insert(id, Look { range, allowed });
     }
 
@@ -140,26 +137,24 @@ impl Oracle {
     pub(crate) fn looked(&mut self, id: IoId, bytes: Option<&[u8]>) -> Result<(), String> {
         let Look { range, allowed } = self.looks.remove(&id).expect("looks since it was submitted");
         let Some(bytes) = bytes else { return Ok(()) };
+        if bytes.len() as u64 != range.length {
+            return Err(format!("{} bytes read of {range}", bytes.len()));
+        }
         let mut fits = vec![false; bytes.len()];
         for (part, content) in &allowed {
             for offset in part.offset..part.end() {
                 let at = usize::try_from(offset - range.offset).unwrap();
-                fits[at] |= self.fits(*content, offset, bytes[at]);
+                fits[at] = fits[at] || self.fits(*content, offset, bytes[at]);
             }
         }
-        let wrong = fits.iter().position(|fits| !fits);
-        match wrong {
-            None => Ok(()),
-            Some(at) => {
-                let offset = range.offset + at as u64;
-                let meant: Vec<_> = allowed
-                    .iter()
-                    .filter(|(part, _)| part.intersection(ByteRange::new(offset, 1)).is_some())
-                    .map(|(_, content)| content)
-                    .collect();
-                Err(format!("{id:?} of {range}: byte {offset} is {}, may be {meant:?}", bytes[at]))
-            }
-        }
+        let Some(at) = fits.iter().position(|fits| !fits) else { return Ok(()) };
+        let offset = range.offset + at as u64;
+        let meant: Vec<_> = allowed
+            .iter()
+            .filter(|(part, _)| part.intersection(ByteRange::new(offset, 1)).is_some())
+            .map(|(_, content)| content)
+            .collect();
+        Err(format!("{id:?} of {range}: byte {offset} is {}, may be {meant:?}", bytes[at]))
     }
 
     fn fits(&self, content: Content, offset: u64, byte: u8) -> bool {
@@ -171,9 +166,8 @@ impl Oracle {
         }
     }
 
-    /// Whether the disk, which nobody uses, holds `view`.
+    /// Whether the disk holds `view`. Changes that nobody waited for may still be under way.
     pub(crate) fn check(&mut self, view: &[u8]) -> Result<(), String> {
-        assert!(self.changes.is_empty() && self.looks.is_empty(), "all is over");
         if view.len() as u64 != self.length() {
             return Err(format!("the disk is {} bytes long, was {}", view.len(), self.length()));
         }
