@@ -384,7 +384,7 @@ impl Copier {
         }
         self.queue.promote(|task| match task {
             Task::ZeroRun { claim, .. } => claim.range().contains(cluster),
-            Task::Snapshot(read) => read.holds(cluster),
+            Task::Snapshot(read) => read.held().is_some_and(|clusters| clusters.contains(cluster)),
             task => task.transfer().is_some_and(|transfer| Some(transfer) == id),
         });
     }

@@ -29,6 +29,7 @@ pub mod fleece;
 mod give_back;
 pub mod guests;
 pub mod inspect;
+mod operations;
 pub mod plan;
 mod queue;
 mod retry;
@@ -50,11 +51,11 @@ use std::sync::Arc;
 use slab::Slab;
 
 use crate::error::Error;
-use crate::interval_set::{Claim, IntervalSet};
+use crate::interval_set::IntervalSet;
 use crate::job::{ErrorAction, IoStatus, SkippedRange};
-use crate::piece::{self, Piece};
+use crate::piece;
 use crate::ring::{Op, Token, ZeroMethod};
-use crate::units::{ByteRange, ClusterIndex, ClusterRange, Speed, Timestamp};
+use crate::units::{ClusterIndex, ClusterRange, Speed, Timestamp};
 
 use allocation::AllocateAhead;
 use bits::ClusterBits;
@@ -63,6 +64,7 @@ use extents::ExtentWindow;
 use fleece::Fleece;
 use give_back::GiveBack;
 use guests::Guests;
+use operations::Task;
 use plan::Plan;
 pub use queue::Places;
 use queue::Queue;
@@ -139,62 +141,6 @@ pub struct Counters {
     pub in_flight: u64,
     /// Bytes handed to the target as data, retries included.
     pub written: u64,
-}
-
-/// What an operation in flight is for.
-#[derive(Debug)]
-enum Task {
-    /// A read or write of a transfer.
-    Move { transfer: TransferId, piece: Piece },
-    /// Zeros of a transfer's clusters. `best_effort`: they read as zeros already, space is given back.
-    Zero { transfer: TransferId, range: ByteRange, method: ZeroMethod, best_effort: bool },
-    /// Checksums of a transfer's clusters.
-    Digest { transfer: TransferId },
-    /// A hole made zero on the target.
-    ZeroRun { claim: Claim, method: ZeroMethod, since: Timestamp },
-    /// A question about the source.
-    SourceExtents,
-    /// A question about the source's layers.
-    SourceLayers,
-    /// The same about `range` of a guest's transfer, under its claim.
-    Coverage { transfer: TransferId, range: ByteRange },
-    /// A question about the target, for a verification.
-    TargetExtents,
-    /// Space reserved ahead.
-    Allocate,
-    /// Space given back.
-    GiveBack,
-    /// A checkpoint's flush.
-    Flush,
-    /// A checkpoint's map.
-    Publish,
-    /// A write of a transfer's clusters to the fleece file, in slots from `slot` on. `rescue`: they are written to the target as well.
-    Fleece { transfer: TransferId, clusters: ClusterRange, slot: u32, rescue: bool, piece: Piece },
-    /// A read of a transfer's clusters from the fleece file.
-    Drain { transfer: TransferId, clusters: ClusterRange, piece: Piece },
-    /// A window of a read as of t0.
-    Snapshot(Box<snapshot::SnapshotRead>),
-    /// Page cache dropped behind a buffered source.
-    DropSourceCache,
-    /// Page cache written back and dropped behind a buffered target.
-    DropTargetCache,
-    /// Page cache of a buffered target dropped before it is read back.
-    DropBeforeVerify,
-}
-
-impl Task {
-    /// The transfer of which it is a part.
-    fn transfer(&self) -> Option<TransferId> {
-        match self {
-            Self::Move { transfer, .. }
-            | Self::Zero { transfer, .. }
-            | Self::Digest { transfer }
-            | Self::Coverage { transfer, .. }
-            | Self::Fleece { transfer, .. }
-            | Self::Drain { transfer, .. } => Some(*transfer),
-            _ => None,
-        }
-    }
 }
 
 /// How the target is made to read as zeros.
@@ -537,18 +483,6 @@ impl Copier {
     #[must_use]
     pub fn is_verified(&self) -> bool {
         self.plan.verify && matches!(self.ending, Some(Ending::Complete))
-    }
-
-    fn push(&mut self, task: Task, op: Op) {
-        let urgent = match &task {
-            // A guest waits for it, whoever else is in no hurry with the transfer.
-            Task::Fleece { .. } => true,
-            task => {
-                let transfer = task.transfer().and_then(|transfer| self.transfers.get(transfer));
-                transfer.is_some_and(|transfer| transfer.urgent)
-            }
-        };
-        self.queue.push(task, op, urgent);
     }
 
     fn keeps_checkpoints(&self) -> bool {

@@ -60,9 +60,9 @@ pub(super) struct SnapshotRead {
 }
 
 impl SnapshotRead {
-    /// Whether guests cannot change `cluster` until it is over.
-    pub(super) fn holds(&self, cluster: ClusterIndex) -> bool {
-        self.claim.as_ref().is_some_and(|claim| claim.range().contains(cluster))
+    /// What guests cannot change until it is over.
+    pub(super) fn held(&self) -> Option<ClusterRange> {
+        self.claim.as_ref().map(Claim::range)
     }
 
     /// The claim, whatever is under way: the copier is going away.

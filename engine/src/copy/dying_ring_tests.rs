@@ -67,8 +67,8 @@ impl<R: Ring> Ring for Dying<R> {
         }
         self.ring.add_document(document)
     }
-    fn remove_file(&mut self, file: FileId) {
-        self.ring.remove_file(file);
+    fn remove_file(&mut self, file: FileId) -> R::File {
+        self.ring.remove_file(file)
     }
     fn add_socket(&mut self, socket: R::Socket) -> Result<SocketId, RingFailure> {
         self.ring.add_socket(socket)

@@ -282,7 +282,7 @@ pub(super) fn check<'a>(
     options: &'a BackupOptions,
     room: &Arc<Room>,
 ) -> Result<Checked<'a>, Error> {
-    let source = &disk.inner.source;
+    let source = disk.inner.source();
     let target_options = TargetOptions {
         format: Format::Raw,
         force: options.force,
@@ -364,7 +364,7 @@ pub(super) fn prepare_all(checked: Vec<Checked<'_>>) -> Result<Vec<Prepared>, Er
 /// Make the target ready.
 fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
     let Checked { disk, options, target, fleece, set, slots, share } = checked;
-    let source = &disk.inner.source;
+    let source = disk.inner.source();
     let geometry = Geometry::new(source.length(), options.cluster_size);
     let cluster = options.cluster_size.bytes();
     let target = target.prepare()?;

@@ -27,6 +27,7 @@ use crate::interval_set::IntervalSet;
 use crate::job::handle::Shared;
 use crate::job::runner::AtEnd;
 use crate::ring::{BufferRange, FileId, Wake};
+use crate::storage::OpenedSource;
 use crate::units::{ByteRange, Geometry};
 
 /// Makes the plan of a job, once its place on the ring is known: the live disk as its source, its target, its part of the arena.
@@ -99,8 +100,8 @@ pub(super) enum Command<F, S> {
         share: Share,
         answer: Answer<Result<(), Error>>,
     },
-    /// The last handle of a disk is gone.
-    RemoveDisk { disk: DiskId },
+    /// The last handle of a disk is gone. What it had open is closed with the rest.
+    RemoveDisk { disk: DiskId, source: Option<Box<OpenedSource>> },
     /// A guest's request on a disk that the engine carries.
     Io { disk: DiskId, request: IoRequest, answer: Answer<IoOutcome> },
     /// A guest is about to change clusters that jobs have not copied, and has waited for that so long.

@@ -98,17 +98,26 @@ pub(super) type LiveInbox = Inbox<File, OwnedFd>;
 pub(super) struct Inner {
     pub(super) shared: Arc<DiskShared>,
     pub(super) inbox: Arc<LiveInbox>,
-    pub(super) source: OpenedSource,
+    /// Until it is dropped.
+    pub(super) source: Option<Box<OpenedSource>>,
     pub(super) opened: Option<Arc<Opened>>,
     pub(super) writable: bool,
 }
 
+impl Inner {
+    /// What is open.
+    pub(super) fn source(&self) -> &OpenedSource {
+        self.source.as_ref().expect("it is there until this is dropped")
+    }
+}
+
 impl Drop for Inner {
+    /// Nothing is closed here: this may be the ring thread, and a close may take its time.
     fn drop(&mut self) {
         if let Some(opened) = &self.opened {
             opened.close();
         }
-        self.inbox.send(Command::RemoveDisk { disk: self.shared.id });
+        self.inbox.send(Command::RemoveDisk { disk: self.shared.id, source: self.source.take() });
     }
 }
 

@@ -32,6 +32,7 @@ fn a_future_that_goes_while_it_waits_for_a_copy_says_so() {
     let geometry = Geometry::new(source.length(), ClusterSize::DEFAULT);
     let set = Arc::new(IntervalSet::new(geometry.clusters()).unwrap());
     shared.jobs().attach(Arc::new(Watch::new(JobId(5), set, geometry)));
+    let source = Some(Box::new(source));
     let inner = Inner { shared, inbox: Arc::clone(&inbox), source, opened: None, writable: false };
     let disk = LiveDisk { inner: Arc::new(inner) };
     let asked;
@@ -49,4 +50,7 @@ fn a_future_that_goes_while_it_waits_for_a_copy_says_so() {
     assert!(matches!(&asked, Some(Command::Copy { answer, .. }) if !answer.is_wanted()));
     assert!(inbox.has_someone_left(), "it goes before its answer is there");
     assert!(inbox.take().is_none(), "the ring thread is not woken for that");
+    // Whoever drops the last handle, be it the ring thread, closes nothing.
+    drop(disk);
+    assert!(matches!(inbox.take(), Some(Command::RemoveDisk { disk: DiskId(0), source: Some(_) })));
 }

@@ -1,4 +1,4 @@
-//! The last steps of a job, off the ring thread.
+//! The last steps of a job, and of a disk, off the ring thread.
 //!
 //! # Model
 //! When a job is over and has left its disk and the ring, what is left to do may take its time: to ask for the target's name and to remove a
@@ -12,6 +12,8 @@
 //!
 //! # Order
 //! The target is looked at and cleaned up; the storages are closed; the share goes back; then the result is told; then the memory goes.
+//!
+//! Of a disk, too, what was open is closed in a thread of its own; then its share goes back, and it can be opened again.
 //!
 //! # The set of clusters
 //! A guest that is held up in the midst of its look at the jobs may be the last to let go of it. The thread waits for such guests, a while, so
@@ -32,7 +34,7 @@ use crate::foreign;
 use crate::job::runner::{AtEnd, Runner};
 use crate::job::{JobResult, Outcome};
 use crate::modes::SyncMode;
-use crate::storage::{OpenedTarget, Storage};
+use crate::storage::{OpenedSource, OpenedTarget, Storage};
 
 /// How long guests that look at a job which is over are waited for: ever longer pauses, 8 s together.
 const LOOKS: u32 = 14;
@@ -101,6 +103,23 @@ fn run_by(thread: thread::Builder, work: impl FnOnce(Place) + Send + 'static) {
             work(Place::Here);
         }
     }
+}
+
+/// Close a disk: what the ring had of it, and what its handles had; then let go of what is `kept` until then. In a thread of its own, unless there is
+/// nothing to close (simulated storages are numbers).
+pub(super) fn close<F: Send + 'static>(
+    storage: F,
+    source: Option<Box<OpenedSource>>,
+    kept: impl Send + 'static,
+    ending: Option<Sender<Infallible>>,
+) {
+    let aside = std::mem::needs_drop::<F>() || source.is_some();
+    let close = move || {
+        drop((storage, source));
+        drop(kept);
+        drop(ending);
+    };
+    if aside { run_aside("engine-close", close) } else { close() }
 }
 
 /// Give back the memory of a job that nobody looks at any more.

@@ -202,6 +202,7 @@ impl Engine {
         asked.wait()?;
         let inbox = Arc::clone(&self.handle.inbox);
         let writable = access == LiveAccess::Carried;
+        let source = Some(Box::new(source));
         Ok(LiveDisk { inner: Arc::new(Inner { shared, inbox, source, opened, writable }) })
     }
 

@@ -1,4 +1,7 @@
 //! A disk as the ring thread has it: its carrier, and who waits for what of it.
+//!
+//! Besides requests there are *questions* of clients of exports, where it has data. Few of them are on the ring at a time: a disk that takes its time
+//! over them keeps no places that others could use, nor its own from requests.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -10,17 +13,21 @@ use super::ask::Answer;
 use super::carrier::{Carrier, CarrierLimits, CarrierPlan, IoId, IoOutcome, IoRequest};
 use super::controller::Passers;
 use super::disk::DiskShared;
-use super::exports::ServedIo;
+use super::exports::{Question, ServedIo};
 use super::felt::Felt;
 use super::opened::Opened;
 use super::room::Share;
 use crate::copier::plan::Side;
 use crate::error::{Error, ErrorKind, Operation};
+use crate::storage::OpenedSource;
 use crate::units::Timestamp;
 
 /// Most requests of a disk that wait for room in its carrier. Each has its own buffer, so this is a bound on memory for those who send
 /// without waiting.
 const MAX_QUEUED: usize = 16_384;
+
+/// Most questions of a disk on the ring. Those that wait for that are bounded by what each client may have under way.
+pub(super) const MAX_QUESTIONS: usize = 2;
 
 /// Who waits for the outcome of a request.
 pub(super) enum IoAsker {
@@ -42,9 +49,9 @@ pub(super) struct HostedDisk {
     pub(super) shared: Arc<DiskShared>,
     pub(super) side: Side,
     pub(super) carrier: Carrier<Permit>,
-    /// Kept until it has left the ring.
-    _share: Share,
-    _opened: Option<Arc<Opened>>,
+    /// Kept until it is closed.
+    share: Share,
+    opened: Option<Arc<Opened>>,
     /// With the moment at which each request came.
     askers: BTreeMap<IoId, (IoAsker, Timestamp)>,
     /// Those who write to it by themselves.
@@ -52,9 +59,17 @@ pub(super) struct HostedDisk {
     /// What its guests felt of late.
     pub(super) felt: Felt,
     queue: VecDeque<Queued>,
+    /// In the order in which they came.
+    questions: VecDeque<Question>,
+    /// Of the questions those on the ring.
+    asked: usize,
+    /// Operations on the ring, questions included.
+    pub(super) in_flight: usize,
     next_io: u64,
     /// Its last handle is gone: it goes when nothing is left to do.
     pub(super) closing: bool,
+    /// What its handles had open.
+    source: Option<Box<OpenedSource>>,
 }
 
 impl HostedDisk {
@@ -76,14 +91,18 @@ impl HostedDisk {
         Self {
             side,
             carrier: Carrier::new(plan),
-            _share: share,
-            _opened: opened,
+            share,
+            opened,
             askers: BTreeMap::new(),
             passers: Passers::default(),
             felt: Felt::default(),
             queue: VecDeque::new(),
+            questions: VecDeque::new(),
+            asked: 0,
+            in_flight: 0,
             next_io: 0,
             closing: false,
+            source: None,
             shared,
         }
     }
@@ -121,6 +140,24 @@ impl HostedDisk {
         fed
     }
 
+    /// A client wants to know where it has data.
+    pub(super) fn ask(&mut self, question: Question) {
+        self.questions.push_back(question);
+    }
+
+    /// The next question to push, if there is one and not too many are on the ring.
+    pub(super) fn next_question(&mut self) -> Option<Question> {
+        let question = if self.asked < MAX_QUESTIONS { self.questions.pop_front() } else { None };
+        self.asked += usize::from(question.is_some());
+        question
+    }
+
+    /// A question has left the ring.
+    pub(super) fn question_ended(&mut self) {
+        self.asked -= 1;
+        self.in_flight -= 1;
+    }
+
     /// What has ended since the last call: who waits for it, and since when.
     pub(super) fn take_outcomes(&mut self) -> Vec<(IoAsker, Timestamp, IoOutcome)> {
         let askers = &mut self.askers;
@@ -139,9 +176,24 @@ impl HostedDisk {
         submitted.chain(queued).collect()
     }
 
+    /// The last handle is gone, and leaves what it had open.
+    pub(super) fn close(&mut self, source: Option<Box<OpenedSource>>) {
+        self.closing = true;
+        self.source = source;
+    }
+
+    /// What its handles had open, and what is kept until that is closed: its part of the room, and its name, which nobody else opens before.
+    pub(super) fn into_rest(self) -> (Option<Box<OpenedSource>>, impl Send + 'static) {
+        (self.source, (self.share, self.opened))
+    }
+
     /// Whether nothing is left to do, discards that were put off included.
     pub(super) fn is_idle(&self) -> bool {
-        self.queue.is_empty() && self.carrier.is_idle() && self.carrier.deferred_bytes() == 0
+        self.in_flight == 0
+            && self.questions.is_empty()
+            && self.queue.is_empty()
+            && self.carrier.is_idle()
+            && self.carrier.deferred_bytes() == 0
     }
 }
 

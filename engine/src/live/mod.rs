@@ -32,6 +32,7 @@
 //! | `own_write`, `waits` | What those who write by themselves wait for. |
 //! | `carrier` | Guest I/O that the engine carries: a state machine on the ring thread. |
 //! | `reactor`, `hosted`, `host` | The loop of the ring thread over many disks and jobs. |
+//! | `disks`, `places` | The disks in turns; whose the places on the ring are. |
 //! | `starts`, `groups`, `ends` | How jobs start, stand, and end together; the last steps of each. |
 //! | `death` | What becomes of everybody when the ring thread dies. |
 //! | `controller` | How much of the sweep is in flight. |
@@ -52,6 +53,9 @@ mod death;
 mod disk;
 #[cfg(test)]
 mod disk_tests;
+mod disks;
+#[cfg(all(test, feature = "sim"))]
+mod disks_tests;
 mod ends;
 mod engine;
 mod exports;

@@ -13,7 +13,6 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
-use std::ops::Bound;
 use std::sync::Arc;
 
 use crossbeam::channel::Sender;
@@ -21,29 +20,24 @@ use nix::errno::Errno;
 use slab::Slab;
 
 use super::DiskId;
-use super::ask::Lost;
 use super::asks::{Asker, Asks, forget_beside};
 use super::carrier::{CarrierLimits, IoOutcome, IoRequest};
 use super::command::{Command, GroupFailure, Inbox, NewGroup};
 use super::controller::Controller;
-use super::disk::DiskShared;
 use super::ends::End;
-use super::exports::{Backend, Hub};
-use super::host::Host;
+use super::exports::{Backend, Hub, Wanted};
 use super::hosted::{HostedDisk, IoAsker, too_many};
 use super::jobs::{JobId, Watch};
 use super::latency::GuestLatencies;
-use super::opened::Opened;
-use super::places::{Division, Taken};
+use super::places::Taken;
 #[cfg(feature = "sim")]
 use super::planted::Planted;
 use super::room::{Room, Share};
 use super::starts::Raised;
 use super::token::{Owner, owner_of, token_of};
 use super::waits::ForgetWait;
-use crate::copier::plan::Side;
 use crate::copier::snapshot::SnapshotId;
-use crate::error::{Error, ErrorKind, Operation, Refusal};
+use crate::error::{Error, ErrorKind, Operation};
 use crate::job::runner::Runner;
 use crate::ring::{Completion, FileId, Op, Ring, RingFailure, Token, Wait};
 use crate::units::{ByteRange, Timestamp};
@@ -66,8 +60,6 @@ pub(super) struct Job {
     /// With how many bytes each asks for.
     pub(super) reads: BTreeMap<SnapshotId, (u64, IoAsker)>,
     pub(super) next_ask: u64,
-    /// Operations on the ring.
-    in_flight: usize,
 }
 
 /// See the module's header.
@@ -77,7 +69,7 @@ pub(super) struct Reactor<R: Ring> {
     room: Arc<Room>,
     pub(super) disks: BTreeMap<DiskId, HostedDisk>,
     /// Which of them is the first to act in the next turn.
-    first_disk: DiskId,
+    pub(super) first_disk: DiskId,
     pub(super) jobs: Slab<Job>,
     pub(super) waiting: VecDeque<NewGroup<R::File>>,
     pub(super) raised: Option<Raised>,
@@ -86,9 +78,9 @@ pub(super) struct Reactor<R: Ring> {
     pub(super) forgetting: Vec<ForgetWait>,
     pub(super) next_group: u64,
     pub(super) next_job: u64,
-    exports: Hub,
+    pub(super) exports: Hub,
     completions: Vec<Completion>,
-    ops: Vec<(Token, Op)>,
+    pub(super) ops: Vec<(Token, Op)>,
     quit: bool,
     /// Dropped with the last of it, the ends of jobs included.
     pub(super) ending: Option<Sender<Infallible>>,
@@ -236,10 +228,8 @@ impl<R: Ring> Reactor<R> {
                 let added = self.add_disk(file, direct_alignment, disk, opened, share);
                 answer.give(added);
             }
-            Command::RemoveDisk { disk } => {
-                if let Some(disk) = self.disks.get_mut(&disk) {
-                    disk.closing = true;
-                }
+            Command::RemoveDisk { disk, source } => {
+                self.disks.get_mut(&disk).expect("it has had a handle until now").close(source);
             }
             Command::Io { disk, request, answer } => {
                 self.submit(disk, request, IoAsker::Caller(answer), now);
@@ -262,49 +252,21 @@ impl<R: Ring> Reactor<R> {
         }
     }
 
-    fn add_disk(
-        &mut self,
-        file: R::File,
-        direct_alignment: Option<u32>,
-        shared: Arc<DiskShared>,
-        opened: Option<Arc<Opened>>,
-        share: Share,
-    ) -> Result<(), Error> {
-        let file = self.ring.add_file(file).map_err(|failure| {
-            let (name, reason) = (shared.name().to_string(), "the ring does not take it");
-            Error::refused(Refusal::Unavailable, Operation::OpenSource, name, reason).because(failure)
-        })?;
-        let side = Side { file, name: shared.name(), direct_alignment };
-        let disk = HostedDisk::new(side, shared, share, opened, self.carrier_limits);
-        self.disks.insert(disk.shared.id(), disk);
-        Ok(())
-    }
-
-    pub(super) fn submit(&mut self, id: DiskId, request: IoRequest, asker: IoAsker, now: Timestamp) {
-        let Some(disk) = self.disks.get_mut(&id) else {
-            return tell(asker, IoOutcome::lost(), &mut self.exports);
-        };
-        if let Err((asker, error)) = disk.submit(request, asker, now) {
-            return tell(asker, IoOutcome { result: Err(error) }, &mut self.exports);
-        }
-        let together = disk.carrier.requests_under_way();
-        for (_, job) in &mut self.jobs {
-            if job.disk == id {
-                job.controller.on_guest(now, together);
-            }
-        }
-    }
-
     /// Let clients of exports act, and hand their requests on; whether there were any.
     fn serve(&mut self, now: Timestamp) -> bool {
-        let disks = &self.disks;
-        let file_of = |id: DiskId| disks.get(&id).map(|disk| disk.side.file);
-        self.exports.turn(now, &mut self.ring, file_of);
+        self.exports.turn(now, &mut self.ring);
         let wanted = self.exports.take_wanted();
         let any = !wanted.is_empty();
         for wanted in wanted {
-            let asker = IoAsker::Client(wanted.io);
-            match (wanted.backend, wanted.request) {
+            let (backend, request, io) = match wanted {
+                Wanted::Request { backend, request, io } => (backend, request, io),
+                Wanted::Extents(disk, question) => {
+                    self.ask(disk, question);
+                    continue;
+                }
+            };
+            let asker = IoAsker::Client(io);
+            match (backend, request) {
                 (Backend::Disk(id), request) => self.submit(id, request, asker, now),
                 (Backend::Snapshot(job, _), IoRequest::Read { range, .. }) => {
                     self.read_snapshot(job, range, asker);
@@ -346,71 +308,23 @@ impl<R: Ring> Reactor<R> {
         job.runner.copier.read_snapshot(read, range);
     }
 
-    /// Let the disks act; `true`: there is more to do at once.
-    fn poll_disks(&mut self, now: Timestamp) -> bool {
-        let mut more = false;
-        let first = self.first_disk;
-        // In turns, lest those who always have something to do leave nothing to the others.
-        let next = self.disks.range((Bound::Excluded(first), Bound::Unbounded)).next();
-        self.first_disk = next.map_or(DiskId(0), |(&id, _)| id);
-        let rest = (Bound::Unbounded, Bound::Excluded(first));
-        for part in [(Bound::Included(first), Bound::Unbounded), rest] {
-            more |= self.poll_some_disks(part, now);
-        }
-        more
-    }
-
-    fn poll_some_disks(&mut self, part: (Bound<DiskId>, Bound<DiskId>), now: Timestamp) -> bool {
-        let mut more = false;
-        let division = Division::of(self.ring.capacity());
-        let of_jobs = taken_by_jobs(&self.jobs, division);
-        for (&id_of_disk, disk) in self.disks.range_mut(part) {
-            let room = division.for_guests(Taken { in_flight: self.ring.in_flight(), ..of_jobs });
-            let mut host = Host {
-                disk: &disk.shared,
-                jobs: &mut self.jobs,
-                #[cfg(feature = "sim")]
-                planted: &mut self.planted,
-            };
-            more |= disk.carrier.poll(now, room, self.ring.arena_mut(), &mut host, &mut self.ops);
-            // Before anybody is told that his discard is done.
-            disk.shared.set_discards_put_off(disk.carrier.has_discards_put_off());
-            for (token, op) in self.ops.drain(..) {
-                self.ring.push(token_of(Owner::Disk(id_of_disk), token), op);
-            }
-            for (asker, since, outcome) in disk.take_outcomes() {
-                tell(asker, outcome, &mut self.exports);
-                let latency = now.since(since);
-                disk.felt.record(latency, now);
-                for (_, job) in self.jobs.iter_mut().filter(|(_, job)| job.disk == id_of_disk) {
-                    job.guests.during.record(latency);
-                }
-            }
-            more |= disk.feed();
-        }
-        more
-    }
-
     /// Let the jobs act; `true`: there is more to do at once.
     pub(super) fn poll_jobs(&mut self, now: Timestamp) -> bool {
         let mut more = false;
         let (mut failed_groups, mut beside) = (Vec::new(), Vec::new());
         self.look_for_guests(now);
-        let division = Division::of(self.ring.capacity());
-        let mut taken = taken_by_jobs(&self.jobs, division);
+        let (division, mut taken) = self.places();
         for (index, job) in &mut self.jobs {
             // Whatever a job's target does not answer leaves places on the ring to the guests and to the other jobs.
             let places = division.for_job(Taken { in_flight: self.ring.in_flight(), ..taken });
-            taken.common -= job.runner.copier.beyond(division.own());
+            taken.of_jobs -= job.runner.copier.beyond(division.own());
             if job.runner.copier.has_guests() {
                 job.controller.on_guest(now, job.asks.len());
             }
             let allowance = job.controller.allowance(now, job.runner.copier.counters().done);
             job.runner.copier.set_sweep_limit(allowance.clusters, allowance.run, allowance.zero_runs);
             more |= job.runner.poll(now, places, &mut self.ops);
-            job.in_flight += self.ops.len();
-            taken.of_jobs += self.ops.len();
-            taken.common += job.runner.copier.beyond(division.own());
+            taken.of_jobs += job.runner.copier.beyond(division.own());
             for (token, op) in self.ops.drain(..) {
                 self.ring.push(token_of(Owner::Job(index), token), op);
             }
@@ -465,33 +379,12 @@ impl<R: Ring> Reactor<R> {
             }
             result.guests = Some(guests);
             for file in [Some(target), fleece].into_iter().flatten() {
-                self.ring.remove_file(file);
+                // Its end has it, too, and closes it.
+                drop(self.ring.remove_file(file));
             }
             let at_end = runner.take_at_end();
             End { runner, result, at_end, share, watch, ending: self.ending.clone() }.begin();
         }
-    }
-
-    /// Whether a disk was removed.
-    fn remove_closed_disks(&mut self) -> bool {
-        let jobs = &self.jobs;
-        let raised = self.raised.as_ref();
-        let used = |id: DiskId| {
-            jobs.iter().any(|(_, job)| job.disk == id) || raised.is_some_and(|raised| raised.needs(id))
-        };
-        let gone: Vec<DiskId> = self
-            .disks
-            .iter()
-            .filter(|(id, disk)| disk.closing && disk.is_idle() && !used(**id) && !self.exports.asks(**id))
-            .map(|(&id, _)| id)
-            .collect();
-        for id in &gone {
-            let disk = self.disks.remove(id).expect("it is there");
-            self.ring.remove_file(disk.side.file);
-            // With it its part of the room, and the disk may be opened again.
-            drop(disk);
-        }
-        !gone.is_empty()
     }
 
     fn dispatch(&mut self, completion: Completion, now: Timestamp) {
@@ -500,10 +393,10 @@ impl<R: Ring> Reactor<R> {
         match owner {
             Owner::Disk(id) => {
                 let disk = self.disks.get_mut(&id).expect("a disk stays until its operations have ended");
+                disk.in_flight -= 1;
                 disk.carrier.on_completion(completion, self.ring.arena_mut(), now);
             }
             Owner::Job(index) => {
-                self.jobs[index].in_flight -= 1;
                 self.jobs[index].runner.on_completion(completion, self.ring.arena(), now);
             }
             Owner::Listener(index) => self.exports.on_accepted(index, completion, now, &mut self.ring),
@@ -515,7 +408,10 @@ impl<R: Ring> Reactor<R> {
                     let job = jobs.iter().find(|(_, job)| job.watch.id() == id && lives(job));
                     job.map(|(_, job)| &*job.watch)
                 };
-                self.exports.on_completion(index, completion, &mut self.ring, running);
+                let asked = self.exports.on_completion(index, completion, &mut self.ring, running);
+                if let Some(id) = asked {
+                    self.disks.get_mut(&id).expect("a disk stays until it was answered").question_ended();
+                }
             }
         }
     }
@@ -562,7 +458,6 @@ impl<R: Ring> Reactor<R> {
             asks: Asks::default(),
             reads: BTreeMap::new(),
             next_ask: 0,
-            in_flight: 0,
         };
         self.jobs.insert(entry);
     }
@@ -574,18 +469,11 @@ impl<R: Ring> Reactor<R> {
 }
 
 /// Tell whoever waits for a request how it ended.
-fn tell(asker: IoAsker, outcome: IoOutcome, exports: &mut Hub) {
+pub(super) fn tell(asker: IoAsker, outcome: IoOutcome, exports: &mut Hub) {
     match asker {
         IoAsker::Caller(answer) => answer.give(outcome),
         IoAsker::Client(io) => exports.on_outcome(io, outcome),
     }
-}
-
-/// What the jobs have of the ring.
-fn taken_by_jobs(jobs: &Slab<Job>, division: Division) -> Taken {
-    let of_jobs: usize = jobs.iter().map(|(_, job)| job.in_flight).sum();
-    let common = jobs.iter().map(|(_, job)| job.runner.copier.beyond(division.own())).sum();
-    Taken { in_flight: of_jobs, of_jobs, common }
 }
 
 /// A job that was made and has no place yet.

@@ -269,7 +269,7 @@ impl SimEngine {
 
     /// The last handle of a disk is gone.
     pub fn remove_disk(&self, disk: &SimDisk) {
-        self.send(Command::RemoveDisk { disk: disk.0.id() });
+        self.send(Command::RemoveDisk { disk: disk.0.id(), source: None });
     }
 
     /// The last handle of the engine is gone.
@@ -352,6 +352,12 @@ impl SimEngine {
     #[must_use]
     pub fn taken(&self) -> (usize, usize) {
         (self.reactor().room().parts(), self.reactor().ring.files())
+    }
+
+    /// Which disk is the first to act in the next turn.
+    #[cfg(test)]
+    pub(super) fn first_disk(&self) -> DiskId {
+        self.reactor().first_disk
     }
 
     /// Such a guest has clusters copied, by that job alone.

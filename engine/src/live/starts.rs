@@ -141,7 +141,7 @@ impl<R: Ring> Reactor<R> {
         let fleece = match fleece.map(|fleece| self.add_fleece(fleece)).transpose() {
             Ok(fleece) => fleece,
             Err(failure) => {
-                self.ring.remove_file(target);
+                drop(self.ring.remove_file(target));
                 return Err(refused(failure));
             }
         };
@@ -211,10 +211,11 @@ impl<R: Ring> Reactor<R> {
         answer.give(Err(error));
     }
 
+    /// Nothing is closed here: whoever asked for the start has the storages, too, until he is told.
     fn undo(&mut self, jobs: Vec<NewlyMade>) {
         for job in jobs {
             for file in [Some(job.target), job.fleece].into_iter().flatten() {
-                self.ring.remove_file(file);
+                drop(self.ring.remove_file(file));
             }
         }
     }

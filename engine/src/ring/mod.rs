@@ -297,7 +297,7 @@ pub struct RingFailure {
 /// Carries out operations. See the module's header.
 pub trait Ring {
     /// A storage as this ring takes it.
-    type File;
+    type File: Send + 'static;
     /// A document as this ring takes it.
     type Document;
     /// A listening or connected stream socket as this ring takes it.
@@ -319,12 +319,13 @@ pub trait Ring {
     /// # Errors
     /// When the table is full.
     fn add_document(&mut self, document: Self::Document) -> Result<DocumentId, RingFailure>;
-    /// Forget a storage; its place is free for another. What nobody else holds is closed at once or, where the kernel still has a hand
-    /// on it, a moment later: this never waits, since others may have work on the ring.
+    /// Take a storage out; its place is free for another. This never waits, since others may have work on the ring. Who drops the last of the
+    /// storage closes it, which may take its time; where the kernel still has a hand on it, it is closed a moment later.
     ///
     /// # Panics
     /// If it was never added. Nothing that names it may be in flight.
-    fn remove_file(&mut self, file: FileId);
+    #[must_use = "dropped, it may be closed, which may take its time"]
+    fn remove_file(&mut self, file: FileId) -> Self::File;
     /// Add a listening or a connected socket. At most as many at a time as the ring was made for, those accepted included.
     ///
     /// # Errors

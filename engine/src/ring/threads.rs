@@ -180,8 +180,8 @@ impl Ring for ThreadsRing {
         self.base.add_document(document)
     }
 
-    fn remove_file(&mut self, file: FileId) {
-        drop(self.base.remove_file(file));
+    fn remove_file(&mut self, file: FileId) -> Self::File {
+        self.base.remove_file(file).storage
     }
 
     fn add_socket(&mut self, socket: OwnedFd) -> Result<SocketId, RingFailure> {

@@ -6,6 +6,7 @@
 #[path = "../nbd_protocol/client.rs"]
 mod client;
 mod peer;
+mod questions;
 mod run;
 #[path = "../support/seeds.rs"]
 mod seeds;

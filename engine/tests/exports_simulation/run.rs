@@ -24,6 +24,8 @@ use crate::peer::{Byte, Client, Still, Stripe, Temper};
 
 const CLUSTER: u64 = 16 << 10;
 const SLOTS: u32 = 8;
+/// Of the ring. One disk has an eighth of it at most.
+const CAPACITY: usize = 512;
 /// More turns than any run takes.
 const MAX_TURNS: u64 = 400_000;
 const MAX_TIME: Duration = Duration::from_secs(600);
@@ -192,7 +194,8 @@ impl<'a> Run<'a> {
         }
         let arena = (2 << 20) + (u64::from(SLOTS) * CLUSTER).next_multiple_of(65_536);
         let arena = usize::try_from(arena).unwrap();
-        let ring = SimRing::new(world.clone(), arena, 64, scenario.seed ^ 0x1217, scenario.faults.clone());
+        let ring =
+            SimRing::new(world.clone(), arena, CAPACITY, scenario.seed ^ 0x1217, scenario.faults.clone());
         let mut engine = SimEngine::new(ring.with_sockets(scenario.most_clients + 1));
         engine.set_carrier(CarrierLimits::default(), 2 << 20);
         let (disk, added) = engine.add_disk(0, Length(length), scenario.traits.direct_alignment);

@@ -4,14 +4,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::copier::plan::{Checkpoint, Plan};
+use engine::copier::guests::CbwId;
+use engine::copier::plan::{Checkpoint, Limits, LivePlan, Plan};
+use engine::copier::snapshot::SnapshotId;
 use engine::copier::{Copier, Ending, Event, Places};
 use engine::copy::ErrorPolicy;
 use engine::interval_set::IntervalSet;
 use engine::job::{Status, TargetHolds};
+use engine::live::CbwErrorPolicy;
 use engine::ring::sim::{DiskTraits, FaultPlan};
 use engine::ring::{Arena, BufferRange, Completion, Extent, Op, Output, Token, ZeroMethod};
-use engine::units::{ByteRange, ClusterSize, Geometry, Length, Timestamp};
+use engine::units::{ByteRange, ClusterRange, ClusterSize, Geometry, Length, Timestamp};
 use nix::errno::Errno;
 
 use crate::run::driver_of;
@@ -301,4 +304,78 @@ fn a_large_disk_with_nothing_in_it_does_not_hold_up_the_ring_thread() {
     }
     assert_eq!(done, clusters * 4096);
     assert!(after >= 1, "all looked at at once");
+}
+
+/// A reader of the snapshot holds a cluster, his read is short, and what is left of the ring is for what guests wait for.
+#[test]
+fn the_rest_of_a_short_read_is_as_urgent_as_a_guest_has_made_it() {
+    let scenario = Scenario { length: 32 * CLUSTER, ..Scenario::plain(36) };
+    for guest_waits in [false, true] {
+        let live = LivePlan {
+            on_cbw_error: CbwErrorPolicy::BreakSnapshot,
+            cbw_timeout: None,
+            reserved_slots: 1,
+            space_reserved: false,
+        };
+        let set = Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap());
+        let mut copier = Copier::new(Plan { live: Some(live), ..scenario.plan(blank()) }, set);
+        let (arena, now, mut ops) = (Arena::new(1 << 20).unwrap(), Timestamp::default(), Vec::new());
+        copier.read_snapshot(SnapshotId(0), ByteRange::new(30 * CLUSTER, CLUSTER));
+        while copier.poll(now, Places::alone(usize::MAX), &mut ops) {}
+        let is_read = |op: &Op, at: u64| matches!(op, Op::Read { offset, .. } if *offset == at);
+        let reads: Vec<_> = ops.extract_if(.., |(_, op)| is_read(op, 30 * CLUSTER)).collect();
+        assert!(reads.len() == 1 && !ops.is_empty(), "a read, and others that hang");
+        // One place of each kind, which the others have of theirs.
+        let places = Places { free: 1, common: 0, own: 1, most: usize::MAX };
+        if guest_waits {
+            copier.copy_before_write(CbwId(0), ClusterRange::new(30, 31), now);
+            while copier.poll(now, places, &mut ops) {}
+        }
+        copier.on_completion(Completion { token: reads[0].0, result: Ok(Output::Bytes(512)) }, &arena, now);
+        ops.clear();
+        while copier.poll(now, places, &mut ops) {}
+        let rest = ops.iter().any(|(_, op)| is_read(op, 30 * CLUSTER + 512));
+        assert_eq!(rest, guest_waits, "{ops:?}");
+    }
+}
+
+/// The largest run of zeros, in bytes, of a live copy of a large hole to a target that takes so long over each, when guests have nothing to ask for.
+fn largest_zero_run(each: Duration) -> u64 {
+    let scenario = Scenario { cluster: 65_536, slots: 4, ..Scenario::plain(37) };
+    let geometry = Geometry::new(Length(4 << 30), ClusterSize::new(65_536).unwrap());
+    let live = LivePlan {
+        on_cbw_error: CbwErrorPolicy::BreakSnapshot,
+        cbw_timeout: None,
+        reserved_slots: 1,
+        space_reserved: false,
+    };
+    let plan = scenario.plan(blank());
+    let limits = Limits { zero_run_bytes: 32 << 20, ..plan.limits };
+    let plan = Plan { geometry, live: Some(live), target_is_zero: false, limits, ..plan };
+    let mut copier = Copier::new(plan, Arc::new(IntervalSet::new(geometry.clusters()).unwrap()));
+    let arena = Arena::new(4 << 16).unwrap();
+    let (mut now, mut ops, mut largest) = (Timestamp::default(), Vec::new(), 0);
+    for _ in 0..200 {
+        while copier.poll(now, Places::alone(usize::MAX), &mut ops) {}
+        now = now.after(each);
+        for (token, op) in ops.drain(..) {
+            let output = match op {
+                Op::Extents { range, .. } => Output::Extents(vec![Extent { range, present: false }]),
+                Op::WriteZeroes { range, .. } => {
+                    largest = largest.max(range.length);
+                    Output::Done
+                }
+                _ => Output::Done,
+            };
+            copier.on_completion(Completion { token, result: Ok(output) }, &arena, now);
+        }
+    }
+    largest
+}
+
+#[test]
+fn runs_of_zeros_are_as_large_as_the_target_is_quick_with_them() {
+    assert_eq!(largest_zero_run(Duration::from_micros(100)), 32 << 20);
+    assert_eq!(largest_zero_run(Duration::from_millis(4)), 512 << 10, "it is not quick with the first");
+    assert_eq!(largest_zero_run(Duration::from_millis(50)), 512 << 10);
 }

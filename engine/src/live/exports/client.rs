@@ -16,6 +16,7 @@ use super::table::Table;
 use crate::error::ErrorKind;
 use crate::live::carrier::{IoOutcome, IoRequest};
 use crate::live::jobs::Watch;
+use crate::live::token::{Owner, token_of};
 use crate::live::{DiskId, JobId};
 use crate::nbd::connection::{
     Action, CloseReason, Connection, IoId, IoKind, Outcome, PayloadBuffer, Receive,
@@ -54,10 +55,34 @@ enum Then {
 
 /// Something to ask a disk or a snapshot for.
 #[derive(Debug)]
-pub(in crate::live) struct Wanted {
-    pub(in crate::live) backend: Backend,
-    pub(in crate::live) request: IoRequest,
-    pub(in crate::live) io: ServedIo,
+pub(in crate::live) enum Wanted {
+    Request {
+        backend: Backend,
+        request: IoRequest,
+        io: ServedIo,
+    },
+    /// Where that disk has data.
+    Extents(DiskId, Question),
+}
+
+/// A question of a client, where a disk has data.
+#[derive(Debug)]
+pub(in crate::live) struct Question {
+    /// Its place in the table of clients.
+    pub(super) client: usize,
+    /// Its number there.
+    pub(super) number: usize,
+    range: ByteRange,
+    limit: usize,
+}
+
+impl Question {
+    /// As an operation on `file`.
+    pub(in crate::live) fn op(&self, file: FileId) -> (Token, Op) {
+        let (range, limit) = (self.range, self.limit);
+        let token = token_of(Owner::Client(self.client), Token(FIRST_QUERY + self.number as u64));
+        (token, Op::Extents { file, range, query: ExtentQuery::Data, limit })
+    }
 }
 
 /// Where the data of an export is, as its clients see it.
@@ -67,7 +92,7 @@ pub(super) struct Attached {
     backend: Backend,
 }
 
-/// A question for the ranges of a disk.
+/// What becomes of a question that is under way.
 #[derive(Debug)]
 struct Query {
     io: IoId,
@@ -76,8 +101,6 @@ struct Query {
     t0: Option<JobId>,
     range: ByteRange,
     limit: usize,
-    /// It was pushed.
-    asked: bool,
 }
 
 /// What is received at the moment, if anything.
@@ -228,62 +251,32 @@ impl Client {
             IoKind::Cache { .. } => return self.connection.answered(io, Outcome::Done),
             IoKind::BlockStatus { range, contexts, extents } => {
                 assert_eq!(contexts.len(), 1, "base:allocation is all that is offered");
-                return self.query(io, backend, range, extents);
+                return effects.wanted.push(self.query(io, backend, range, extents));
             }
         };
-        effects.wanted.push(Wanted { backend, request, io: ServedIo { client: self.index, io, then } });
+        let io = ServedIo { client: self.index, io, then };
+        effects.wanted.push(Wanted::Request { backend, request, io });
     }
 
-    fn query(&mut self, io: IoId, backend: Backend, range: ByteRange, limit: usize) {
+    fn query(&mut self, io: IoId, backend: Backend, range: ByteRange, limit: usize) -> Wanted {
         let (disk, t0) = match backend {
             Backend::Disk(disk) => (disk, None),
             Backend::Snapshot(job, disk) => (disk, Some(job)),
         };
-        self.queries.insert(Query { io, disk, t0, range, limit, asked: false });
+        let number = self.queries.insert(Query { io, disk, t0, range, limit });
+        Wanted::Extents(disk, Question { client: self.index, number, range, limit })
     }
 
-    /// Whether `token` is that of a question.
-    pub(super) fn is_query(token: Token) -> bool {
-        token.0 >= FIRST_QUERY
+    /// The disk that is asked with `token`, if it is that of a question.
+    pub(super) fn asked_disk(&self, token: Token) -> Option<DiskId> {
+        let number = token.0.checked_sub(FIRST_QUERY)?;
+        Some(self.queries[usize::try_from(number).expect("our own token")].disk)
     }
 
-    /// Whether it has questions that were not pushed yet.
-    pub(super) fn has_queries(&self) -> bool {
-        self.queries.iter().any(|(_, query)| !query.asked)
-    }
-
-    /// Push up to `room` questions, given where disks are on the ring. Gives how many these are.
-    pub(super) fn ask(
-        &mut self,
-        room: usize,
-        file_of: impl Fn(DiskId) -> Option<FileId>,
-        ops: &mut Vec<(Token, Op)>,
-    ) -> usize {
-        // The disk of a snapshot may go when its job has ended.
-        let connection = &mut self.connection;
-        self.queries.retain(|_, query| {
-            let stays = query.asked || file_of(query.disk).is_some();
-            if !stays {
-                connection.answered(query.io, status::all_data(query.range));
-            }
-            stays
-        });
-        let waiting = self.queries.iter_mut().filter(|(_, query)| !query.asked);
-        let mut asked = 0;
-        for (index, query) in waiting.take(room) {
-            query.asked = true;
-            asked += 1;
-            let (range, limit) = (query.range, query.limit);
-            let file = file_of(query.disk).expect("it was just found");
-            let op = Op::Extents { file, range, query: ExtentQuery::Data, limit };
-            ops.push((Token(FIRST_QUERY + index as u64), op));
-        }
-        asked
-    }
-
-    /// Whether a question of it to `disk` is in flight.
-    pub(super) fn asks(&self, disk: DiskId) -> bool {
-        self.queries.iter().any(|(_, query)| query.asked && query.disk == disk)
+    /// Question `number` is not answered: the disk of a snapshot may go when its job has ended.
+    pub(super) fn not_answered(&mut self, number: usize) {
+        let query = self.queries.remove(number);
+        self.connection.answered(query.io, status::all_data(query.range));
     }
 
     /// A request on a disk or a snapshot has ended. Gives what has to follow before its client is told.
@@ -303,7 +296,7 @@ impl Client {
             (Ok(_), Then::Flush) => {
                 let backend = self.attached.expect("it has asked for something").backend;
                 let io = ServedIo { then: Then::Done, ..io };
-                return Some(Wanted { backend, request: IoRequest::Flush, io });
+                return Some(Wanted::Request { backend, request: IoRequest::Flush, io });
             }
         };
         self.connection.answered(io.io, outcome);

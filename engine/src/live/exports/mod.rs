@@ -36,12 +36,12 @@ use super::token::{Owner, token_of};
 use crate::error::{Error, Operation, Refusal};
 use crate::nbd::connection::Connection;
 use crate::nbd::limits::{ConnectionLimits, SharedBytes};
-use crate::ring::{Completion, FileId, Op, Output, Ring, SocketId, Token};
+use crate::ring::{Completion, Op, Output, Ring, SocketId, Token};
 use crate::units::Timestamp;
 use client::{Client, Effects};
 use table::Table;
 
-pub(super) use client::{ServedIo, Wanted};
+pub(super) use client::{Question, ServedIo, Wanted};
 #[cfg(feature = "sim")]
 pub(super) use handles::NewExport;
 pub(super) use handles::{Backend, ExportCommand, ExportId, ServerId};
@@ -57,8 +57,6 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub(super) const MAX_SERVERS: usize = 8;
 /// Most clients of an engine.
 pub(super) const MAX_CLIENTS: usize = 1024;
-/// Most questions for holes that are in flight: they take the places of guests' requests on the ring.
-const MAX_QUERIES: usize = 8;
 
 type Told = Answer<Result<(), Error>>;
 
@@ -87,9 +85,6 @@ pub(super) struct Hub {
     dirty: VecDeque<usize>,
     /// When to look at whom again.
     deadlines: BTreeSet<(Timestamp, usize)>,
-    /// Clients that wait for room to ask for extents.
-    asking: VecDeque<usize>,
-    queries: usize,
     /// Exports were closed since the last turn.
     closing: bool,
     ops: Vec<(Token, Op)>,
@@ -216,12 +211,7 @@ impl Hub {
     }
 
     /// Let everybody act who has something to do; requests for disks are in [`Self::take_wanted`] then.
-    pub(super) fn turn<R: Ring>(
-        &mut self,
-        now: Timestamp,
-        ring: &mut R,
-        file_of: impl Fn(DiskId) -> Option<FileId>,
-    ) {
+    pub(super) fn turn<R: Ring>(&mut self, now: Timestamp, ring: &mut R) {
         if std::mem::take(&mut self.closing) {
             self.drain_clients(now);
         }
@@ -230,11 +220,10 @@ impl Hub {
         while let Some(index) = self.dirty.pop_front() {
             self.poll_client(index, ring);
         }
-        self.ask(ring, file_of);
         self.remove_servers(ring);
     }
 
-    /// Requests for disks and snapshots.
+    /// Requests for disks and snapshots, and questions.
     pub(super) fn take_wanted(&mut self) -> Vec<Wanted> {
         std::mem::take(&mut self.wanted)
     }
@@ -319,9 +308,6 @@ impl Hub {
         if was_new && !client.is_new() {
             set_deadline(&mut self.deadlines, index, client, None);
         }
-        if client.has_queries() && !self.asking.contains(&index) {
-            self.asking.push_back(index);
-        }
         for (token, op) in self.ops.drain(..) {
             ring.push(token_of(Owner::Client(index), token), op);
         }
@@ -346,43 +332,27 @@ impl Hub {
         }
     }
 
-    /// Ask disks for their holes, as far as there is room.
-    fn ask<R: Ring>(&mut self, ring: &mut R, file_of: impl Fn(DiskId) -> Option<FileId>) {
-        while let Some(&index) = self.asking.front() {
-            let room = (ring.capacity() - ring.in_flight()).min(MAX_QUERIES - self.queries);
-            if room == 0 {
-                break;
-            }
-            if let Some(client) = self.clients.get_mut(index) {
-                self.queries += client.ask(room, &file_of, &mut self.ops);
-                self.dirty.push_back(index);
-                for (token, op) in self.ops.drain(..) {
-                    ring.push(token_of(Owner::Client(index), token), op);
-                }
-                if client.has_queries() {
-                    continue;
-                }
-            }
-            self.asking.pop_front();
-        }
-    }
-
-    /// An operation of a client has completed. `running` finds jobs whose snapshot can be read.
+    /// An operation of a client has completed. `running` finds jobs whose snapshot can be read. Gives the disk, if it was a question.
     pub(super) fn on_completion<'a, R: Ring>(
         &mut self,
         index: usize,
         completion: Completion,
         ring: &mut R,
         running: impl Fn(JobId) -> Option<&'a Watch>,
-    ) {
-        if Client::is_query(completion.token) {
-            self.queries -= 1;
-        }
+    ) -> Option<DiskId> {
         let client = &mut self.clients[index];
+        let asked = client.asked_disk(completion.token);
         if let Some((token, op)) = client.on_completion(completion, running) {
             ring.push(token_of(Owner::Client(index), token), op);
         }
         self.dirty.push_back(index);
+        asked
+    }
+
+    /// There is no such disk to ask.
+    pub(super) fn not_answered(&mut self, question: &Question) {
+        self.clients[question.client].not_answered(question.number);
+        self.dirty.push_back(question.client);
     }
 
     /// A request of a client has ended.
@@ -390,11 +360,6 @@ impl Hub {
         let more = self.clients[io.client].on_outcome(io, outcome);
         self.wanted.extend(more);
         self.dirty.push_back(io.client);
-    }
-
-    /// Whether a question of a client to `disk` is in flight.
-    pub(super) fn asks(&self, disk: DiskId) -> bool {
-        self.clients.iter().any(|(_, client)| client.asks(disk))
     }
 
     /// Whether the next turn has something to do that came up since the last one.

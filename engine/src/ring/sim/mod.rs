@@ -350,6 +350,9 @@ impl SimRing {
         if let Some(place) = place_of(op) {
             return self.sockets.is_stuck(place, op, &mut self.world.borrow_mut());
         }
+        if file_of(op).is_some_and(|file| self.world.borrow_mut().disk(self.disk_of(file)).is_hung()) {
+            return true;
+        }
         let (Op::Read { file, path, .. } | Op::Write { file, path, .. }) = op else { return false };
         let mut world = self.world.borrow_mut();
         let disk = world.disk(self.disk_of(*file));
@@ -430,10 +433,10 @@ impl Ring for SimRing {
         Ok(DocumentId(id))
     }
 
-    fn remove_file(&mut self, file: FileId) {
+    fn remove_file(&mut self, file: FileId) -> usize {
         let named = self.in_flight.iter().flatten().any(|slot| file_of(&slot.op) == Some(file));
         assert!(!named, "{file:?} is in use");
-        self.files[file.0 as usize].take().expect("a disk is removed once");
+        self.files[file.0 as usize].take().expect("a disk is removed once")
     }
 
     fn add_socket(&mut self, socket: SimSocket) -> Result<SocketId, RingFailure> {

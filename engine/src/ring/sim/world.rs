@@ -55,6 +55,7 @@ pub struct Disk {
     /// Sectors that cannot be read, or written.
     bad: Vec<ByteRange>,
     stuck: bool,
+    hung: bool,
     slowness: u64,
     written: u64,
 }
@@ -75,6 +76,7 @@ impl Disk {
             top_layer: None,
             bad: Vec::new(),
             stuck: false,
+            hung: false,
             slowness: 1,
             written: 0,
         }
@@ -148,9 +150,15 @@ impl Disk {
         self.stuck = true;
     }
 
-    /// What was stuck goes on.
+    /// Nothing that is pushed from now on ends, whatever it is: the device hangs.
+    pub fn set_hung(&mut self) {
+        self.hung = true;
+    }
+
+    /// What was stuck, or has hung, goes on.
     pub fn set_free(&mut self) {
         self.stuck = false;
+        self.hung = false;
     }
 
     /// Everything that is pushed from now on takes so many times as long.
@@ -223,6 +231,10 @@ impl Disk {
 
     pub(super) fn is_stuck(&self) -> bool {
         self.stuck
+    }
+
+    pub(super) fn is_hung(&self) -> bool {
+        self.hung
     }
 
     pub(super) fn slowness(&self) -> u64 {

@@ -421,10 +421,11 @@ impl Ring for UringRing {
         self.base.add_document(document)
     }
 
-    fn remove_file(&mut self, file: FileId) {
-        drop(self.base.remove_file(file));
+    fn remove_file(&mut self, file: FileId) -> Self::File {
+        // While the storage is open: what the kernel drops here is not the last of its file, which it would close in this thread.
         let reach = self.reach[usize::from(file.0)].take();
         self.unregister(reach);
+        self.base.remove_file(file).storage
     }
 
     fn add_socket(&mut self, socket: OwnedFd) -> Result<SocketId, RingFailure> {
