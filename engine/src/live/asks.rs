@@ -64,6 +64,11 @@ impl Asks {
         self.0.is_empty()
     }
 
+    /// Drop them all: whoever waits is answered so.
+    pub(super) fn clear(&mut self) {
+        self.0.clear();
+    }
+
     /// One is answered, `beside` gets what is to be forgotten with it ([`forget_beside`]).
     pub(super) fn answered(&mut self, id: CbwId, beside: &mut Vec<(JobId, CbwId)>) -> Asker {
         let ask = self.0.remove(&id).expect("every request has its asker");

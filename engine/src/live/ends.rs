@@ -114,12 +114,12 @@ pub(super) fn close<F: Send + 'static>(
     ending: Option<Sender<Infallible>>,
 ) {
     let aside = std::mem::needs_drop::<F>() || source.is_some();
-    let close = move || {
+    let close = move |_: Place| {
         drop((storage, source));
         drop(kept);
         drop(ending);
     };
-    if aside { run_aside("engine-close", close) } else { close() }
+    if aside { run_aside("engine-close", close) } else { close(Place::Here) }
 }
 
 /// Give back the memory of a job that nobody looks at any more.
