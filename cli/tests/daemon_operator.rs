@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -66,7 +67,8 @@ fn what_is_refused_leaves_no_target() {
             "the daemon has no disk none; it has: vda",
         ),
         (backup("x", &["--job-id", "1"]), "Invalid job ID '1'"),
-        (backup("none/x", &[]), "cannot create none/x"),
+        (backup("none/x", &[]), "none does not exist; create it first"),
+        (backup("/dev/vg0/x", &[]), "there is no such device; check the name with lsblk"),
         (backup("x", &["--fleece", "disk.img"]), "disk.img"),
         (
             vec!["backup", "--qmp", "unix:none", "--disk", "vda", "--target", "x"],
@@ -77,6 +79,48 @@ fn what_is_refused_leaves_no_target() {
         assert_ne!(code(&output), 0, "{arguments:?}");
         assert!(stderr(&output).contains(told), "{arguments:?}: {}", stderr(&output));
         assert!(!there.path().join("x").exists(), "{arguments:?}");
+    }
+}
+
+/// Whatever the reason, and however long it is.
+#[test]
+fn what_is_refused_leaves_an_old_target_as_it_was() {
+    let there = directory();
+    dense(&there.path().join("disk.img"), LENGTH, 3);
+    for (name, length) in [("longer.img", 6 << 20), ("shorter.img", 1000)] {
+        dense(&there.path().join(name), length, 4);
+    }
+    let state = |name: &str| {
+        let found = std::fs::metadata(there.path().join(name)).expect("it is there");
+        let bytes = std::fs::read(there.path().join(name)).expect("read");
+        (found.len(), found.modified().expect("a time"), found.ctime(), found.ctime_nsec(), bytes)
+    };
+    for name in ["longer.img", "shorter.img"] {
+        // Nobody uses the other disk of the daemon.
+        let disks = ["--disk", "vda=disk.img", "--disk", &format!("vdb={name}")];
+        let daemon = Daemon::start(there.path(), &disks);
+        drop(daemon.client());
+        let before = state(name);
+        let output = run_in(there.path(), &backup(name, &["--force"]));
+        assert_eq!(code(&output), 2, "{}", stderr(&output));
+        assert!(stderr(&output).contains("is the daemon's disk 'vdb'"), "{}", stderr(&output));
+        assert!(state(name) == before, "{name}");
+        daemon.running.kill();
+        let daemon = with_disk(there.path());
+        for (more, told) in [
+            (&["--job-id", "bad id"][..], "Invalid job ID 'bad id'"),
+            (&["--fleece", "none/fleece"], "none/fleece"),
+            (&["--fleece", "disk.img"], "disk.img"),
+        ] {
+            let output = run_in(there.path(), &backup(name, &[&["--force"], more].concat()));
+            assert_eq!(code(&output), 2, "{more:?}: {}", stderr(&output));
+            assert!(stderr(&output).contains(told), "{more:?}: {}", stderr(&output));
+            assert!(state(name) == before, "{name} {more:?}");
+        }
+        let output = run_in(there.path(), &backup(name, &["--force"]));
+        assert_eq!(code(&output), 0, "{}", stderr(&output));
+        assert!(same(&there.path().join("disk.img"), &there.path().join(name)));
+        daemon.running.kill();
     }
 }
 
@@ -154,4 +198,5 @@ fn a_daemon_that_goes_away_is_told() {
         messages.contains("the daemon has closed the connection") || messages.contains("lost"),
         "{messages}"
     );
+    assert!(messages.contains("if the daemon was killed it is incomplete, so delete it"), "{messages}");
 }

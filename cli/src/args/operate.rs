@@ -1,6 +1,6 @@
 //! What the operator's side of a daemon takes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use engine::units::{Length, Speed};
@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::daemon::qmp_socket;
 use super::{OutputArgs, Policy, ProgressKind, speed, why};
+use crate::client::ClientError;
 
 pub(super) const BACKUP_HELP: &str = "\
 The backup shows the disk as it is when the command starts, although guests go on writing. A new target file is made as long \
@@ -89,10 +90,21 @@ pub(crate) struct BackupArgs {
 }
 
 impl BackupArgs {
-    /// The arguments of `blockdev-backup`.
-    pub(crate) fn request(&self, id: &str, target: &str) -> Value {
+    /// The arguments of `x-backup`.
+    ///
+    /// # Errors
+    /// When a path cannot be told to somebody in another directory.
+    pub(crate) fn request(&self, id: &str) -> Result<Value, ClientError> {
+        // The daemon may be in another directory.
+        let absolute = |path: &Path| {
+            let refused = |why: &str| ClientError::Refused(format!("'{}': {why}", path.display()));
+            let absolute = std::path::absolute(path)
+                .map_err(|error| refused(&crate::out::reason(&error).to_string()))?;
+            let told = absolute.into_os_string().into_string();
+            told.map_err(|_| refused("the path as a whole is not UTF-8, and QMP knows no other"))
+        };
         let mut request = json!({
-            "job-id": id, "device": self.disk, "target": target,
+            "job-id": id, "device": self.disk, "path": absolute(Path::new(&self.target))?, "force": self.force,
             "sync": match self.sync {
                 LiveSync::Full => "full",
                 LiveSync::Top => "top",
@@ -108,13 +120,13 @@ impl BackupArgs {
             "cbw-timeout": self.cbw_timeout,
         });
         if let Some(path) = &self.fleece {
-            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
-            request["x-fleece"] = json!({ "path": path, "size": self.fleece_size.0 });
+            request["x-fleece"] = json!({ "path": absolute(path)?, "size": self.fleece_size.0 });
         }
-        request
+        Ok(request)
     }
 
     /// Whether what was copied until a cancel is what was asked for.
+    #[expect(dead_code)]
     pub(crate) fn keeps_partial(&self) -> bool {
         self.sync == LiveSync::None
     }

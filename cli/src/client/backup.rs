@@ -1,13 +1,9 @@
 //! `backup`: a backup of a disk of a running daemon, watched to its end.
 //!
 //! # Order
-//! A new target file is made here, of the disk's length, and given to the daemon as a node; then the job is started, and shown until it has
-//! ended; then the node goes. A new file goes, too, if there is no use for it. So the daemon never creates a file by order of a client,
-//! and any daemon that speaks QMP as QEMU does would do.
+//! The daemon makes the target (`x-backup`): whether the file may be used at all, only it can tell, and nothing of one that is refused may have changed.
+//! Then the job is shown until it has ended.
 
-use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -99,40 +95,19 @@ fn back_up(
     last: &mut Option<Snapshot>,
 ) -> Result<Ended, ClientError> {
     let mut client = Client::connect(&args.socket.path)?;
-    let length = length_of(&mut client, &args.disk)?;
-    let target = Target::prepare(&args.target, length, args.force)?;
-    let name = format!("backup-{}", std::process::id());
-    let driver = if target.is_device { "host_device" } else { "file" };
-    let node = json!({ "driver": driver, "node-name": name, "filename": target.path, "discard": "unmap" });
-    let done = client.execute("blockdev-add", node).and_then(|_| {
-        let mut done = follow(&mut client, args, &name, signalled, meter, last);
-        if let Ok(ended) = &mut done
-            && matches!(ended.result, "complete" | "skipped")
-        {
-            watch_after(&mut client, args, signalled, ended);
-        }
-        // If it cannot be had any more there is nothing to remove it from.
-        client.execute("blockdev-del", json!({ "node-name": name })).ok();
-        done
-    });
-    let keep = match &done {
-        Ok(ended) => matches!(ended.result, "complete" | "skipped") || args.keeps_partial(),
-        // The daemon may be at work on it yet.
-        Err(ClientError::Lost(_)) => true,
-        Err(ClientError::Refused(_)) => false,
-    };
-    if !keep {
-        target.discard();
+    check_disk(&mut client, &args.disk)?;
+    let mut ended = follow(&mut client, args, signalled, meter, last)?;
+    if matches!(ended.result, "complete" | "skipped") {
+        watch_after(&mut client, args, signalled, &mut ended);
     }
-    done
+    Ok(ended)
 }
 
-fn length_of(client: &mut Client, disk: &str) -> Result<u64, ClientError> {
+fn check_disk(client: &mut Client, disk: &str) -> Result<(), ClientError> {
     let nodes = client.execute("query-named-block-nodes", json!({}))?;
     let nodes = nodes.as_array().map(Vec::as_slice).unwrap_or_default();
-    if let Some(node) = nodes.iter().find(|node| node["node-name"] == disk) {
-        let length = node["image"]["virtual-size"].as_u64();
-        return length.ok_or_else(|| refused(format!("the daemon does not tell the length of {disk}")));
+    if nodes.iter().any(|node| node["node-name"] == disk) {
+        return Ok(());
     }
     let names: Vec<&str> = nodes
         .iter()
@@ -147,25 +122,42 @@ fn length_of(client: &mut Client, disk: &str) -> Result<u64, ClientError> {
 fn follow(
     client: &mut Client,
     args: &BackupArgs,
-    target: &str,
     signalled: &Signalled,
     meter: &mut Meter,
     last: &mut Option<Snapshot>,
 ) -> Result<Ended, ClientError> {
-    let id = args.job_id.clone().unwrap_or_else(|| target.to_owned());
-    client.execute("blockdev-backup", args.request(&id, target))?;
+    let id = args.job_id.clone().unwrap_or_else(|| format!("backup-{}", std::process::id()));
+    client.execute("x-backup", args.request(&id)?)?;
+    watch(client, args, &id, signalled, meter, last).map_err(|error| match error {
+        ClientError::Lost(why) => ClientError::Lost(format!(
+            "{why}; what becomes of {} is not known: if the daemon was killed it is incomplete, so delete it",
+            args.target
+        )),
+        error => error,
+    })
+}
+
+/// Show the job to its end.
+fn watch(
+    client: &mut Client,
+    args: &BackupArgs,
+    id: &str,
+    signalled: &Signalled,
+    meter: &mut Meter,
+    last: &mut Option<Snapshot>,
+) -> Result<Ended, ClientError> {
     let mut cancelled = false;
     let mut ended = None;
     loop {
         while let Some(event) = client.next_event(TICK)? {
             let data = &event["data"];
             match event["event"].as_str().unwrap_or_default() {
-                "BLOCK_JOB_ERROR" if data["device"] == *id => tell_error(data, &id, args, meter),
-                "BLOCK_JOB_COMPLETED" if data["device"] == *id => ended = Some(completed(data)),
-                "BLOCK_JOB_CANCELLED" if data["device"] == *id => {
+                "BLOCK_JOB_ERROR" if data["device"] == id => tell_error(data, id, args, meter),
+                "BLOCK_JOB_COMPLETED" if data["device"] == id => ended = Some(completed(data)),
+                "BLOCK_JOB_CANCELLED" if data["device"] == id => {
                     ended = Some(was_cancelled(data, signalled));
                 }
-                "JOB_STATUS_CHANGE" if data["id"] == *id && data["status"] == "null" => {
+                "JOB_STATUS_CHANGE" if data["id"] == id && data["status"] == "null" => {
                     return ended.ok_or_else(|| ClientError::Lost(format!("job {id} is gone")));
                 }
                 _ => {}
@@ -178,7 +170,7 @@ fn follow(
             // Refused when it is ending already.
             client.execute("block-job-cancel", force).ok();
         }
-        if let Some(job) = look(client, &id)? {
+        if let Some(job) = look(client, id)? {
             let snapshot = snapshot_of(&job);
             meter.update(&snapshot);
             *last = Some(snapshot);
@@ -232,66 +224,6 @@ fn was_cancelled(data: &Value, signalled: &Signalled) -> Ended {
     let code = signalled.ending().map_or(FAILED, |ending| ending.exit_code());
     let error = signalled.ending().is_none().then(|| "the job was cancelled".to_owned());
     Ended { result: "cancelled", code, error, last: data.clone() }
-}
-
-/// Where the backup goes.
-struct Target {
-    path: PathBuf,
-    is_device: bool,
-    is_new: bool,
-}
-
-impl Target {
-    fn prepare(text: &str, length: u64, force: bool) -> Result<Self, ClientError> {
-        // The daemon may be in another directory.
-        let path = std::path::absolute(text)
-            .map_err(|error| refused(format!("{text}: {}", crate::out::reason(&error))))?;
-        let failed = |what: &str, error: std::io::Error| {
-            refused(format!("cannot {what} {text}: {}", crate::out::reason(&error)))
-        };
-        match fs::metadata(&path) {
-            Ok(found) if found.file_type().is_block_device() => {
-                Ok(Self { path, is_device: true, is_new: false })
-            }
-            Ok(found) if !found.is_file() => Err(refused(format!("{text} is no file and no block device"))),
-            Ok(_) if !force => Err(refused(format!(
-                "{text} exists already; overwrite it with --force, or choose another name"
-            ))),
-            Ok(_) => {
-                let resized =
-                    OpenOptions::new().write(true).open(&path).and_then(|file| file.set_len(length));
-                resized.map_err(|error| failed("resize", error))?;
-                Ok(Self { path, is_device: false, is_new: false })
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let made = create(&path, length).map_err(|error| failed("create", error));
-                made.map(|()| Self { path, is_device: false, is_new: true })
-            }
-            Err(error) => Err(failed("look at", error)),
-        }
-    }
-
-    /// There is no use for it.
-    fn discard(&self) {
-        if self.is_new {
-            match fs::remove_file(&self.path) {
-                Ok(()) => out::say(format_args!("{} was removed", self.path.display())),
-                Err(error) => out::say(format_args!(
-                    "cannot remove {}: {}",
-                    self.path.display(),
-                    crate::out::reason(&error)
-                )),
-            }
-        }
-    }
-}
-
-fn create(path: &Path, length: u64) -> std::io::Result<()> {
-    let file: File = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    file.set_len(length).inspect_err(|_| {
-        // The error says enough.
-        fs::remove_file(path).ok();
-    })
 }
 
 #[cfg(test)]

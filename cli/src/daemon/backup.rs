@@ -1,4 +1,9 @@
-//! `blockdev-backup` and `transaction`: what is asked for becomes jobs of the engine, all at one instant or none.
+//! `blockdev-backup`, `x-backup` and `transaction`: what is asked for becomes jobs of the engine, all at one instant or none.
+//!
+//! # Targets
+//! A node is overwritten where it is, as with QEMU: it has to be as long as the source. Of a path (`x-backup`) the engine makes a target as `copy` does:
+//! it checks everything, takes the locks, and only then makes the file, or gives it the source's length; a new file goes again if the job does not
+//! succeed. No client can do that from outside without changing a file that is then refused.
 //!
 //! # Order
 //! Each action is checked in turn, against the nodes and jobs as they are and against those before it. Only when all are fine is the engine
@@ -6,6 +11,7 @@
 //! that was fine, and when the whole does not come about, of its end; nothing was copied then, and no target touched.
 
 use std::num::NonZeroU64;
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use engine::job::Status;
@@ -26,14 +32,19 @@ const START_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most jobs of one transaction.
 const MAX_ACTIONS: usize = 64;
 
-/// What `blockdev-backup` takes; checked before.
+/// What `blockdev-backup` and `x-backup` take; checked before.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Asked {
     #[serde(default)]
     job_id: String,
     device: String,
+    /// A node; empty where `path` is given.
+    #[serde(default)]
     target: String,
+    path: Option<String>,
+    #[serde(default)]
+    force: bool,
     sync: String,
     #[serde(default)]
     speed: i64,
@@ -106,7 +117,8 @@ struct Planned {
     asked: Asked,
     serial: JobSerial,
     source: String,
-    target: String,
+    /// The node, if it is one.
+    target: Option<String>,
     options: BackupOptions,
 }
 
@@ -115,7 +127,7 @@ fn refuse<T>(text: impl Into<String>) -> Result<T, QmpError> {
 }
 
 impl Control {
-    /// `blockdev-backup`.
+    /// `blockdev-backup` and `x-backup`.
     pub(super) fn backup(&mut self, arguments: &Arguments) -> Result<Value, QmpError> {
         let planned = self.plan(arguments, &[])?;
         self.start(vec![planned], GroupFailure::GoOn)
@@ -165,21 +177,29 @@ impl Control {
         let asked: Asked = decode(arguments)?;
         let nodes = &self.nodes;
         let (source, length) = (nodes.bottom_of(&asked.device)?, nodes.length_of(&asked.device)?);
-        let target = nodes.bottom_of(&asked.target)?;
-        if source == target {
+        let target = match &asked.path {
+            Some(path) => {
+                self.check_path(path)?;
+                None
+            }
+            None => Some(nodes.bottom_of(&asked.target)?),
+        };
+        if target.as_ref() == Some(&source) {
             return refuse("Source and target cannot be the same");
         }
-        let target_in = |node: &str| before.iter().any(|other| other.target == node);
+        let target_in = |node: &str| before.iter().any(|other| other.target.as_deref() == Some(node));
         let source_in = |node: &str| before.iter().any(|other| other.source == node);
         if nodes.is_target(&asked.device)? || target_in(&source) {
             return Err(busy(&asked.device));
         }
-        if nodes.is_target(&asked.target)? || target_in(&target) {
-            return Err(busy(&asked.target));
-        }
-        let sectors = |bytes: u64| bytes.div_ceil(SECTOR);
-        if sectors(length) != sectors(nodes.length_of(&asked.target)?) {
-            return refuse("Source and target image have different sizes");
+        if let Some(target) = &target {
+            if nodes.is_target(&asked.target)? || target_in(target) {
+                return Err(busy(&asked.target));
+            }
+            let sectors = |bytes: u64| bytes.div_ceil(SECTOR);
+            if sectors(length) != sectors(nodes.length_of(&asked.target)?) {
+                return refuse("Source and target image have different sizes");
+            }
         }
         let perf = perf_of(asked.x_perf.as_ref())?;
         if let Some(filter) = &asked.filter_node_name {
@@ -191,12 +211,14 @@ impl Control {
             };
             fine.map_err(|why| QmpError::generic(format!("Could not create node: {why}")))?;
         }
-        if nodes.is_read_only(&asked.target)? {
-            return refuse("Could not create node: Block node is read-only");
-        }
-        if nodes.is_read(&asked.target)? || source_in(&target) {
-            let name = &asked.target;
-            return refuse(format!("Node '{name}' is busy: it is the source of a job, or exported"));
+        if let Some(target) = &target {
+            if nodes.is_read_only(&asked.target)? {
+                return refuse("Could not create node: Block node is read-only");
+            }
+            if nodes.is_read(&asked.target)? || source_in(target) {
+                let name = &asked.target;
+                return refuse(format!("Node '{name}' is busy: it is the source of a job, or exported"));
+            }
         }
         self.check_job_id(&asked.job_id, before)?;
         if asked.speed < 0 {
@@ -208,6 +230,18 @@ impl Control {
         }
         let options = self.options_of(&asked, &perf)?;
         Ok(Planned { serial: self.jobs.next_serial(), asked, source, target, options })
+    }
+
+    /// What the engine cannot know of a target's path.
+    fn check_path(&self, path: &str) -> Result<(), QmpError> {
+        if !Path::new(path).is_absolute() {
+            return refuse(format!("Parameter 'path' expects an absolute path, not '{path}'"));
+        }
+        // Nobody may use it at present, and then nothing else would tell.
+        match self.nodes.of_file(path) {
+            Some(node) => refuse(format!("{path} is the daemon's disk '{node}'; choose another target")),
+            None => Ok(()),
+        }
     }
 
     fn check_job_id(&self, id: &str, before: &[Planned]) -> Result<(), QmpError> {
@@ -256,11 +290,15 @@ impl Control {
             },
             cbw_timeout: (asked.cbw_timeout > 0).then(|| Duration::from_secs(asked.cbw_timeout.into())),
             start_timeout: START_TIMEOUT,
-            in_place: true,
+            in_place: asked.path.is_none(),
+            force: asked.force,
             auto_finalize: asked.auto_finalize,
             auto_dismiss: asked.auto_dismiss,
             fleece,
-            ..BackupOptions::new(self.nodes.locator_of(&asked.target)?)
+            ..BackupOptions::new(match &asked.path {
+                Some(path) => path.clone(),
+                None => self.nodes.locator_of(&asked.target)?,
+            })
         })
     }
 
@@ -298,7 +336,9 @@ impl Control {
         };
         for (job, backup) in planned.into_iter().zip(backups) {
             let Planned { asked, serial, source, target, options } = job;
-            self.nodes.set_target(&target, true);
+            if let Some(target) = &target {
+                self.nodes.set_target(target, true);
+            }
             if let Some(filter) = &asked.filter_node_name {
                 self.nodes.add_filter(filter, &source);
             }

@@ -90,7 +90,7 @@ impl Control {
             "block-export-add" => nothing(self.add_export(arguments)),
             "block-export-del" => nothing(self.remove_export(text("id"), text("mode") == "hard")),
             "query-block-exports" => Ok(self.serving.query()),
-            "blockdev-backup" => self.backup(arguments),
+            "blockdev-backup" | "x-backup" => self.backup(arguments),
             "transaction" => self.transaction(arguments),
             "query-jobs" => Ok(self.jobs.newest_first().map(super::jobs::Job::query).collect()),
             "query-block-jobs" => Ok(self.jobs.newest_first().map(super::jobs::Job::query_block).collect()),
@@ -254,7 +254,9 @@ impl Control {
         }
         let (source, target, filter) = (job.source.clone(), job.target.clone(), job.filter.take());
         self.nodes.release(&source);
-        self.nodes.set_target(&target, false);
+        if let Some(target) = target {
+            self.nodes.set_target(&target, false);
+        }
         if let Some(filter) = filter {
             self.nodes.remove_filter(&filter);
         }

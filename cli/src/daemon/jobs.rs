@@ -30,9 +30,9 @@ pub(super) struct Job {
     pub(super) id: String,
     pub(super) handle: JobHandle,
     pub(super) snapshot: Snapshot,
-    /// The nodes at the bottom of its source and its target.
+    /// The nodes at the bottom of its source and, where that is one, its target.
     pub(super) source: String,
-    pub(super) target: String,
+    pub(super) target: Option<String>,
     /// The name that its filter has, if it was given one.
     pub(super) filter: Option<String>,
     /// The last state that was told.

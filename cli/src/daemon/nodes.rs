@@ -333,6 +333,23 @@ impl Nodes {
         Ok(disk.locator.clone())
     }
 
+    /// The node whose disk is the file or device at `path`.
+    pub(super) fn of_file(&self, path: &str) -> Option<&str> {
+        let sought = std::fs::metadata(path).ok()?;
+        let same = |disk: &Disk| {
+            let found = disk.file.as_ref().and_then(|file| file.metadata().ok());
+            found.is_some_and(|found| {
+                (found.dev(), found.ino()) == (sought.dev(), sought.ino())
+                    || sought.file_type().is_block_device() && found.rdev() == sought.rdev()
+            })
+        };
+        let node = self.nodes.iter().find(|node| matches!(&node.kind, Kind::Disk(disk) if same(disk)))?;
+        // One that was made along with the node over it has a name that nobody gave it.
+        let over =
+            self.nodes.iter().find(|over| matches!(&over.kind, Kind::Raw(below) if *below == node.name));
+        Some(&over.filter(|_| node.implicit).unwrap_or(node).name)
+    }
+
     /// The disk under `name` on `engine`, for one more reader; to be given back with [`Self::release`].
     pub(super) fn use_disk(&mut self, engine: &Engine, name: &str) -> Result<LiveDisk, QmpError> {
         let bottom = self.bottom_of(name)?;

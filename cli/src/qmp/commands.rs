@@ -174,6 +174,25 @@ pub static BACKUP: Object = object(&[
     may("x-fleece", Kind::Object(&FLEECE)),
 ]);
 
+/// The arguments of `x-backup`: those of `blockdev-backup`, with a path of the daemon's host instead of a node.
+static PATH_BACKUP: Object = object(&[
+    may("job-id", Kind::Text),
+    needs("device", Kind::Text),
+    needs("path", Kind::Text),
+    may("force", Kind::Bool),
+    needs("sync", Kind::Word(&SYNC)),
+    may("speed", Kind::Int),
+    may("on-source-error", Kind::Word(&ON_ERROR)),
+    may("on-target-error", Kind::Word(&ON_ERROR)),
+    may("on-cbw-error", Kind::Word(&ON_CBW_ERROR)),
+    may("cbw-timeout", Kind::UInt32),
+    may("auto-finalize", Kind::Bool),
+    may("auto-dismiss", Kind::Bool),
+    may("filter-node-name", Kind::Text),
+    may("x-perf", Kind::Object(&PERF)),
+    may("x-fleece", Kind::Object(&FLEECE)),
+]);
+
 static INET: Object = object(&[
     needs("host", Kind::Text),
     needs("port", Kind::Text),
@@ -370,6 +389,7 @@ pub static COMMANDS: &[Command] = &[
         ]),
         NOTHING,
     ),
+    command("x-backup", &PATH_BACKUP, NOTHING),
     command("x-query-latencies", &NODE_NAME, Kind::Any),
 ];
 
