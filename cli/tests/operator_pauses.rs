@@ -94,8 +94,8 @@ fn the_last_line_of_progress_is_the_end() {
     let running = Running::program(there.path(), &[&BACKUP[..], &["--progress", "json"]].concat());
     let (code, _, messages) = running.end();
     assert_eq!(code, 0, "{messages}");
-    let lines = messages.lines().filter(|line| line.contains("\"event\":\"progress\""));
-    let last: Value = serde_json::from_str(lines.last().expect("a line")).expect("JSON");
+    let mut lines = messages.lines().filter(|line| line.contains("\"event\":\"progress\""));
+    let last: Value = serde_json::from_str(lines.next_back().expect("a line")).expect("JSON");
     assert_eq!(last["final"], true, "{last}");
     assert_eq!((&last["status"], &last["id"]), (&"concluded".into(), &"nightly".into()), "{last}");
     assert_eq!((&last["x-progress"]["done"], &last["x-progress"]["total"]), (&LENGTH.into(), &LENGTH.into()));
