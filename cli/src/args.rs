@@ -6,7 +6,9 @@
 mod daemon;
 mod operate;
 
+use std::fmt::Display;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -18,7 +20,7 @@ use engine::units::{ClusterSize, Length, Speed};
 use crate::demo::BLOCK;
 
 use daemon::DAEMON_HELP;
-pub(crate) use daemon::DaemonArgs;
+pub(crate) use daemon::{DaemonArgs, DiskArg};
 use operate::{BACKUP_HELP, JOB_HELP};
 pub(crate) use operate::{BackupArgs, JobAction, JobArgs};
 
@@ -492,11 +494,20 @@ fn demo_size(text: &str) -> Result<Length, String> {
 }
 
 fn demo_seconds(text: &str) -> Result<u64, String> {
-    match text.parse() {
-        Ok(seconds @ 1..=3600) => Ok(seconds),
-        Ok(_) => Err("it is out of range; choose 1 to 3600".to_owned()),
-        Err(_) => Err("it is no whole number; choose 1 to 3600".to_owned()),
-    }
+    whole_number(text, 1, 3600)
+}
+
+/// A whole number from `least` to `most`.
+fn whole_number<T: FromStr + PartialOrd + Display>(text: &str, least: T, most: T) -> Result<T, String> {
+    let wrong = match text.parse() {
+        Ok(number) if (&least..=&most).contains(&&number) => return Ok(number),
+        Ok(_) => "it is out of range",
+        Err(_) if !text.is_empty() && text.bytes().all(|letter| letter.is_ascii_digit()) => {
+            "it is out of range"
+        }
+        Err(_) => "it is no whole number",
+    };
+    Err(format!("{wrong}; choose {least} to {most}"))
 }
 
 /// The part of an error that does not repeat the value: the usage message names option and value already.

@@ -4,8 +4,6 @@
 //! job that pauses on an error (policy `stop`) is announced once a pause, with what makes it go on: SIGCONT, or Enter where
 //! somebody sits at the terminal.
 
-mod keys;
-
 use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
@@ -16,12 +14,12 @@ use engine::error::{Error, ErrorKind, Operation, Refusal};
 use engine::job::{IoStatus, JobResult, Progress, Status};
 
 use crate::args::CopyArgs;
+use crate::keys::Keys;
 use crate::out;
 use crate::progress::{Meter, Snapshot};
 use crate::report::copy::{Ended, missing_hint, not_started_json};
 use crate::report::{deliver, exit_code};
 use crate::signals::Signalled;
-use keys::Keys;
 
 /// How often the job is looked at.
 const TICK: Duration = Duration::from_millis(100);

@@ -1,7 +1,7 @@
 //! `engine-cli`: copies disks and images.
 //!
 //! A clean cut: `args` says what users may write, `copy`, `compare`, `info` and `demo` do the work through the engine, `daemon` serves
-//! others, who speak `qmp`, as `client` does; `progress` shows how far it is, `report` how it ended, `signals` brings in the outside. Here the parts meet, and each
+//! others, who speak `qmp`, as `client` does; `progress` shows how far it is, `report` how it ended, `signals` and `keys` bring in the outside. Here the parts meet, and each
 //! way to end becomes an exit code.
 
 mod args;
@@ -12,6 +12,7 @@ mod daemon;
 mod demo;
 mod generate;
 mod info;
+mod keys;
 mod logging;
 mod out;
 mod progress;

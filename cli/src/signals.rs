@@ -5,7 +5,7 @@
 //! the next signal. The first SIGINT, SIGTERM or SIGHUP cancels the job. [`SAME_SIGNAL`] later a second one
 //! ends the process inside the signal handler, whatever the threads are doing. (Not sooner: `timeout` and some terminals
 //! deliver one request twice.) SIGCONT resumes a job that has paused on an error and is harmless otherwise, as
-//! after Ctrl-Z and `fg`.
+//! after Ctrl-Z and `fg`. A job of another process is not resumed here: that SIGCONT came is kept for whoever watches it ([`Signalled::take_continue`]).
 //!
 //! SIGXFSZ is caught so that a write beyond the limit fails with `EFBIG`. SIGPIPE is ignored by Rust's start-up code. SIGHUP
 //! stays ignored where it was at the start (`nohup`).
@@ -29,6 +29,8 @@ const SAME_SIGNAL: Duration = Duration::from_millis(200);
 struct State {
     /// Number of the first ending signal, 0 before.
     first: AtomicI32,
+    /// SIGCONT has come since this was last asked.
+    continued: AtomicBool,
     /// Pauses that were lifted, by SIGCONT or by a key.
     resumes: AtomicU64,
     /// The job to steer, once there is one.
@@ -75,6 +77,7 @@ impl Signalled {
         thread::Builder::new().name("signals".into()).spawn(move || {
             for signal in signals.forever() {
                 if signal == SIGCONT {
+                    shared.continued.store(true, Ordering::SeqCst);
                     shared.go_on();
                 } else if shared.first.swap(signal, Ordering::SeqCst) == 0 {
                     shared.end();
@@ -101,6 +104,11 @@ impl Signalled {
             0 => None,
             signal => Some(Ending(signal)),
         }
+    }
+
+    /// Whether SIGCONT has come since this was last asked.
+    pub(crate) fn take_continue(&self) -> bool {
+        self.state.continued.swap(false, Ordering::SeqCst)
     }
 
     /// How many pauses were lifted so far.

@@ -26,7 +26,8 @@ pub(crate) fn report(error: &clap::Error, arguments: &[String]) -> u8 {
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand
     );
     if of_job && missing {
-        let verbs = "a command is missing: list, pause, resume, cancel, set-speed or watch";
+        let verbs =
+            "a command is missing: list, pause, resume, cancel, finalize, dismiss, set-speed or watch";
         return refuse(verbs, arguments);
     }
     refuse(&mistake(error), arguments)

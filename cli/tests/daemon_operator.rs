@@ -60,11 +60,17 @@ fn a_backup_is_the_disk_and_leaves_nothing_behind() {
 #[test]
 fn what_is_refused_leaves_no_target() {
     let there = directory();
-    let _daemon = with_disk(there.path());
+    dense(&there.path().join("disk.img"), LENGTH, 3);
+    let daemon = Daemon::start(there.path(), &["--nbd", "unix:nbd.sock", "--disk", "vda=disk.img"]);
+    drop(daemon.client());
     for (arguments, told) in [
         (
             [&["backup"][..], &QMP, &["--disk", "none", "--target", "x"]].concat(),
             "the daemon has no disk none; it has: vda",
+        ),
+        (
+            vec!["backup", "--qmp", "nbd.sock", "--disk", "vda", "--target", "x"],
+            "nbd.sock is a socket of NBD",
         ),
         (backup("x", &["--job-id", "1"]), "Invalid job ID '1'"),
         (backup("none/x", &[]), "none does not exist; create it first"),
@@ -155,7 +161,14 @@ fn jobs_are_listed_steered_and_watched() {
     assert_eq!(code_of_watch, 0, "{messages}");
     assert!(same(&there.path().join("disk.img"), &there.path().join("copy.img")));
     let gone = job("cancel", &["nightly"]);
-    assert_eq!((code(&gone), stderr(&gone).contains("Job not found")), (2, true));
+    let told =
+        "there is no job nightly; 'engine-cli job list --qmp unix:qmp.sock' shows those that there are";
+    assert!(code(&gone) == 2 && stderr(&gone).contains(told), "{}", stderr(&gone));
+    let none = job("list", &[]);
+    assert_eq!(
+        (code(&none), stdout(&none), stderr(&none)),
+        (0, String::new(), "engine-cli: no jobs\n".into())
+    );
 }
 
 #[test]
@@ -181,6 +194,105 @@ fn a_signal_or_somebody_else_cancels() {
         assert!(!there.path().join("copy.img").exists(), "{messages}");
         assert!(jobs(there.path()).is_empty());
     }
+}
+
+#[test]
+fn a_refusal_is_an_error_in_json_lines() {
+    let there = directory();
+    let _daemon = with_disk(there.path());
+    let output = run_in(there.path(), &backup("x", &["--job-id", "1", "--progress", "json"]));
+    assert_eq!(code(&output), 2);
+    let lines = stderr(&output);
+    let mut lines = lines.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+    let why = lines.find(|line| line["message"].as_str().is_some_and(|text| text.contains("Invalid job ID")));
+    assert_eq!(why.expect("told")["level"], "error");
+}
+
+#[test]
+fn only_old_contents_are_kept_until_a_cancel() {
+    let there = directory();
+    let _daemon = with_disk(there.path());
+    let arguments =
+        backup("old.img", &["--sync", "none", "--job-id", "old", "--json", "--progress", "json", "--force"]);
+    let told = "old.img keeps the old contents of 0 B of vda, which guests changed";
+    for (signal, wanted, result) in [(None, 0, "complete"), (Some("INT"), 130, "cancelled")] {
+        let mut running = Running::program(there.path(), &arguments);
+        running.progress(|line| line["status"] == "running");
+        match signal {
+            Some(signal) => running.signal(signal),
+            None => {
+                let output = run_in(there.path(), &["job", "cancel", "--qmp", "qmp.sock", "old"]);
+                assert_eq!(code(&output), 0, "{}", stderr(&output));
+            }
+        }
+        let (code, output, messages) = running.end();
+        assert_eq!(code, wanted, "{messages}");
+        assert!(messages.contains(told) && !messages.contains("was cancelled"), "{messages}");
+        let object: Value = serde_json::from_str(&output).expect("JSON");
+        assert_eq!((&object["result"], &object["exit_code"]), (&json!(result), &json!(wanted)));
+        assert_eq!(object["error"], json!(null));
+        assert!(there.path().join("old.img").exists());
+    }
+}
+
+#[test]
+fn jobs_that_wait_are_finalized_and_dismissed() {
+    let there = directory();
+    let daemon = with_disk(there.path());
+    dense(&there.path().join("copy.img"), LENGTH, 9);
+    let mut client = daemon.client();
+    client.add_file("target", &there.path().join("copy.img"));
+    let waits = json!({
+        "job-id": "waits", "device": "vda", "target": "target", "sync": "full",
+        "auto-finalize": false, "auto-dismiss": false,
+    });
+    client.ok("blockdev-backup", waits);
+    client.until("waits", "BLOCK_JOB_PENDING");
+    let job = |verb: &str| run_in(there.path(), &["job", verb, "--qmp", "qmp.sock", "waits"]);
+    let early = job("dismiss");
+    assert_eq!(code(&early), 2, "{}", stderr(&early));
+    assert_eq!(code(&job("finalize")), 0);
+    client.until("waits", "concluded");
+    assert_eq!(jobs(there.path())[0]["status"], "concluded");
+    assert_eq!(code(&job("dismiss")), 0);
+    assert!(jobs(there.path()).is_empty());
+    assert!(same(&there.path().join("disk.img"), &there.path().join("copy.img")));
+}
+
+#[test]
+fn what_a_daemon_cannot_begin_with_is_named() {
+    let there = directory();
+    dense(&there.path().join("disk.img"), LENGTH, 3);
+    for (arguments, told) in [
+        (
+            vec!["--qmp", "unix:q", "--disk", "vda=disk.img", "--disk", "vdb=./disk.img"],
+            "--disk vda and --disk vdb are the same disk; give it once",
+        ),
+        (vec!["--qmp", "unix:q", "--nbd", "unix:q"], "--qmp and --nbd are the same socket"),
+        (vec!["--qmp", "unix:none/q"], "the directory none does not exist; create it first"),
+        (vec!["--nbd", "tcp:0", "--max-connections", "0"], "it is out of range; choose 1 to 1024"),
+    ] {
+        // One that begins all the same would not end.
+        let (code, _, messages) =
+            Running::program(there.path(), &[&["daemon"][..], &arguments].concat()).end();
+        assert_eq!(code, 2, "{arguments:?}");
+        assert!(messages.contains(told), "{arguments:?}: {messages}");
+        assert!(!there.path().join("q").exists());
+    }
+}
+
+#[test]
+fn a_free_port_is_told_and_an_end_without_jobs_speaks_of_none() {
+    let there = directory();
+    let mut daemon = Daemon::start(there.path(), &["--nbd", "tcp:0"]);
+    let line = daemon.running.expect("NBD is served on tcp:127.0.0.1:");
+    let port = line.rsplit_once(':').expect("a port").1.parse().expect("a number");
+    assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+    drop(daemon.client());
+    daemon.running.signal("TERM");
+    let (code, _, messages) = daemon.running.end();
+    assert_eq!(code, 0, "{messages}");
+    assert!(messages.contains("ending; a second") && !messages.contains("jobs"), "{messages}");
 }
 
 #[test]

@@ -7,13 +7,14 @@ use engine::copy::IoEngine;
 use engine::storage::locator;
 use engine::units::Length;
 
-use super::{Carrier, why};
+use super::{Carrier, whole_number, why};
+use crate::daemon::MAX_CONNECTIONS;
 use crate::daemon::listen::Endpoint;
 
 pub(super) const DAEMON_HELP: &str = "\
 QMP is QEMU's control protocol; docs/qemu-compatibility.md says which of its commands are there. The sockets are the \
-owner's alone. A single --disk is also what NBD clients get that name no export. Started with a socket (LISTEN_FDS), \
-the daemon serves NBD on that. Ends with the command quit, or SIGTERM or SIGINT: jobs are cancelled then.
+owner's alone. A single --disk is also what NBD clients get that name no export: it has the empty name besides its own. Started \
+with a socket (LISTEN_FDS), as nbdcopy does below, the daemon serves NBD on that. Ends with the command quit, or SIGTERM or SIGINT: jobs are cancelled then.
 
 Examples:
   engine-cli daemon --qmp unix:/run/engine.qmp
@@ -34,14 +35,15 @@ pub(crate) struct DaemonArgs {
     /// Take commands on this socket, unix:PATH
     #[arg(long, value_name = "SOCKET", value_parser = qmp_socket)]
     pub(crate) qmp: Option<PathBuf>,
-    /// Serve disks on this socket: unix:PATH, or tcp:[HOST:]PORT, which is this host alone unless an address is given
+    /// Serve disks on this socket: unix:PATH, or tcp:[HOST:]PORT, which is this host alone unless an address is given, and any free port
+    /// where it is 0 (which one is told); tcp: alone is port 10809
     #[arg(long, value_name = "SOCKET", value_parser = Endpoint::parse)]
     pub(crate) nbd: Option<Endpoint>,
     /// Open the file or block device PATH, raw, as node NAME, and export it if there is an NBD socket; may be given again
     #[arg(long = "disk", value_name = "NAME=PATH", value_parser = disk)]
     pub(crate) disks: Vec<DiskArg>,
     /// Most NBD connections at a time, 1 to 1024
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = max_connections)]
     pub(crate) max_connections: u32,
     /// Memory for disks and jobs, 16M to 1G: a disk in use takes 4M of it, a job 5M
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = memory)]
@@ -88,6 +90,10 @@ fn disk(text: &str) -> Result<DiskArg, String> {
     }
 }
 
+fn max_connections(text: &str) -> Result<u32, String> {
+    whole_number(text, 1, MAX_CONNECTIONS)
+}
+
 fn memory(text: &str) -> Result<Length, String> {
     let size = locator::parse_size(text).map_err(|error| why(&error))?;
     if !(16 << 20..=1 << 30).contains(&size.0) {
@@ -108,6 +114,11 @@ mod tests {
         assert_eq!(disk("vda=/a=b"), Ok(DiskArg { name: "vda".into(), path: "/a=b".into() }));
         assert!(disk("vda").is_err() && disk("=x").is_err() && disk("x=").is_err());
         assert_eq!(memory("64M"), Ok(Length(64 << 20)));
+        assert_eq!(max_connections("1024"), Ok(1024));
+        for (text, why) in [("0", "out of range"), ("99999999999", "out of range"), ("x", "no whole number")]
+        {
+            assert_eq!(max_connections(text), Err(format!("it is {why}; choose 1 to 1024")), "{text}");
+        }
         assert!(memory("1M").is_err() && memory("2G").is_err());
     }
 }

@@ -3,16 +3,18 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use engine::storage::locator::parse_speed;
 use engine::units::{Length, Speed};
 use serde_json::{Value, json};
 
 use super::daemon::qmp_socket;
-use super::{OutputArgs, Policy, ProgressKind, speed, why};
+use super::{OutputArgs, Policy, ProgressKind, whole_number, why};
 use crate::client::ClientError;
 
 pub(super) const BACKUP_HELP: &str = "\
 The backup shows the disk as it is when the command starts, although guests go on writing. A new target file is made as long \
-as the disk; it is removed again when the backup does not succeed.
+as the disk; it is removed again when the backup does not succeed. With --sync none the job goes on until it is cancelled: by \
+'job cancel', which is success, or by a signal; the target is kept either way.
 
 Examples:
   engine-cli backup --qmp unix:/run/engine.qmp --disk vda --target /backup/vda.img
@@ -21,7 +23,7 @@ Examples:
 
 Exit codes:
   0    the backup is complete and on stable storage
-  1    it failed, or somebody else cancelled it
+  1    it failed, or somebody else cancelled it (but with --sync none: 0)
   2    wrong usage, or refused by the daemon
   3    complete, but for ranges that were skipped (policy ignore)
   129, 130, 143
@@ -54,20 +56,21 @@ pub(crate) struct BackupArgs {
     /// What is covered
     #[arg(long, value_name = "MODE", value_enum, default_value_t = LiveSync::Full)]
     sync: LiveSync,
-    /// Speed limit in bytes a second, like 200M (default: none)
-    #[arg(long, value_name = "RATE", value_parser = speed)]
-    speed: Option<Speed>,
+    /// Speed limit in bytes a second, like 200M; none: no limit
+    #[arg(long, value_name = "RATE", default_value = "none", value_parser = speed_or_none)]
+    speed: SpeedLimit,
     /// What to do when the disk cannot be read
     #[arg(long, value_name = "POLICY", value_enum, default_value_t = Policy::Report)]
     on_source_error: Policy,
-    /// What to do when the target cannot be written
+    /// What to do when the target cannot be written. Also with stop and enospc a guest's write to what is not copied yet needs the target:
+    /// what happens then is --on-cbw-error's
     #[arg(long, value_name = "POLICY", value_enum, default_value_t = Policy::Report)]
     on_target_error: Policy,
     /// What breaks when the old contents of what a guest writes cannot be copied first
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = OnCbwError::BreakSnapshot)]
     on_cbw_error: OnCbwError,
     /// How long a guest's write waits for that at most, in seconds; 0: for ever
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = cbw_timeout)]
     cbw_timeout: u32,
     /// Copy what guests are about to change here first, a file that does not exist, so that they do not wait for the target
     #[arg(long, value_name = "FILE")]
@@ -76,7 +79,7 @@ pub(crate) struct BackupArgs {
     #[arg(long, value_name = "SIZE", requires = "fleece", default_value = "1G", value_parser = size)]
     fleece_size: Length,
     /// How long to watch the guests after the end, in seconds, where there are any; 0: not at all
-    #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(..=60))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = seconds_after)]
     pub(crate) after: u32,
     /// What the job is called (default: made up)
     #[arg(long, value_name = "ID")]
@@ -110,7 +113,7 @@ impl BackupArgs {
                 LiveSync::Top => "top",
                 LiveSync::None => "none",
             },
-            "speed": self.speed.map_or(0, |speed| speed.0.get()),
+            "speed": self.speed.bytes(),
             "on-source-error": self.on_source_error.name(),
             "on-target-error": self.on_target_error.name(),
             "on-cbw-error": match self.on_cbw_error {
@@ -126,7 +129,6 @@ impl BackupArgs {
     }
 
     /// Whether what was copied until a cancel is what was asked for.
-    #[expect(dead_code)]
     pub(crate) fn keeps_partial(&self) -> bool {
         self.sync == LiveSync::None
     }
@@ -139,7 +141,7 @@ enum LiveSync {
     Full,
     /// What is allocated in the top layer; a raw disk is allocated as a whole
     Top,
-    /// Only what guests are about to change, until the job is cancelled
+    /// Only what guests are about to change, until the job is cancelled, which is its success; the target is kept
     None,
 }
 
@@ -196,6 +198,10 @@ pub(crate) enum JobAction {
     Resume(OneJob),
     /// End a job without a result
     Cancel(OneJob),
+    /// Let a job that is pending end as it has been decided: one that was started over QMP with auto-finalize off
+    Finalize(OneJob),
+    /// Forget a job that has ended: one that was started over QMP with auto-dismiss off
+    Dismiss(OneJob),
     /// Change the speed limit of a job
     SetSpeed {
         /// Which job.
@@ -221,29 +227,90 @@ impl JobAction {
     pub(crate) fn socket(&self) -> &PathBuf {
         match self {
             Self::List { socket, .. } => &socket.path,
-            Self::Pause(which) | Self::Resume(which) | Self::Cancel(which) => &which.socket.path,
+            Self::Pause(which)
+            | Self::Resume(which)
+            | Self::Cancel(which)
+            | Self::Finalize(which)
+            | Self::Dismiss(which) => &which.socket.path,
             Self::SetSpeed { which, .. } | Self::Watch { which, .. } => &which.socket.path,
+        }
+    }
+
+    /// The job that it is about; `None`: all of them.
+    pub(crate) fn job(&self) -> Option<&str> {
+        match self {
+            Self::List { .. } => None,
+            Self::Pause(which)
+            | Self::Resume(which)
+            | Self::Cancel(which)
+            | Self::Finalize(which)
+            | Self::Dismiss(which)
+            | Self::SetSpeed { which, .. }
+            | Self::Watch { which, .. } => Some(&which.job),
         }
     }
 }
 
 /// A socket of a daemon that runs: as the daemon takes it, or its path alone.
 fn daemon_socket(text: &str) -> Result<PathBuf, String> {
-    let is_path = text.contains('/') && !text.starts_with("unix:") && !text.starts_with("tcp:");
+    let is_path = !text.is_empty() && !text.starts_with("unix:") && !text.starts_with("tcp:");
     if is_path { Ok(text.into()) } else { qmp_socket(text) }
+}
+
+/// Most seconds that the guests are watched after the end.
+const MAX_AFTER: u32 = 60;
+
+fn seconds_after(text: &str) -> Result<u32, String> {
+    whole_number(text, 0, MAX_AFTER)
+}
+
+fn cbw_timeout(text: &str) -> Result<u32, String> {
+    whole_number(text, 0, u32::MAX)
 }
 
 /// A speed limit, or none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SpeedLimit(pub(crate) Option<Speed>);
 
-fn speed_or_none(text: &str) -> Result<SpeedLimit, String> {
-    match text {
-        "none" | "0" => Ok(SpeedLimit(None)),
-        _ => speed(text).map(|speed| SpeedLimit(Some(speed))),
+impl SpeedLimit {
+    /// As QMP has it: bytes a second, 0 for no limit.
+    pub(crate) fn bytes(self) -> u64 {
+        self.0.map_or(0, |speed| speed.0.get())
     }
+}
+
+fn speed_or_none(text: &str) -> Result<SpeedLimit, String> {
+    if text == "none" {
+        return Ok(SpeedLimit(None));
+    }
+    let advice = "write bytes a second like 500K, 200M or 1.5G, or none for no limit";
+    let speed = parse_speed(text).map_err(|error| format!("{}; {advice}", error.reason()))?;
+    Ok(SpeedLimit(Some(speed)))
 }
 
 fn size(text: &str) -> Result<Length, String> {
     engine::storage::locator::parse_size(text).map_err(|error| why(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockets_and_speeds_as_users_write_them() {
+        for text in ["q", "./q", "/run/q", "unix:q"] {
+            let path = text.strip_prefix("unix:").unwrap_or(text);
+            assert_eq!(daemon_socket(text), Ok(path.into()), "{text}");
+        }
+        for text in ["", "unix:", "tcp:7"] {
+            assert!(daemon_socket(text).is_err(), "{text}");
+        }
+        assert_eq!(speed_or_none("none").map(SpeedLimit::bytes), Ok(0));
+        assert_eq!(speed_or_none("1M").map(SpeedLimit::bytes), Ok(1 << 20));
+        for text in ["0", "abc"] {
+            assert!(speed_or_none(text).is_err_and(|why| why.ends_with("none for no limit")), "{text}");
+        }
+        assert_eq!((seconds_after("0"), seconds_after("60")), (Ok(0), Ok(60)));
+        assert_eq!(seconds_after("61"), Err("it is out of range; choose 0 to 60".into()));
+    }
 }

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::job::{look, snapshot_of};
 use super::{Client, ClientError};
 use crate::args::BackupArgs;
+use crate::keys::Keys;
 use crate::out;
 use crate::progress::{Meter, Snapshot};
 use crate::report::latencies::words;
@@ -29,6 +30,8 @@ struct Ended {
     error: Option<String>,
     /// The data of the job's last event.
     last: Value,
+    /// How many of the job's notices were told while it ran.
+    told: usize,
 }
 
 /// Carry out `backup`; gives the exit code.
@@ -45,9 +48,12 @@ pub(crate) fn run(args: &BackupArgs, logging: bool) -> u8 {
     let ended = back_up(args, &signalled, &mut meter, &mut last).unwrap_or_else(|error| {
         let refused = matches!(error, ClientError::Refused(_));
         let (result, code) = if refused { ("refused", REFUSED) } else { ("failed", FAILED) };
-        Ended { result, code, error: Some(error.to_string()), last: Value::Null }
+        Ended { result, code, error: Some(error.to_string()), ..Ended::default() }
     });
     meter.finish(last.map(Snapshot::at_the_end).as_ref());
+    if let Some(error) = &ended.error {
+        out::complain(out::one_line(error));
+    }
     for line in lines(args, &ended) {
         out::say(line);
     }
@@ -64,12 +70,13 @@ pub(crate) fn run(args: &BackupArgs, logging: bool) -> u8 {
 
 fn lines(args: &BackupArgs, ended: &Ended) -> Vec<String> {
     let mut lines = Vec::new();
-    if let Some(error) = &ended.error {
-        lines.push(out::one_line(error));
-    }
     let report = &ended.last["x-report"];
     let count = |name: &str| report[name].as_u64().unwrap_or(0);
-    if ended.result == "complete" || ended.result == "skipped" {
+    if args.keeps_partial() && matches!(ended.result, "complete" | "cancelled") {
+        let (target, disk) = (&args.target, &args.disk);
+        let held = bytes(count("done"));
+        lines.push(format!("{target} keeps the old contents of {held} of {disk}, which guests changed"));
+    } else if ended.result == "complete" || ended.result == "skipped" {
         let time = span(Duration::from_secs_f64(report["seconds"].as_f64().unwrap_or(0.0)));
         lines.push(format!("{}: {} of {} backed up in {time}", args.target, bytes(count("done")), args.disk));
     }
@@ -78,9 +85,7 @@ fn lines(args: &BackupArgs, ended: &Ended) -> Vec<String> {
         lines.push(format!("{} in {ranges} ranges were left out", bytes(count("skipped-bytes"))));
     }
     lines.extend(report["guests"]["line"].as_str().map(|line| format!("guests: {}", out::one_line(line))));
-    for notice in report["notices"].as_array().into_iter().flatten().filter_map(Value::as_str) {
-        lines.push(out::one_line(notice));
-    }
+    lines.extend(notices_from(report, ended.told));
     lines
 }
 
@@ -109,13 +114,23 @@ fn check_disk(client: &mut Client, disk: &str) -> Result<(), ClientError> {
     if nodes.iter().any(|node| node["node-name"] == disk) {
         return Ok(());
     }
-    let names: Vec<&str> = nodes
-        .iter()
-        .filter_map(|node| node["node-name"].as_str())
-        .filter(|name| !name.starts_with('#'))
-        .collect();
+    let names: Vec<&str> = nodes.iter().filter_map(name_of_disk).collect();
     let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
     Err(refused(format!("the daemon has no disk {disk}; it has: {}", out::one_line(&known))))
+}
+
+/// The name of a node that can be backed up; `None` for a job's filter, for a target like those made here, and for a node without a name.
+fn name_of_disk(node: &Value) -> Option<&str> {
+    let name = node["node-name"].as_str()?;
+    let number = name.strip_prefix("backup-");
+    let is_target = number.is_some_and(|number| number.bytes().all(|digit| digit.is_ascii_digit()));
+    (!is_target && !name.starts_with('#') && node["drv"] != "copy-before-write").then_some(name)
+}
+
+/// The notices in `told`, without the first `seen`.
+fn notices_from(told: &Value, seen: usize) -> impl Iterator<Item = String> {
+    let notices = told["notices"].as_array().into_iter().flatten().skip(seen);
+    notices.filter_map(Value::as_str).map(out::one_line)
 }
 
 /// Start the job and show it to its end.
@@ -147,19 +162,37 @@ fn watch(
     last: &mut Option<Snapshot>,
 ) -> Result<Ended, ClientError> {
     let mut cancelled = false;
-    let mut ended = None;
+    let mut told = 0;
+    let mut ended: Option<Ended> = None;
+    let mut pauses = Pauses::default();
     loop {
+        // First of all: what the start had to say comes before what happens then.
+        if let Some(job) = look(client, id)? {
+            for notice in notices_from(&job["x-progress"], told) {
+                meter.say(notice);
+                told += 1;
+            }
+            let snapshot = snapshot_of(&job);
+            meter.update(&snapshot);
+            *last = Some(snapshot);
+        }
         while let Some(event) = client.next_event(TICK)? {
             let data = &event["data"];
             match event["event"].as_str().unwrap_or_default() {
-                "BLOCK_JOB_ERROR" if data["device"] == id => tell_error(data, id, args, meter),
+                "BLOCK_JOB_ERROR" if data["device"] == id && data["action"] == "stop" => {
+                    pauses.on_error(data, id, args, signalled, meter);
+                }
                 "BLOCK_JOB_COMPLETED" if data["device"] == id => ended = Some(completed(data)),
                 "BLOCK_JOB_CANCELLED" if data["device"] == id => {
-                    ended = Some(was_cancelled(data, signalled));
+                    ended = Some(was_cancelled(data, args, signalled));
                 }
                 "JOB_STATUS_CHANGE" if data["id"] == id && data["status"] == "null" => {
-                    return ended.ok_or_else(|| ClientError::Lost(format!("job {id} is gone")));
+                    let mut ended = ended.ok_or_else(|| ClientError::Lost(format!("job {id} is gone")))?;
+                    ended.told = told;
+                    *last = Some(snapshot_of(&concluded(&ended.last, last.as_ref())));
+                    return Ok(ended);
                 }
+                "JOB_STATUS_CHANGE" if data["id"] == *id && data["status"] == "running" => pauses.lifted(),
                 _ => {}
             }
         }
@@ -170,11 +203,63 @@ fn watch(
             // Refused when it is ending already.
             client.execute("block-job-cancel", force).ok();
         }
-        if let Some(job) = look(client, id)? {
-            let snapshot = snapshot_of(&job);
-            meter.update(&snapshot);
-            *last = Some(snapshot);
+        if pauses.is_to_go_on(signalled) {
+            // Refused when it was resumed or cancelled meanwhile: nothing is left to do.
+            client.execute("job-resume", json!({ "id": id })).ok();
         }
+    }
+}
+
+/// The job as `query-jobs` would show it at its end, made of the data of its last event.
+fn concluded(data: &Value, last: Option<&Snapshot>) -> Value {
+    let mut job = last.map_or_else(|| json!({}), |last| last.counters.clone());
+    (job["id"], job["type"]) = (data["device"].clone(), data["type"].clone());
+    job["status"] = json!("concluded");
+    job["current-progress"] = data["offset"].clone();
+    job["total-progress"] = data["len"].clone();
+    let report = &data["x-report"];
+    if report.is_object() {
+        let counter = |name: &str| report[name].as_u64().unwrap_or(0);
+        let progress = &mut job["x-progress"];
+        for name in ["total", "done", "copied", "zeros", "holes"] {
+            progress[name] = json!(counter(name));
+        }
+        progress["skipped"] = json!(counter("skipped-bytes"));
+        (progress["rate"], progress["paused-on"]) = (json!(0), Value::Null);
+    }
+    job
+}
+
+/// Announces pauses on an error, once each, and takes what ends them: SIGCONT, or Enter where somebody sits at the terminal.
+///
+/// All that is in flight may fail for the same reason, each with an event; they belong to one pause until the job runs again.
+#[derive(Default)]
+struct Pauses {
+    announced: bool,
+    keys: Keys,
+}
+
+impl Pauses {
+    fn on_error(&mut self, data: &Value, id: &str, args: &BackupArgs, signalled: &Signalled, meter: &Meter) {
+        if std::mem::replace(&mut self.announced, true) {
+            return;
+        }
+        // One that came before was meant for something else.
+        signalled.take_continue();
+        let enter = if self.keys.begin() { "press Enter, or run: " } else { "run: " };
+        let detail = data["x-detail"].as_str().unwrap_or("an error");
+        meter.say(out::Message::error(format_args!("paused: {}", out::one_line(detail))));
+        let socket = args.socket.path.display();
+        meter.say(format_args!("to try again {enter}engine-cli job resume --qmp unix:{socket} {id}"));
+    }
+
+    /// The job runs again.
+    fn lifted(&mut self) {
+        self.announced = false;
+    }
+
+    fn is_to_go_on(&mut self, signalled: &Signalled) -> bool {
+        self.announced && (signalled.take_continue() || self.keys.pressed())
     }
 }
 
@@ -200,15 +285,6 @@ fn guests_of(last: &mut Value) -> Option<&mut Value> {
     (were_there("before") || were_there("during")).then_some(guests)
 }
 
-fn tell_error(data: &Value, id: &str, args: &BackupArgs, meter: &Meter) {
-    let detail = data["x-detail"].as_str().unwrap_or("an error");
-    if data["action"] == "stop" {
-        meter.say(format_args!("paused: {}", out::one_line(detail)));
-        let socket = args.socket.path.display();
-        meter.say(format_args!("to try again run: engine-cli job resume --qmp unix:{socket} {id}"));
-    }
-}
-
 fn completed(data: &Value) -> Ended {
     let error = data["x-detail"].as_str().or_else(|| data["error"].as_str()).map(str::to_owned);
     let left_out = data["x-report"]["skipped-bytes"].as_u64().unwrap_or(0) > 0;
@@ -217,18 +293,55 @@ fn completed(data: &Value) -> Ended {
         Some(_) if left_out => ("skipped", INCOMPLETE),
         Some(_) => ("failed", FAILED),
     };
-    Ended { result, code, error: error.filter(|_| code == FAILED), last: data.clone() }
+    Ended { result, code, error: error.filter(|_| code == FAILED), last: data.clone(), told: 0 }
 }
 
-fn was_cancelled(data: &Value, signalled: &Signalled) -> Ended {
-    let code = signalled.ending().map_or(FAILED, |ending| ending.exit_code());
-    let error = signalled.ending().is_none().then(|| "the job was cancelled".to_owned());
-    Ended { result: "cancelled", code, error, last: data.clone() }
+fn was_cancelled(data: &Value, args: &BackupArgs, signalled: &Signalled) -> Ended {
+    let last = data.clone();
+    if let Some(ending) = signalled.ending() {
+        return Ended { result: "cancelled", code: ending.exit_code(), error: None, last, told: 0 };
+    }
+    if !args.keeps_partial() {
+        let error = Some("the job was cancelled".to_owned());
+        return Ended { result: "cancelled", code: FAILED, error, last, told: 0 };
+    }
+    // There is no other end to it, and the daemon has flushed the target.
+    Ended { result: "complete", code: DONE, error: None, last, told: 0 }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_disks_are_offered() {
+        let node = |name: &str, driver: &str| json!({ "node-name": name, "drv": driver });
+        let nodes = [
+            node("vda", "raw"),
+            node("#block001", "file"),
+            node("backup-4711", "file"),
+            node("backup-disk", "raw"),
+            node("filter", "copy-before-write"),
+            json!({ "drv": "raw" }),
+        ];
+        let names: Vec<_> = nodes.iter().filter_map(name_of_disk).collect();
+        assert_eq!(names, ["vda", "backup-disk"]);
+    }
+
+    #[test]
+    fn the_last_line_is_the_end() {
+        let before = json!({ "id": "j", "status": "running", "x-progress": { "total": 100, "done": 95, "rate": 7, "fleeced": 3 } });
+        let before = snapshot_of(&before);
+        let data = json!({ "device": "j", "offset": 128, "len": 128, "x-report": { "total": 100, "done": 90, "skipped-bytes": 10 } });
+        let snapshot = snapshot_of(&concluded(&data, Some(&before)));
+        assert_eq!((snapshot.settled, snapshot.total, snapshot.skipped, snapshot.rate), (100, 100, 10, 0));
+        let counters = &snapshot.counters;
+        assert_eq!((&counters["id"], &counters["status"]), (&json!("j"), &json!("concluded")));
+        assert_eq!(counters["x-progress"]["fleeced"], 3);
+        // Another daemon tells no more than QEMU's.
+        let plain = snapshot_of(&concluded(&json!({ "offset": 128, "len": 128 }), None));
+        assert_eq!((plain.settled, plain.total), (128, 128));
+    }
 
     #[test]
     fn nothing_is_read_into_the_report_of_another_daemon() {

@@ -18,7 +18,7 @@ const TICK: Duration = Duration::from_millis(200);
 pub(crate) fn run(args: &JobArgs, logging: bool) -> u8 {
     let done = Client::connect(args.action.socket()).and_then(|mut client| act(&mut client, args, logging));
     done.unwrap_or_else(|error| {
-        out::say(&error);
+        out::complain(&error);
         match error {
             ClientError::Refused(_) => REFUSED,
             ClientError::Lost(_) => FAILED,
@@ -27,13 +27,28 @@ pub(crate) fn run(args: &JobArgs, logging: bool) -> u8 {
 }
 
 fn act(client: &mut Client, args: &JobArgs, logging: bool) -> Result<u8, ClientError> {
+    let done = carry_out(client, args, logging);
+    match (&done, args.action.job()) {
+        // In words that say more than the daemon's.
+        (Err(ClientError::Refused(_)), Some(id)) if look(client, id)?.is_none() => {
+            let socket = args.action.socket().display();
+            let list = format!("'engine-cli job list --qmp unix:{socket}' shows those that there are");
+            Err(ClientError::Refused(format!("there is no job {id}; {list}")))
+        }
+        _ => done,
+    }
+}
+
+fn carry_out(client: &mut Client, args: &JobArgs, logging: bool) -> Result<u8, ClientError> {
     let mut verb = |verb: &str, id: &str| client.execute(verb, json!({ "id": id })).map(|_| DONE);
     match &args.action {
         JobAction::Pause(which) => verb("job-pause", &which.job),
         JobAction::Resume(which) => verb("job-resume", &which.job),
         JobAction::Cancel(which) => verb("job-cancel", &which.job),
+        JobAction::Finalize(which) => verb("job-finalize", &which.job),
+        JobAction::Dismiss(which) => verb("job-dismiss", &which.job),
         JobAction::SetSpeed { which, speed } => {
-            let limit = json!({ "device": which.job, "speed": speed.0.map_or(0, |speed| speed.0.get()) });
+            let limit = json!({ "device": which.job, "speed": speed.bytes() });
             client.execute("block-job-set-speed", limit).map(|_| DONE)
         }
         JobAction::List { json, .. } => list(client, *json),
@@ -48,6 +63,9 @@ fn act(client: &mut Client, args: &JobArgs, logging: bool) -> Result<u8, ClientE
 
 fn list(client: &mut Client, as_json: bool) -> Result<u8, ClientError> {
     let jobs = client.execute("query-block-jobs", json!({}))?;
+    if jobs.as_array().is_some_and(Vec::is_empty) {
+        out::say("no jobs");
+    }
     let text = if as_json { format!("{jobs}\n") } else { table(&jobs) };
     Ok(match out::print(text.as_bytes()) {
         Ok(()) => DONE,

@@ -19,6 +19,8 @@ use crate::qmp::{Reader, SyntaxError};
 
 /// How long the daemon may take for a reply. A start may wait for writes of guests that are under way.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
+/// How an NBD server begins, which speaks first as a QMP server does.
+const NBD_MAGIC: &[u8] = b"NBDMAGIC";
 /// Most events that are kept.
 const MAX_EVENTS: usize = 4096;
 
@@ -65,7 +67,13 @@ impl Client {
         })?;
         let mut client =
             Self { stream, reader: Reader::new(), received: Vec::new(), events: VecDeque::new() };
-        let greeting = client.receive(Instant::now() + REPLY_TIMEOUT)?;
+        let deadline = Instant::now() + REPLY_TIMEOUT;
+        client.fill(deadline)?;
+        if client.received.starts_with(NBD_MAGIC) {
+            let why = "is a socket of NBD; name the one that the daemon was given with --qmp";
+            return Err(ClientError::Lost(format!("{} {why}", path.display())));
+        }
+        let greeting = client.receive(deadline)?;
         if greeting.as_ref().is_none_or(|greeting| greeting.get("QMP").is_none()) {
             return Err(ClientError::Lost(format!("{} does not speak QMP", path.display())));
         }
@@ -125,17 +133,29 @@ impl Client {
             if let Some(message) = message {
                 return message.map(Some).map_err(|error| nonsense(&error));
             }
+            if !self.fill(deadline)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Receive some bytes; `false`: none came before `deadline`.
+    fn fill(&mut self, deadline: Instant) -> Result<bool, ClientError> {
+        loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Ok(None);
+                return Ok(false);
             }
             self.stream.set_read_timeout(Some(left)).map_err(|error| gone(&error))?;
             let mut buffer = [0; 16 << 10];
             match self.stream.read(&mut buffer) {
                 Ok(0) => return Err(ClientError::Lost("the daemon has closed the connection".into())),
-                Ok(bytes) => self.received.extend_from_slice(&buffer[..bytes]),
+                Ok(bytes) => {
+                    self.received.extend_from_slice(&buffer[..bytes]);
+                    return Ok(true);
+                }
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                    return Ok(None);
+                    return Ok(false);
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(gone(&error)),

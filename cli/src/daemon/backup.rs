@@ -361,6 +361,8 @@ impl Control {
                 auto_finalize: asked.auto_finalize,
                 auto_dismiss: asked.auto_dismiss,
                 released: false,
+                notices: backup.notices,
+                pause_logged: false,
             });
         }
         // What has happened since the start comes after what was just told.

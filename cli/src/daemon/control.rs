@@ -212,8 +212,10 @@ impl Control {
         match what {
             Happening::Status(serial, status) => self.on_status(serial, status, at),
             Happening::JobError { job, error, action } => {
-                let Some(job) = self.jobs.get(job) else { return };
-                log_error(&job.id, &error);
+                let Some(job) = self.jobs.get_mut(job) else { return };
+                if job.is_news(action) {
+                    log_error(&job.id, &error);
+                }
                 let data = job.met(&error, action);
                 self.push(at, "BLOCK_JOB_ERROR", data);
             }
@@ -232,7 +234,7 @@ impl Control {
 
     fn on_status(&mut self, serial: JobSerial, status: Status, at: SystemTime) {
         let Some(job) = self.jobs.get_mut(serial) else { return };
-        job.status = status;
+        job.enter(status);
         let (id, asks) = (job.id.clone(), status == Status::Pending && !job.auto_finalize);
         self.tell_status(at, &id, status);
         if asks {

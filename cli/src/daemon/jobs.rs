@@ -45,6 +45,10 @@ pub(super) struct Job {
     pub(super) auto_dismiss: bool,
     /// Whether its disks were given back.
     pub(super) released: bool,
+    /// What its start had to say.
+    pub(super) notices: Vec<String>,
+    /// Whether the error that it has paused on was logged.
+    pub(super) pause_logged: bool,
 }
 
 impl Job {
@@ -59,6 +63,7 @@ impl Job {
     pub(super) fn query(&self) -> Value {
         let (offset, length) = self.counts();
         let progress = self.handle.progress();
+        let notices = [&self.notices[..], &self.handle.notices(0)].concat();
         let mut value = json!({
             "id": self.id, "type": "backup", "status": self.status.as_str(),
             "current-progress": offset, "total-progress": length,
@@ -66,6 +71,7 @@ impl Job {
                 "total": progress.total, "done": progress.done, "copied": progress.copied,
                 "zeros": progress.zeros, "holes": progress.holes, "skipped": progress.skipped,
                 "fleeced": progress.fleeced, "rate": progress.rate, "paused-on": progress.paused_on,
+                "notices": notices,
             },
         });
         self.add_failure(&mut value);
@@ -109,13 +115,26 @@ impl Job {
         let offset = up(result.progress.done + result.progress.skipped).min(length);
         let mut data = json!({
             "type": "backup", "device": self.id, "len": length, "offset": offset, "speed": self.speed,
-            "x-report": report_of(result),
+            "x-report": report_of(result, &self.notices),
         });
         if matches!(result.outcome, Outcome::Cancelled) {
             return ("BLOCK_JOB_CANCELLED", data);
         }
         self.add_failure(&mut data);
         ("BLOCK_JOB_COMPLETED", data)
+    }
+
+    /// Whether an error is worth a line in the log: of those that one pause is for, the first alone.
+    pub(super) fn is_news(&mut self, action: ErrorAction) -> bool {
+        action != ErrorAction::Stop || !std::mem::replace(&mut self.pause_logged, true)
+    }
+
+    /// It has entered a state.
+    pub(super) fn enter(&mut self, status: Status) {
+        self.status = status;
+        if status == Status::Running {
+            self.pause_logged = false;
+        }
     }
 
     /// An error of its sweep as the data of an event.

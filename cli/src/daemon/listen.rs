@@ -120,8 +120,16 @@ pub(crate) fn listen(endpoint: &Endpoint) -> Result<(Listener, Option<SocketFile
 /// # Errors
 /// Why not, in one line.
 pub(crate) fn listen_unix(path: &Path) -> Result<(UnixListener, SocketFile), String> {
-    let failed =
-        |error: io::Error| format!("cannot listen on {}: {}", path.display(), crate::out::reason(&error));
+    let failed = |error: io::Error| {
+        let directory = path.parent().filter(|directory| !directory.as_os_str().is_empty());
+        match directory.filter(|directory| error.kind() == ErrorKind::NotFound && !directory.exists()) {
+            Some(directory) => {
+                let (path, directory) = (path.display(), directory.display());
+                format!("cannot listen on {path}: the directory {directory} does not exist; create it first")
+            }
+            None => format!("cannot listen on {}: {}", path.display(), crate::out::reason(&error)),
+        }
+    };
     let listener = match bind_unix(path) {
         Err(error) if error.kind() == ErrorKind::AddrInUse => {
             remove_left_over(path)?;
@@ -258,6 +266,15 @@ mod tests {
         assert_eq!(std::fs::metadata(&path).expect("it is there").permissions().mode() & 0o777, 0o600);
         drop(file);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_directory_that_is_missing_is_named() {
+        let there = tempfile::tempdir().expect("a directory");
+        let directory = there.path().join("missing");
+        let why = listen_unix(&directory.join("socket")).expect_err("no directory");
+        let told = format!("the directory {} does not exist; create it first", directory.display());
+        assert!(why.ends_with(&told), "{why}");
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! | `monitors` | The loop: clients, signals, and what other threads tell. |
 //! | `mailbox` | What other threads tell. |
 //! | `listen`, `notify` | Sockets; the service manager. |
+//! | `same` | Disks of the command line that are one and the same. |
 //!
 //! The ring thread is the engine's. The control thread waits for it where a command needs its answer, never the other way round.
 
@@ -23,6 +24,7 @@ mod monitors;
 mod nodes;
 mod notify;
 mod report;
+mod same;
 mod serving;
 #[cfg(test)]
 mod tests;
@@ -48,8 +50,9 @@ use crate::signals::is_ignored;
 use control::Control;
 use engine_exports::EngineExports;
 use exports::NbdOptions;
-use listen::{Listener, activated, listen, listen_unix};
+use listen::{Endpoint, Listener, activated, listen, listen_unix};
 use monitors::Monitors;
+pub(crate) use serving::MAX_CONNECTIONS;
 
 /// Why the daemon did not start.
 enum NotStarted {
@@ -94,8 +97,21 @@ fn serve(args: &DaemonArgs) -> Result<(), NotStarted> {
     let handed_over = activated()?;
     let signals =
         Signals::install().map_err(|error| format!("cannot take signals: {}", crate::out::reason(&error)))?;
+    if let (Some(qmp), Some(Endpoint::Unix(nbd))) = (&args.qmp, &args.nbd)
+        && qmp == nbd
+    {
+        let mistake = "--qmp and --nbd are the same socket; give each a path of its own";
+        return Err(NotStarted::Usage(mistake));
+    }
+    if let Some((a, b)) = same::same_disk(&args.disks) {
+        return Err(format!("--disk {a} and --disk {b} are the same disk; give it once").into());
+    }
     let nbd = match (&args.nbd, handed_over) {
-        (Some(endpoint), None) => Some(listen(endpoint)?),
+        (Some(endpoint), None) => {
+            let bound = listen(endpoint)?;
+            tell_port(endpoint, &bound.0);
+            Some(bound)
+        }
         (None, Some(listener)) => Some((listener, None)),
         (None, None) => None,
         (Some(endpoint), Some(_)) => {
@@ -135,6 +151,15 @@ fn serve(args: &DaemonArgs) -> Result<(), NotStarted> {
     ran.map_err(|error| {
         NotStarted::Refused(format!("the control loop has failed: {}", crate::out::reason(&error)))
     })
+}
+
+/// Whoever left the choice of the port to the system wants to know it.
+fn tell_port(endpoint: &Endpoint, listener: &Listener) {
+    if let (Endpoint::Tcp { port: 0, .. }, Listener::Tcp(listener)) = (endpoint, listener)
+        && let Ok(address) = listener.local_addr()
+    {
+        out::say(format_args!("NBD is served on tcp:{address}"));
+    }
 }
 
 /// Raise the soft limit on open files to what so many clients need, as far as the hard one lets us.

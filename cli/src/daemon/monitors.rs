@@ -60,7 +60,8 @@ impl<'a> Monitors<'a> {
             let ready = self.wait(control)?;
             if ready.signalled {
                 self.signals.arm();
-                out::say("ending: cancelling jobs; a second signal ends at once");
+                let jobs = if control.jobs.running().is_empty() { "" } else { ": cancelling jobs" };
+                out::say(format_args!("ending{jobs}; a second signal ends at once"));
                 super::notify::notify(super::notify::STOPPING);
                 control.quit();
             }

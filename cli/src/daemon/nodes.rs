@@ -11,6 +11,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 
 use engine::live::{DiskOptions, Engine, Latencies, LiveDisk};
@@ -498,11 +499,14 @@ fn open_disk(
         return generic(format!("'file' driver requires '{filename}' to be a regular file"));
     }
     let open = |write: bool| {
-        OpenOptions::new()
-            .read(true)
-            .write(write)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(filename)
+        let mut options = OpenOptions::new();
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+        let file = options.read(true).write(write).custom_flags(flags).open(filename)?;
+        // Linux opens a read-only device for writing, and refuses the writes.
+        if write && is_device && is_read_only_device(&file)? {
+            return Err(std::io::Error::from_raw_os_error(libc::EACCES));
+        }
+        Ok(file)
     };
     let (mut file, read_only) = match open(!options.read_only) {
         Err(error) if options.auto_read_only && may_be_read_only(&error) => {
@@ -514,6 +518,15 @@ fn open_disk(
     let locator = std::path::absolute(filename).map_err(failed)?.to_string_lossy().into_owned();
     let disk = Disk { locator, length, trim, file: Some(file), live: None, readers: 0, target: false };
     Ok((disk, read_only))
+}
+
+/// Whether nothing can be written to a block device, however it was opened.
+fn is_read_only_device(device: &File) -> std::io::Result<bool> {
+    nix::ioctl_read_bad!(blkroget, nix::request_code_none!(0x12, 94), libc::c_int);
+    let mut flag: libc::c_int = 0;
+    // SAFETY: BLKROGET writes one int to where the pointer leads, which is `flag`, and keeps nothing; the descriptor is open.
+    unsafe { blkroget(device.as_raw_fd(), &raw mut flag) }?;
+    Ok(flag != 0)
 }
 
 fn may_be_read_only(error: &std::io::Error) -> bool {

@@ -10,8 +10,8 @@ use crate::report::range_value;
 /// Most ranges that are listed; the rest are counted.
 const MAX_RANGES: usize = 100;
 
-/// See the module's header.
-pub(super) fn report_of(result: &JobResult) -> Value {
+/// See the module's header. `started`: what the job's start had to say.
+pub(super) fn report_of(result: &JobResult, started: &[String]) -> Value {
     let progress = &result.progress;
     let skipped: Vec<Value> = result
         .skipped
@@ -19,11 +19,12 @@ pub(super) fn report_of(result: &JobResult) -> Value {
         .take(MAX_RANGES)
         .map(|skipped| json!({ "range": range_value(skipped.range), "error": skipped.error }))
         .collect();
+    let notices = [started, &result.notices].concat();
     json!({
         "seconds": result.elapsed.as_secs_f64(),
-        "done": progress.done, "copied": progress.copied, "zeros": progress.zeros, "holes": progress.holes,
+        "total": progress.total, "done": progress.done, "copied": progress.copied, "zeros": progress.zeros, "holes": progress.holes,
         "skipped-bytes": progress.skipped, "skipped-ranges": result.skipped.len(), "skipped": skipped,
-        "retries": progress.retries, "notices": result.notices,
+        "retries": progress.retries, "notices": notices,
         "guests": result.guests.as_ref().map(|guests| guests_of(guests)),
     })
 }

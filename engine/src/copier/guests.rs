@@ -65,6 +65,8 @@ struct Request {
     waits: Option<Ticket>,
     /// It is to be looked at.
     ready: bool,
+    /// Nobody waits for it yet.
+    beside: bool,
 }
 
 /// What was claimed for a request in one round.
@@ -165,10 +167,21 @@ impl Copier {
     /// # Panics
     /// If the plan is not for a live disk, or `id` is in use.
     pub fn copy_before_write(&mut self, id: CbwId, clusters: ClusterRange, since: Timestamp) {
+        self.ask(id, clusters, since, false);
+    }
+
+    /// The same for one who waits for another job at present, and will ask for himself. What fails until then, or takes too long, harms neither the
+    /// job nor its copy: his write may never come.
+    pub fn copy_beside(&mut self, id: CbwId, clusters: ClusterRange, since: Timestamp) {
+        self.ask(id, clusters, since, true);
+    }
+
+    fn ask(&mut self, id: CbwId, clusters: ClusterRange, since: Timestamp, beside: bool) {
         let live = self.plan.live.as_ref().expect("guests write to live disks only");
         let deadline = live.cbw_timeout.map(|timeout| since.after(timeout));
         tracing::trace!(?id, ?clusters, "guest waits");
-        let request = Request { clusters, deadline, in_flight: 0, alone: false, waits: None, ready: false };
+        let request =
+            Request { clusters, deadline, in_flight: 0, alone: false, waits: None, ready: false, beside };
         let before = self.guests.requests.insert(id, request);
         assert!(before.is_none(), "{id:?} is in use");
         self.guests.deadlines.extend(deadline.map(|deadline| (deadline, id)));
@@ -286,6 +299,9 @@ impl Copier {
     /// The copy that `id` needs cannot be made: by `on_cbw_error` its write fails, or the job does.
     fn refuse(&mut self, id: CbwId, error: Arc<Error>) {
         let live = self.plan.live.as_ref().expect("guests write to live disks only");
+        if self.guests.requests.get(&id).is_some_and(|request| request.beside) {
+            return self.answer(id, Err(error));
+        }
         match live.on_cbw_error {
             CbwErrorPolicy::BreakGuestWrite => self.answer(id, Err(error)),
             CbwErrorPolicy::BreakSnapshot => self.end_with(Ending::Failed(error)),
@@ -338,8 +354,11 @@ impl Copier {
         let Some(claim) = self.set.claim_first(range, ClusterCount(u64::from(free))) else {
             return Claimed::Nothing;
         };
-        self.guests.requests.get_mut(&id).expect("it is there").in_flight += 1;
-        self.give_second_chance(claim.range());
+        let request = self.guests.requests.get_mut(&id).expect("it is there");
+        request.in_flight += 1;
+        if !request.beside {
+            self.give_second_chance(claim.range());
+        }
         let attempts = self.retries.take_out(claim.range());
         self.start_guest_copy(claim, slot, id, attempts, now);
         Claimed::Run
@@ -410,6 +429,7 @@ impl Copier {
         let Some(request) = self.guests.requests.get_mut(&id) else { return };
         request.in_flight -= 1;
         request.alone |= failure.is_some();
+        let beside = request.beside;
         self.guests.make_ready(id);
         let Some(failure) = failure else { return };
         if self.ending.is_some() || unsettled.is_empty() || clusters.count() > 1 {
@@ -421,7 +441,7 @@ impl Copier {
         let unreadable =
             side_of(failure.operation) == SideName::Source && failure.fault != Fault::Errno(Errno::ECANCELED);
         let ignored = unreadable && self.plan.on_source_error == ErrorPolicy::Ignore;
-        if ignored || self.second_chances.contains(&cluster) {
+        if !beside && (ignored || self.second_chances.contains(&cluster)) {
             let _ = self.retries.take_out(one(cluster));
             return self.skip_for_good(cluster, error);
         }
@@ -437,8 +457,15 @@ mod tests {
         let mut guests = Guests::default();
         for id in (0..count).map(CbwId) {
             let clusters = ClusterRange::new(id.0, id.0 + 1);
-            let request =
-                Request { clusters, deadline: None, in_flight: 0, alone: false, waits: None, ready: false };
+            let request = Request {
+                clusters,
+                deadline: None,
+                in_flight: 0,
+                alone: false,
+                waits: None,
+                ready: false,
+                beside: false,
+            };
             guests.requests.insert(id, request);
             guests.make_ready(id);
         }

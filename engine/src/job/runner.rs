@@ -52,6 +52,11 @@ impl Runner {
         self.shared.with_lifecycle(Lifecycle::start);
     }
 
+    /// When the copy began.
+    pub(crate) fn started(&self) -> Timestamp {
+        self.started
+    }
+
     /// What the job shares with its handles.
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.shared

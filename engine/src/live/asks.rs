@@ -6,6 +6,9 @@
 //! the moment at which he came, without one whose target does not answer using up that of the others, which have copied long before
 //! he comes to them.
 //!
+//! Nobody waits for what is asked beside, and the write may never come: should it fail, or take too long, nothing happens until the guest asks for himself.
+//! A job that has started while he waited was not asked; its time counts from its start.
+//!
 //! What is asked beside lives as long as what it was asked with: when that is answered, or nobody wants it any more, it is forgotten. The
 //! guest looks again then and asks for himself what is missing, on the same clock.
 
@@ -105,10 +108,17 @@ pub(super) fn ask_jobs(jobs: &mut Slab<Job>, wish: Wish, asker: Asker, since: Ti
 impl Job {
     fn ask(&mut self, clusters: ClusterRange, ask: Ask, since: Timestamp) -> CbwId {
         let id = CbwId(self.next_ask);
+        let beside = matches!(ask.asker, Asker::Beside);
+        // Before that there was nothing to ask it for.
+        let since = since.max(self.runner.started());
         self.next_ask += 1;
         self.asks.0.insert(id, ask);
         self.controller.on_guest(since, self.asks.len());
-        self.runner.copier.copy_before_write(id, clusters, since);
+        if beside {
+            self.runner.copier.copy_beside(id, clusters, since);
+        } else {
+            self.runner.copier.copy_before_write(id, clusters, since);
+        }
         id
     }
 }

@@ -342,7 +342,8 @@ fn new_fleece(fleece: &OpenedFleece, cluster_size: ClusterSize) -> NewFleece<Fil
     }
 }
 
-/// Make the targets of a group ready, or leave them all as they were. What cannot be undone comes last: nothing of it is left to fail for a
+/// Make the targets of a group ready, or leave them all as they were (but for a file system that only tells of its limits when a file is
+/// lengthened: then others may have been emptied). What cannot be undone comes last: nothing of it is left to fail for a
 /// reason that could be known.
 pub(super) fn prepare_all(checked: Vec<Checked<'_>>) -> Result<Vec<Prepared>, Error> {
     checked.iter().try_for_each(|checked| checked.target.check_length())?;

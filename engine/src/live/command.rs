@@ -15,6 +15,7 @@ use super::asks::Wish;
 use super::carrier::{IoOutcome, IoRequest};
 use super::controller::SweepDepth;
 use super::disk::DiskShared;
+use super::ends::run_aside;
 use super::exports::ExportCommand;
 use super::jobs::JobId;
 use super::latency::Latencies;
@@ -206,6 +207,11 @@ impl<F, S> Inbox<F, S> {
     }
 
     fn drop_all(&self) {
-        while self.commands.pop().is_some() {}
+        while let Some(command) = self.commands.pop() {
+            // A close may take its time, and those behind it wait to be let go.
+            if let Command::RemoveDisk { source: Some(source), .. } = command {
+                run_aside("engine-close", move |_| drop(source));
+            }
+        }
     }
 }

@@ -49,8 +49,9 @@ pub(super) struct HostedDisk {
     pub(super) shared: Arc<DiskShared>,
     pub(super) side: Side,
     pub(super) carrier: Carrier<Permit>,
-    /// Kept until it is closed.
+    /// Kept until it has left the ring.
     share: Share,
+    /// Kept until it is closed.
     opened: Option<Arc<Opened>>,
     /// With the moment at which each request came.
     askers: BTreeMap<IoId, (IoAsker, Timestamp)>,
@@ -182,9 +183,16 @@ impl HostedDisk {
         self.source = source;
     }
 
-    /// What its handles had open, and what is kept until that is closed: its part of the room, and its name, which nobody else opens before.
+    /// What its handles had open, where they have left that.
+    pub(super) fn take_source(&mut self) -> Option<Box<OpenedSource>> {
+        self.source.take()
+    }
+
+    /// What its handles had open, and what is kept until that is closed: its name, which nobody else opens before. Its part of the room is free at
+    /// once, for nothing of it is on the ring any more.
     pub(super) fn into_rest(self) -> (Option<Box<OpenedSource>>, impl Send + 'static) {
-        (self.source, (self.share, self.opened))
+        drop(self.share);
+        (self.source, self.opened)
     }
 
     /// Whether nothing is left to do, discards that were put off included.

@@ -22,7 +22,7 @@ use super::admission::{Attempt, Permit};
 use super::asks::Wish;
 use super::disk::DiskShared;
 use super::gate::Gate;
-use super::jobs::{JobId, JobList};
+use super::jobs::{JobId, JobList, MOST_AT_A_TIME};
 use crate::units::{ByteRange, ClusterIndex};
 
 /// How a permit is asked for: nested or not.
@@ -65,7 +65,11 @@ impl OwnWrite {
             Attempt::Granted(permit) => Step::Granted(permit),
             Attempt::AtBarrier => Step::AtBarrier,
             Attempt::Copy(job, clusters) => {
-                if self.last.is_some_and(|(other, start)| other == job && start < clusters.start) {
+                let another = |(other, start)| {
+                    // Of a large request only the first piece was asked beside.
+                    if other == job { start < clusters.start } else { self.range.length > MOST_AT_A_TIME }
+                };
+                if self.last.is_some_and(another) {
                     self.since = Instant::now();
                 }
                 self.last = Some((job, clusters.start));

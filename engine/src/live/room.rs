@@ -40,7 +40,7 @@ impl Room {
     ) -> Result<Share, Error> {
         let refused = |reason: &'static str| {
             Error::refused(Refusal::Unavailable, operation, name.to_owned(), reason)
-                .advise("wait until a job has ended, close other disks, or give the engine more memory")
+                .advise("wait until a job has ended, close other disks, or give the engine more memory (the daemon: --memory)")
         };
         let mut state = self.0.lock();
         let Some(left) = state.places.checked_sub(places) else {

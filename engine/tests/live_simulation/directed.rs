@@ -130,6 +130,58 @@ fn a_target_that_is_stuck_leaves_another_copy_of_the_disk_its_time() {
     }
 }
 
+/// Guests have waited for long when another copy of their disk starts.
+#[test]
+fn a_copy_that_starts_while_guests_wait_for_another_has_its_own_time() {
+    for (seed, path) in [(54, Path::Own), (55, Path::Carried)] {
+        let mut scenario = busy(seed, path);
+        let stuck = Stuck { from: Duration::ZERO, until: None };
+        let job = JobSpec {
+            on_cbw_error: CbwErrorPolicy::BreakSnapshot,
+            speed: Some(100),
+            cancel_at: Some(Duration::from_secs(5)),
+            ..scenario.starts[0].jobs[0].clone()
+        };
+        let first =
+            JobSpec { stuck: Some(stuck), cbw_timeout: Some(Duration::from_millis(100)), ..job.clone() };
+        let second = JobSpec { cbw_timeout: Some(Duration::from_millis(80)), ..job };
+        scenario.starts[0].jobs = vec![first];
+        let at = Duration::from_millis(60);
+        scenario.starts.push(StartSpec { at, jobs: vec![second], ..scenario.starts[0].clone() });
+        let ended = ended(&scenario);
+        let sound = ended.seen.complete + ended.seen.cancelled;
+        assert_eq!((ended.seen.failed_jobs, sound), (1, 1), "{:?}", ended.seen);
+    }
+}
+
+/// Guests' writes fail for one copy's sake, and would break another if they came so far.
+#[test]
+fn a_write_that_fails_for_one_copy_breaks_no_other() {
+    for (seed, path) in [(56, Path::Own), (57, Path::Carried)] {
+        let mut scenario = busy(seed, path);
+        let job = scenario.starts[0].jobs[0].clone();
+        let first = JobSpec {
+            stuck: Some(Stuck { from: Duration::ZERO, until: None }),
+            on_cbw_error: CbwErrorPolicy::BreakGuestWrite,
+            cbw_timeout: Some(Duration::from_millis(100)),
+            cancel_at: Some(Duration::from_secs(20)),
+            ..job.clone()
+        };
+        let second = JobSpec {
+            stuck: Some(Stuck { from: Duration::ZERO, until: Some(Duration::from_millis(300)) }),
+            on_cbw_error: CbwErrorPolicy::BreakSnapshot,
+            cbw_timeout: Some(Duration::from_millis(50)),
+            ..job
+        };
+        scenario.starts[0].jobs = vec![first, second];
+        scenario.starts[0].on_failure = GroupFailure::GoOn;
+        let ended = ended(&scenario);
+        // The first is cancelled and still stuck when the engine dies.
+        assert_eq!((ended.seen.failed_jobs, ended.seen.complete), (1, 1), "{:?}", ended.seen);
+        assert!(ended.seen.failed + ended.seen.refused > 0, "{:?}", ended.seen);
+    }
+}
+
 #[test]
 fn a_disk_may_be_let_go_while_its_copy_starts() {
     let mut scenario = Scenario::plain(48, Path::Own);

@@ -1,4 +1,4 @@
-//! Enter on the terminal, for a copy that has paused.
+//! Enter on the terminal, for a copy or a backup that has paused.
 //!
 //! The terminal stays in its normal mode: it hands over whole lines, so a line that is there means Enter. Nothing is read
 //! unless the program is in the foreground, since a read from the background would stop it.
@@ -12,24 +12,24 @@ use nix::unistd::{getpgrp, tcgetpgrp};
 
 /// The keyboard.
 #[derive(Default)]
-pub(super) struct Keys {
+pub(crate) struct Keys {
     /// Standard input has ended.
     ended: bool,
 }
 
 impl Keys {
     /// Forget what was typed before; gives whether there is a keyboard.
-    pub(super) fn begin(&mut self) -> bool {
+    pub(crate) fn begin(&mut self) -> bool {
         let there = self.is_there();
         if there {
-            // Should it fail, an early Enter makes the copy try again at once, which does no harm.
+            // Should it fail, an early Enter makes it try again at once, which does no harm.
             tcflush(io::stdin(), FlushArg::TCIFLUSH).ok();
         }
         there
     }
 
     /// Whether Enter was pressed.
-    pub(super) fn pressed(&mut self) -> bool {
+    pub(crate) fn pressed(&mut self) -> bool {
         if !self.is_there() {
             return false;
         }

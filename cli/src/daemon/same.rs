@@ -1,0 +1,63 @@
+//! Disks of the command line that are one and the same, whatever path leads there.
+//!
+//! The engine opens a disk once and refuses it then; a daemon that exports nothing would open neither before the first job. So this is
+//! looked at before anything is opened. What cannot be looked at is refused by whoever opens it.
+
+use std::fs::Metadata;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use crate::args::DiskArg;
+
+/// What tells disks apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Identity {
+    /// A device, by its number.
+    Device(u64),
+    /// A file, by its file system and its number there.
+    File(u64, u64),
+}
+
+fn identity(found: &Metadata) -> Identity {
+    if found.file_type().is_block_device() {
+        Identity::Device(found.rdev())
+    } else {
+        Identity::File(found.dev(), found.ino())
+    }
+}
+
+/// The first two of `disks` that are the same, by their names.
+pub(super) fn same_disk(disks: &[DiskArg]) -> Option<(&str, &str)> {
+    let mut seen: Vec<(&str, Identity)> = Vec::new();
+    for disk in disks {
+        let Ok(found) = std::fs::metadata(&disk.path) else { continue };
+        let own = identity(&found);
+        if let Some((other, _)) = seen.iter().find(|(name, other)| *other == own && *name != disk.name) {
+            return Some((other, &disk.name));
+        }
+        seen.push((&disk.name, own));
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_the_same_by_any_path() {
+        let there = tempfile::tempdir().expect("a directory");
+        let path = |name: &str| there.path().join(name).display().to_string();
+        std::fs::write(path("a"), "a").expect("written");
+        std::fs::write(path("b"), "b").expect("written");
+        std::fs::hard_link(path("a"), path("hard")).expect("linked");
+        std::os::unix::fs::symlink("a", path("soft")).expect("linked");
+        let disk = |name: &str, file: &str| DiskArg { name: name.into(), path: path(file) };
+        let disks = |second: &str| [disk("vda", "a"), disk("none", "missing"), disk("vdb", second)];
+        for second in ["a", "hard", "soft"] {
+            assert_eq!(same_disk(&disks(second)), Some(("vda", "vdb")), "{second}");
+        }
+        assert_eq!(same_disk(&disks("b")), None);
+        // Names given twice are refused as such.
+        assert_eq!(same_disk(&[disk("vda", "a"), disk("vda", "a")]), None);
+    }
+}
