@@ -119,12 +119,10 @@ fn check_disk(client: &mut Client, disk: &str) -> Result<(), ClientError> {
     Err(refused(format!("the daemon has no disk {disk}; it has: {}", out::one_line(&known))))
 }
 
-/// The name of a node that can be backed up; `None` for a job's filter, for a target like those made here, and for a node without a name.
+/// The name of a node that can be backed up; `None` for a job's filter and for a node without a name.
 fn name_of_disk(node: &Value) -> Option<&str> {
     let name = node["node-name"].as_str()?;
-    let number = name.strip_prefix("backup-");
-    let is_target = number.is_some_and(|number| number.bytes().all(|digit| digit.is_ascii_digit()));
-    (!is_target && !name.starts_with('#') && node["drv"] != "copy-before-write").then_some(name)
+    (!name.starts_with('#') && node["drv"] != "copy-before-write").then_some(name)
 }
 
 /// The notices in `told`, without the first `seen`.
@@ -319,7 +317,6 @@ mod tests {
         let nodes = [
             node("vda", "raw"),
             node("#block001", "file"),
-            node("backup-4711", "file"),
             node("backup-disk", "raw"),
             node("filter", "copy-before-write"),
             json!({ "drv": "raw" }),
