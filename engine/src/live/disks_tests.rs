@@ -196,12 +196,11 @@ fn a_disk_that_hangs_when_it_is_closed_keeps_nobody_waiting() {
     let before = Instant::now();
     assert!(reactor.act().is_none(), "nothing is left to do");
     assert!(before.elapsed() < PATIENCE, "the ring thread was held up");
-    // Until it is closed its room is taken, and the engine is not at its end.
+    // Its room is free, but until it is closed the engine is not at its end.
     reactor.close();
     let all = || room.take(1 << 20, MAX_FILES, Operation::OpenSource, "disk");
-    assert!(all().is_err());
+    assert!(all().is_ok());
     assert_eq!(ended.recv_timeout(Duration::from_millis(50)), Err(RecvTimeoutError::Timeout));
     let_go.send(()).unwrap();
     assert_eq!(ended.recv_timeout(PATIENCE), Err(RecvTimeoutError::Disconnected));
-    assert!(all().is_ok());
 }

@@ -13,7 +13,7 @@
 //!
 //! # The clock
 //! The time-out of a copy counts from the moment at which the guest asks, and goes on when it has to ask another job: that one was asked beside the
-//! first (`asks`), and has had as much time. A large request goes
+//! first (`asks`), and has had as much time, unless the request is so large that only its beginning was. A large request goes
 //! piece by piece, and each further piece has its own time.
 
 use std::time::{Duration, Instant};
@@ -138,26 +138,41 @@ mod tests {
         assert!(matches!(write.next(&disk, attempt), Step::Granted(_)));
     }
 
-    #[test]
-    fn the_clock_goes_on_from_job_to_job_and_starts_anew_with_a_piece() {
-        let pause = Duration::from_millis(200);
-        let disk = disk();
-        let watches = [watch(&disk, 1), watch(&disk, 2)];
-        let mut write = OwnWrite::new(ByteRange::new(0, 64 << 20));
-        let mut next = || match write.next(&disk, attempt) {
+    fn asked(write: &mut OwnWrite, disk: &DiskShared) -> (JobId, ClusterRange, Duration) {
+        match write.next(disk, attempt) {
             Step::Copy(wish, waited) => (wish.job, wish.clusters, waited),
             _ => panic!("there is something to copy"),
-        };
-        let (job, clusters, _) = next();
-        assert_eq!((job, clusters), (JobId(1), ClusterRange::new(0, 256)));
+        }
+    }
+
+    #[test]
+    fn the_clock_goes_on_from_job_to_job_that_were_asked_together() {
+        let pause = Duration::from_millis(200);
+        for (bytes, goes_on) in [(MOST_AT_A_TIME, true), (MOST_AT_A_TIME + 1, false)] {
+            let disk = disk();
+            let watches = [watch(&disk, 1), watch(&disk, 2)];
+            let mut write = OwnWrite::new(ByteRange::new(0, bytes));
+            let (job, clusters, _) = asked(&mut write, &disk);
+            assert_eq!((job, clusters), (JobId(1), ClusterRange::new(0, 256)));
+            std::thread::sleep(pause);
+            watches[0].set().mark_done(ClusterRange::new(0, 16384));
+            let (job, clusters, waited) = asked(&mut write, &disk);
+            assert_eq!((job, clusters), (JobId(2), ClusterRange::new(0, 256)));
+            assert_eq!(waited >= pause, goes_on, "{bytes} bytes: {waited:?}");
+        }
+    }
+
+    #[test]
+    fn the_clock_starts_anew_with_a_piece() {
+        let pause = Duration::from_millis(200);
+        let disk = disk();
+        let watch = watch(&disk, 1);
+        let mut write = OwnWrite::new(ByteRange::new(0, 4 * MOST_AT_A_TIME));
+        let (_, clusters, _) = asked(&mut write, &disk);
         std::thread::sleep(pause);
-        watches[0].set().mark_done(ClusterRange::new(0, 16384));
-        let (job, clusters, waited) = next();
-        assert_eq!((job, clusters), (JobId(2), ClusterRange::new(0, 256)));
-        assert!(waited >= pause, "another job: {waited:?}");
-        watches[1].set().mark_done(clusters);
-        let (job, clusters, waited) = next();
-        assert_eq!((job, clusters), (JobId(2), ClusterRange::new(256, 512)));
+        watch.set().mark_done(clusters);
+        let (_, clusters, waited) = asked(&mut write, &disk);
+        assert_eq!(clusters, ClusterRange::new(256, 512));
         assert!(waited < pause, "another piece: {waited:?}");
     }
 }
