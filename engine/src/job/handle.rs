@@ -304,7 +304,8 @@ impl JobHandle {
     /// End the job without a result. Returns at once; [`Self::wait`] tells when it has ended.
     ///
     /// # Errors
-    /// When it is ending already: nothing changes any more how.
+    /// When it is ending already: nothing changes any more how. (Of a copy that is not of a live disk one may be accepted yet while the end is
+    /// being written down; it comes too late, and the copy is complete.)
     pub fn cancel(&self) -> Result<(), Refusal> {
         self.request(|state| {
             state.lifecycle.check(Verb::Cancel)?;
