@@ -20,7 +20,8 @@
 //! the moment the guest asked. Either way the cluster stays to copy and is on the sweep's list.
 //!
 //! What the sweep has left out under policy `ignore` stays free, for no guest has changed it yet. The first request that touches it takes it off the
-//! list of what was left out and copies it; if that fails, too, it is left out for good and the guest goes on. When the job
+//! list of what was left out and copies it; if that fails, too, it is left out for good and the guest goes on. (Where the guest has only been asked
+//! for beside another job, it goes back to the sweep instead, which leaves it out again: he may not come.) When the job
 //! is about to end, and when the list has as many ranges as it may have, nothing is taken off it any more.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -356,9 +357,7 @@ impl Copier {
         };
         let request = self.guests.requests.get_mut(&id).expect("it is there");
         request.in_flight += 1;
-        if !request.beside {
-            self.give_second_chance(claim.range());
-        }
+        self.give_second_chance(claim.range());
         let attempts = self.retries.take_out(claim.range());
         self.start_guest_copy(claim, slot, id, attempts, now);
         Claimed::Run

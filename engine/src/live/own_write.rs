@@ -14,7 +14,7 @@
 //! # The clock
 //! The time-out of a copy counts from the moment at which the guest asks, and goes on when it has to ask another job: that one was asked beside the
 //! first (`asks`), and has had as much time, unless the request is so large that only its beginning was. A large request goes
-//! piece by piece, and each further piece has its own time.
+//! piece by piece, and each further piece has its own time. Time at a barrier is nobody's: it starts anew after one.
 
 use std::time::{Duration, Instant};
 
@@ -46,14 +46,15 @@ pub(super) struct OwnWrite {
     pub(super) range: ByteRange,
     /// What was asked for is not to be carried out any more.
     forgotten: bool,
-    since: Instant,
+    /// When it first asked for copies.
+    since: Option<Instant>,
     /// Where it asked for copies last.
     last: Option<(JobId, ClusterIndex)>,
 }
 
 impl OwnWrite {
     pub(super) fn new(range: ByteRange) -> Self {
-        Self { range, forgotten: false, since: Instant::now(), last: None }
+        Self { range, forgotten: false, since: None, last: None }
     }
 
     pub(super) fn next(&mut self, disk: &DiskShared, ask: Ask) -> Step {
@@ -63,18 +64,22 @@ impl OwnWrite {
         }
         match ask(disk.gate(), disk.jobs(), self.range) {
             Attempt::Granted(permit) => Step::Granted(permit),
-            Attempt::AtBarrier => Step::AtBarrier,
+            Attempt::AtBarrier => {
+                self.since = None;
+                Step::AtBarrier
+            }
             Attempt::Copy(job, clusters) => {
                 let another = |(other, start)| {
                     // Of a large request only the first piece was asked beside.
                     if other == job { start < clusters.start } else { self.range.length > MOST_AT_A_TIME }
                 };
                 if self.last.is_some_and(another) {
-                    self.since = Instant::now();
+                    self.since = None;
                 }
                 self.last = Some((job, clusters.start));
                 self.forgotten = false;
-                Step::Copy(Wish { job, clusters, range: self.range }, self.since.elapsed())
+                let since = self.since.get_or_insert_with(Instant::now);
+                Step::Copy(Wish { job, clusters, range: self.range }, since.elapsed())
             }
         }
     }

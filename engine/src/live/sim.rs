@@ -363,7 +363,17 @@ impl SimEngine {
     /// Such a guest has clusters copied, by that job alone.
     #[must_use]
     pub fn copy(&self, job: JobId, clusters: ClusterRange) -> Pending<Result<(), Arc<Error>>> {
-        let range = ByteRange::new(0, 0);
+        self.copy_for(job, clusters, ByteRange::new(0, 0))
+    }
+
+    /// He is about to change `range`: the other jobs are asked beside that one.
+    #[must_use]
+    pub fn copy_for(
+        &self,
+        job: JobId,
+        clusters: ClusterRange,
+        range: ByteRange,
+    ) -> Pending<Result<(), Arc<Error>>> {
         Pending(self.inbox().ask_copy(Wish { job, clusters, range }, Duration::ZERO))
     }
 

@@ -288,7 +288,7 @@ impl Guests {
                 }
                 Attempt::Copy(job, clusters) => {
                     seen.copies += 1;
-                    own.stage = Stage::Copying(engine.copy(job, clusters));
+                    own.stage = Stage::Copying(engine.copy_for(job, clusters, own.range));
                 }
             },
             // He does not wait; the copy goes on.

@@ -8,6 +8,7 @@
 //! `LIVE_SIM_SEEDS=100000 LIVE_SIM_FIRST=0 cargo test --release -p engine --test live_simulation seeded` runs more seeds; a
 //! failure names its seed, and `LIVE_SIM_FIRST=<seed> LIVE_SIM_SEEDS=1` repeats it.
 
+mod beside;
 mod by_hand;
 mod directed;
 mod exhaustive;

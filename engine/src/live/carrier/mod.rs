@@ -124,7 +124,7 @@ struct Request<P> {
     range: ByteRange,
     /// Where the next window starts.
     at: u64,
-    /// When the next window was first kept waiting for a copy or at the barrier.
+    /// When the next window was first kept waiting for a copy, after the last barrier.
     waits_since: Option<Timestamp>,
     /// Whether anything of it was ever started.
     started: bool,

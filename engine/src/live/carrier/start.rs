@@ -144,7 +144,8 @@ impl<P> Carrier<P> {
                 return true;
             }
             Attempt::AtBarrier => {
-                self.requests[key].waits_since.get_or_insert(now);
+                // That is no job's fault: the time of a copy counts anew.
+                self.requests[key].waits_since = None;
                 self.barred.push(key);
                 Stage::AtBarrier
             }
