@@ -1,10 +1,14 @@
 //! `engine-cli backup` and `engine-cli job` against a running daemon.
 
+#[path = "support/kernel.rs"]
+#[allow(dead_code, reason = "every test program uses its own part of this")]
+mod kernel;
 mod support;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use kernel::{LoopDevice, is_root};
 use serde_json::{Value, json};
 use support::qmp::Daemon;
 use support::{Running, code, dense, directory, json as object, run_in, same, stderr, stdout};
@@ -128,6 +132,27 @@ fn what_is_refused_leaves_an_old_target_as_it_was() {
         assert!(same(&there.path().join("disk.img"), &there.path().join(name)));
         daemon.running.kill();
     }
+}
+
+/// It need not be as large as the disk, and what lies beyond the disk's end stays.
+#[test]
+fn a_larger_device_is_a_target() {
+    if !is_root() {
+        return;
+    }
+    let there = directory();
+    let _daemon = with_disk(there.path());
+    let beneath = there.path().join("device.img");
+    dense(&beneath, 6 << 20, 5);
+    let before = std::fs::read(&beneath).expect("read");
+    let device = LoopDevice::over(&beneath);
+    let output = run_in(there.path(), &backup(device.text(), &[]));
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    drop(device);
+    let (disk, after) =
+        (std::fs::read(there.path().join("disk.img")).expect("read"), std::fs::read(&beneath).expect("read"));
+    assert!(after[..LENGTH] == disk, "it is the disk");
+    assert!(after[LENGTH..] == before[LENGTH..], "and what was there before");
 }
 
 #[test]

@@ -110,6 +110,24 @@ fn a_job_is_paused_sped_up_and_resumed_by_its_handle() {
     });
 }
 
+/// Also when nothing happens: a pause, or a device that does not answer.
+#[test]
+fn time_goes_on_for_whoever_looks() {
+    let directory = tempfile::tempdir().unwrap();
+    let copy = start(&slow(options(directory.path(), IoEngine::Auto))).unwrap();
+    copy.job.pause().unwrap();
+    while copy.job.status() != Status::Paused {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let before = copy.job.progress();
+    std::thread::sleep(Duration::from_secs(1));
+    let after = copy.job.progress();
+    assert!(after.elapsed >= before.elapsed + Duration::from_millis(500), "{before:?} {after:?}");
+    assert_eq!(after.done, before.done);
+    copy.job.cancel().unwrap();
+    assert!(matches!(copy.job.wait().outcome, Outcome::Cancelled));
+}
+
 #[test]
 fn a_cancelled_copy_leaves_no_partial_file() {
     each_engine(|io_engine| {
@@ -122,6 +140,39 @@ fn a_cancelled_copy_leaves_no_partial_file() {
         assert!(!directory.path().join("target").exists(), "{:?}", result.notices);
         assert!(copy.job.cancel().is_err());
     });
+}
+
+/// Whenever it comes, down to the last steps of a copy.
+#[test]
+fn a_cancel_that_is_accepted_has_its_effect() {
+    let mut rng = fastrand::Rng::with_seed(9);
+    let (mut accepted, mut refused) = (0, 0);
+    for round in 0..120 {
+        let directory = tempfile::tempdir().unwrap();
+        let map = (round % 2 == 0).then(|| directory.path().join("map"));
+        let copy = start(&CopyOptions { map, ..options(directory.path(), IoEngine::Auto) }).unwrap();
+        while copy.job.progress().done < LENGTH as u64 {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(Duration::from_micros(rng.u64(0..4000)));
+        let cancelled = copy.job.cancel().is_ok();
+        let result = copy.job.wait();
+        let there = directory.path().join("target").exists();
+        if cancelled {
+            accepted += 1;
+            assert!(matches!(result.outcome, Outcome::Cancelled), "round {round}: {:?}", result.outcome);
+            // What is complete but for the user's word goes on from its map, and does not if it has none.
+            assert_eq!((there, result.resumable), (round % 2 == 0, round % 2 == 0), "round {round}");
+        } else {
+            refused += 1;
+            assert!(
+                matches!(result.outcome, Outcome::Complete) && there,
+                "round {round}: {:?}",
+                result.outcome
+            );
+        }
+    }
+    println!("{accepted} cancels accepted, {refused} refused");
 }
 
 #[test]

@@ -25,11 +25,19 @@ fn of_another_copy() {
     let place = there.path();
     interrupted(place, &[]);
     dense(&place.join("a2"), 16 * MIB, 0);
+    dense(&place.join("a3"), 17 * MIB, 0);
     dense(&place.join("b2"), 16 * MIB, 0);
-    refused(place, &["--map", "m", "a2", "b"], &["map file m", "source", "remove"]);
+    // Whatever else differs, and however long they are: that map is somebody's.
+    for other in [&["a2", "b"][..], &["a3", "b"], &["a3", "new"], &["--cluster-size", "4K", "a2", "b"]] {
+        let arguments = [&["--map", "m"], other].concat();
+        refused(place, &arguments, &["map file m", "another source", "/a:", "name the map of this copy"]);
+    }
     refused(place, &["--map", "m", "a", "b2"], &["map file m", "target", "remove the map file"]);
+    fs::rename(place.join("b"), place.join("elsewhere")).expect("renamed");
+    refused(place, &["--map", "m", "a", "b"], &["map file m", "its target b does not exist any more"]);
+    fs::rename(place.join("elsewhere"), place.join("b")).expect("renamed");
     refused(place, &["--map", "m", "a", "b2", "--force"], &["map file m", "target"]);
-    refused(place, &["--map", "m", "a", "new"], &["map file m", "new does not exist"]);
+    refused(place, &["--map", "m", "a", "new"], &["map file m", "/b, and new does not exist"]);
     refused(place, &["--map", "m", "--cluster-size", "4K", "a", "b"], &["map file m", "--cluster-size 64K"]);
     refused(place, &["--map", "m", "--sync", "top", "a", "b"], &["map file m", "--sync full"]);
     refused(place, &["--map", "m", "--verify", "a", "b"], &["map file m", "without --verify"]);

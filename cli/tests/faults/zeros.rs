@@ -5,7 +5,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use crate::kernel::{LoopDevice, Mount, is_root};
-use crate::support::{dense, directory, same, sparse};
+use crate::support::{Running, dense, directory, same, sparse};
 use crate::{KIB, MIB, copied, json};
 
 fn allocated(path: &Path) -> u64 {
@@ -42,6 +42,28 @@ fn sparse_stays_sparse_and_written_zeros_become_holes() {
     copied(place, &["--no-zero-detect", "--force", "zeros", "z"]);
     assert!(allocated(&place.join("z")) >= 4 << 20, "written as they are when asked for");
     assert!(same(&place.join("zeros"), &place.join("z")));
+}
+
+/// Space is reserved ahead of the data, and the run that comes to the zeros behind it is not the one that has done so.
+#[test]
+fn zeros_become_holes_also_when_a_copy_was_interrupted() {
+    let there = directory();
+    let place = there.path();
+    dense(&place.join("a"), 24 * MIB, 0);
+    let file = File::options().append(true).open(place.join("a")).expect("open");
+    file.write_all_at(&vec![0; 64 * MIB], 24 * MIB as u64).expect("written");
+    drop(file);
+    let slow = ["copy", "--speed", "10M", "--progress", "json", "--map", "m", "a", "b"];
+    let mut running = Running::program(place, &slow);
+    running.progress(|progress| progress["done"].as_u64() > Some(20 * MIB as u64));
+    running.signal("INT");
+    assert_eq!(running.end().0, 130);
+    let reserved = allocated(&place.join("b"));
+    assert!(reserved > 30 << 20, "{reserved} bytes: nothing was reserved ahead");
+    copied(place, &["--map", "m", "a", "b"]);
+    assert!(same(&place.join("a"), &place.join("b")));
+    let kept = allocated(&place.join("b"));
+    assert!(kept <= 26 << 20, "{kept} bytes");
 }
 
 #[test]

@@ -6,7 +6,8 @@
 //! holds nothing but data, and zeros switch the whole thing off until the next streak. And reserving waits for direct I/O in
 //! flight, so the next window is asked for when half of the last is used, and all its extents go into one request.
 //! Reserving is an optimisation: when it fails (no space, not supported) it is given up, and the write says what is wrong. What was
-//! reserved of a window before it failed is not told, so all of it counts as reserved.
+//! reserved of a window before it failed is not told, so all of it counts as reserved. Nor is it told what an earlier run had reserved and not
+//! used when it was cut off: a run that goes on from there takes everything for reserved that is not done, and reserves nothing over what is.
 
 use super::plan::Limits;
 use crate::units::ByteRange;
@@ -15,6 +16,8 @@ use crate::units::ByteRange;
 #[derive(Debug)]
 pub(super) struct AllocateAhead {
     enabled: bool,
+    /// An earlier run may have reserved anything.
+    goes_on: bool,
     /// Bytes of data seen since the last zeros.
     streak: u64,
     /// Next window, in bytes of data.
@@ -45,9 +48,11 @@ pub(super) enum Reserved {
 const MAX_RESERVED_SPANS: usize = 1024;
 
 impl AllocateAhead {
-    pub(super) fn new(enabled: bool, limits: Limits) -> Self {
+    /// `goes_on`: an earlier run may have reserved anything.
+    pub(super) fn new(enabled: bool, goes_on: bool, limits: Limits) -> Self {
         Self {
             enabled,
+            goes_on: enabled && goes_on,
             streak: 0,
             window: limits.allocation_window_min,
             decided_to: 0,
@@ -118,6 +123,9 @@ impl AllocateAhead {
 
     /// Whether any of `range` may be reserved.
     pub(super) fn covers(&self, range: ByteRange) -> bool {
+        if self.goes_on {
+            return true;
+        }
         let at = self.reserved.partition_point(|span| span.end() <= range.offset);
         self.reserved.get(at).is_some_and(|span| span.offset < range.end())
     }
@@ -132,8 +140,19 @@ mod tests {
     }
 
     #[test]
+    fn whoever_goes_on_may_find_anything_reserved() {
+        let range = ByteRange::new(0, 1);
+        assert!(AllocateAhead::new(true, true, limits()).covers(range));
+        assert!(!AllocateAhead::new(true, false, limits()).covers(range));
+        assert!(
+            !AllocateAhead::new(false, true, limits()).covers(range),
+            "no run of such a copy reserves anything"
+        );
+    }
+
+    #[test]
     fn windows_begin_after_a_streak_and_grow_while_there_is_data() {
-        let mut ahead = AllocateAhead::new(true, limits());
+        let mut ahead = AllocateAhead::new(true, false, limits());
         assert_eq!(ahead.due(0), None, "no data seen yet");
         ahead.on_data(250);
         assert_eq!(ahead.due(250), Some((250, 1000)));
@@ -150,7 +169,7 @@ mod tests {
 
     #[test]
     fn zeros_switch_it_off_until_the_next_streak() {
-        let mut ahead = AllocateAhead::new(true, limits());
+        let mut ahead = AllocateAhead::new(true, false, limits());
         ahead.on_data(5000);
         ahead.on_zeros();
         assert_eq!(ahead.due(0), None);
@@ -161,7 +180,7 @@ mod tests {
     #[test]
     fn a_failure_gives_it_up_and_what_it_may_have_reserved_is_given_back() {
         for (outcome, covered) in [(Reserved::Nothing, false), (Reserved::InPart, true)] {
-            let mut ahead = AllocateAhead::new(true, limits());
+            let mut ahead = AllocateAhead::new(true, false, limits());
             ahead.on_data(5000);
             ahead.begin(&[ByteRange::between(0, 1000)]);
             ahead.end(outcome);

@@ -11,7 +11,8 @@
 //! - A cluster is completed in the set after its last task succeeded; the set of done clusters is captured before a flush is
 //!   submitted; the map claims what was captured, after that flush succeeded.
 //! - Success is decided once a flush that was submitted after the last write has succeeded (and what it covered was read back); from then
-//!   on a cancel is too late. Failure and cancel are decided at once, and told when nothing is in flight any more.
+//!   on a cancel is too late. So whoever carries an offline copy is asked before ([`Copier::asks_to_complete`]): he refuses cancels from then on,
+//!   or has accepted one and passes it on. Failure and cancel are decided at once, and told when nothing is in flight any more.
 //!
 //! # Bounds
 //! Operations in flight: the ring's capacity, of which a live job has a part (`queue`); those queued behind it: for each slot as many as its cluster has blocks of 4 KiB. Everything else is counted in slots, in
@@ -52,7 +53,7 @@ use slab::Slab;
 
 use crate::error::Error;
 use crate::interval_set::IntervalSet;
-use crate::job::{ErrorAction, IoStatus, SkippedRange};
+use crate::job::{ErrorAction, IoStatus, SkippedRange, TargetHolds};
 use crate::piece;
 use crate::ring::{Op, Token, ZeroMethod};
 use crate::units::{ClusterIndex, ClusterRange, Speed, Timestamp};
@@ -112,6 +113,19 @@ pub enum Ending {
     Failed(Arc<Error>),
     /// Cancelled.
     Cancelled,
+}
+
+/// Whether somebody has a say before it is decided that a copy ends complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Consent {
+    /// Nobody has.
+    NotNeeded,
+    /// Somebody has, and was not asked yet.
+    Needed,
+    /// All is done and durable but for the word.
+    Asked,
+    /// The word was given.
+    Given,
 }
 
 /// Counters for [`crate::job::Progress`], in bytes.
@@ -181,6 +195,8 @@ pub struct Copier {
     /// Space to be given back, where it was reserved before t0.
     give_back: Option<GiveBack>,
     zeroing: Zeroing,
+    /// Operations for zeros that have failed since the last that did not.
+    zeroing_failures: u32,
     /// What was not written yet reads as zeros on the target. Believed until something shows, or may show, otherwise.
     blank_is_zero: bool,
     zero_runs: ZeroRuns,
@@ -226,6 +242,7 @@ pub struct Copier {
     ending: Option<Ending>,
     salvaged: bool,
     finished: bool,
+    consent: Consent,
     events: Vec<Event>,
 }
 
@@ -276,9 +293,14 @@ impl Copier {
                 .filter(|live| live.space_reserved)
                 .map(|_| GiveBack::new(geometry.clusters())),
             zeroing: Zeroing::Operation(ZeroMethod::Unmap),
+            zeroing_failures: 0,
             blank_is_zero: plan.target_is_zero,
             zero_runs: ZeroRuns::new(plan.limits.zero_run_bytes, cluster_bytes, plan.live.is_some()),
-            allocation: AllocateAhead::new(plan.allocate_ahead, plan.limits),
+            allocation: AllocateAhead::new(
+                plan.allocate_ahead,
+                plan.target_before == TargetHolds::Unknown,
+                plan.limits,
+            ),
             held: Vec::new(),
             throttle: Throttle::new(plan.speed, cluster_bytes),
             retries: RetryList::default(),
@@ -307,6 +329,7 @@ impl Copier {
             ending: None,
             salvaged: false,
             finished: false,
+            consent: Consent::NotNeeded,
             events: Vec::new(),
             plan,
             set,
@@ -332,7 +355,8 @@ impl Copier {
             self.serve_snapshots();
         }
         self.queue.take(places, out);
-        (more || self.guests.has_looks_left() || self.counted_to.0 > 0) && !self.finished
+        (more || self.guests.has_looks_left() || self.counted_to.0 > 0 || self.asks_to_complete())
+            && !self.finished
     }
 
     /// When to call [`Self::poll`] again although nothing has happened.
@@ -396,6 +420,25 @@ impl Copier {
         let accepted = self.ending.is_none();
         self.end_with(Ending::Cancelled);
         accepted
+    }
+
+    /// Have [`Self::complete`] said before it is decided that the copy is complete; not of a live copy, see [`Self::cancel`].
+    pub fn ask_before_complete(&mut self) {
+        if self.plan.live.is_none() {
+            self.consent = Consent::Needed;
+        }
+    }
+
+    /// Whether the copy is complete as soon as [`Self::complete`] is said, and not before.
+    #[must_use]
+    pub fn asks_to_complete(&self) -> bool {
+        self.consent == Consent::Asked && self.ending.is_none()
+    }
+
+    /// Nobody cancels it any more: it is complete from the next [`Self::poll`] on.
+    pub fn complete(&mut self) {
+        assert!(self.asks_to_complete(), "it was asked for");
+        self.consent = Consent::Given;
     }
 
     /// Whether how it ends is decided: nothing needs to be copied for a guest any more.

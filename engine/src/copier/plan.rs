@@ -122,6 +122,8 @@ pub struct Limits {
     pub mismatches: usize,
     /// Most bytes made zero by one request.
     pub zero_run_bytes: u64,
+    /// Operations for zeros that fail one after the other, for reasons that may pass, before zeros are written as data.
+    pub zeroing_failures: u32,
     /// First and smallest window of space reserved ahead, in bytes of data.
     pub allocation_window_min: u64,
     /// Largest window of space reserved ahead.
@@ -142,6 +144,7 @@ impl Default for Limits {
             skipped_ranges: 65_536,
             mismatches: 1024,
             zero_run_bytes: 32 << 20,
+            zeroing_failures: 4,
             allocation_window_min: 16 << 20,
             allocation_window_max: 1 << 30,
             extents: 1024,

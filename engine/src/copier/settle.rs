@@ -11,7 +11,7 @@ use super::plan::{Checkpoint, planted};
 use super::retry::{Verdict, verdict};
 use super::skipped::merged;
 use super::verify::{Unverified, Verification, Window};
-use super::{Copier, Ending, Event, Task};
+use super::{Consent, Copier, Ending, Event, Task};
 use crate::error::{Error, Operation, describe};
 use crate::modes::SyncMode;
 use crate::ring::{Op, Output};
@@ -45,6 +45,9 @@ impl Copier {
             None => idle && self.checkpoints.is_idle() && self.nothing_under_way(),
         };
         if self.paused() && still && !self.drained_said {
+            if self.outlasts_pause() && !completes {
+                return self.begin_checkpoint(false, now);
+            }
             self.drained_said = true;
             self.events.push(Event::Drained);
         }
@@ -68,6 +71,13 @@ impl Copier {
         if !self.paused() {
             self.drop_cache();
         }
+    }
+
+    /// Whether there is something new for the map before a pause, which may be long, and which the host may not outlive. (What is to be read back
+    /// first is not waited for: the pause was asked for now.)
+    fn outlasts_pause(&self) -> bool {
+        let new = self.checkpoints.dirty && self.checkpoints.bytes_since() > 0;
+        self.plan.map.is_some() && !self.plan.verify && new && !self.writing_back
     }
 
     fn settle_ending(&mut self, now: Timestamp) {
@@ -321,6 +331,11 @@ impl Copier {
             verification.abandon();
         }
         if !verification.is_done() {
+            return;
+        }
+        let completes = self.checkpoints.captured.complete && !verification.has_unverified();
+        if completes && self.ending.is_none() && matches!(self.consent, Consent::Needed | Consent::Asked) {
+            self.consent = Consent::Asked;
             return;
         }
         let unverified = verification.take_unverified();

@@ -346,6 +346,10 @@ impl Copier {
                 break;
             }
             let part = ByteRange::new(extent.offset, extent.length.min(left));
+            // What is done, by an earlier run, is not come to again: zeros there would stay reserved.
+            if self.set.count_done_in(self.plan.geometry.covering(part)).0 > 0 {
+                break;
+            }
             left -= part.length;
             ranges.push(part);
         }

@@ -301,17 +301,22 @@ impl Copier {
                 self.push(Task::Move { transfer: id, piece }, op);
             }
             (result, _) => {
-                if let Err(errno) = result {
-                    tracing::debug!(%errno, %range, "space of zeros not given back");
+                match result {
+                    Ok(_) => self.zeroing_failures = 0,
+                    Err(errno) => tracing::debug!(%errno, %range, "space of zeros not given back"),
                 }
                 self.task_done(id, self.plan.geometry.covering(range), now);
             }
         }
     }
 
-    /// A zero operation failed that was done by `method`: try the next way from now on, unless another failure has led there already.
+    /// A zero operation failed that was done by `method`. Where there is no such operation, or it fails again and again, the next way is
+    /// tried from now on, unless another failure has led there already.
     pub(super) fn zeroing_failed(&mut self, method: ZeroMethod, errno: Errno) {
-        if self.zeroing == Zeroing::Operation(method) {
+        self.zeroing_failures += 1;
+        let never = matches!(errno, Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS | Errno::ENOTTY);
+        let hopeless = never || self.zeroing_failures >= self.plan.limits.zeroing_failures;
+        if hopeless && self.zeroing == Zeroing::Operation(method) {
             self.zeroing = match (method, errno) {
                 (ZeroMethod::Unmap, Errno::EOPNOTSUPP) => Zeroing::Operation(ZeroMethod::Keep),
                 _ => Zeroing::Data,

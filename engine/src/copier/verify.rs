@@ -163,6 +163,11 @@ impl Verification {
         self.failures
     }
 
+    /// Whether there is something that cannot be claimed.
+    pub(super) fn has_unverified(&self) -> bool {
+        !self.unverified.is_empty()
+    }
+
     /// What cannot be claimed, ascending.
     pub(super) fn take_unverified(&mut self) -> Vec<Unverified> {
         let mut unverified = std::mem::take(&mut self.unverified);

@@ -93,6 +93,7 @@ impl Copier {
         }
         match result {
             Ok(_) if !self.zero_runs.tainted => {
+                self.zeroing_failures = 0;
                 self.set.complete(claim);
                 self.skipped.done(clusters);
                 self.note_zeros(clusters, Was::Hole);

@@ -109,14 +109,15 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
     };
     let found = map.as_ref().and_then(|map| map.map().map(|found| (found.header(), map.path())));
     if let Some((header, path)) = found {
-        header.check_options(geometry, options.sync, options.verify, path)?;
+        // First of all: of another pair nothing else that differs matters, and its map is not to be removed.
         let now = source.identity();
         if let Some(difference) = header.source.difference_as_source(now) {
             if header.source.path == now.path && difference.is_modification() {
                 return Err(source_modified(path, now, &difference));
             }
-            return Err(map_of_another(path, "source", &difference));
+            return Err(map_of_another(path, &header.source, now, &difference));
         }
+        header.check_options(geometry, options.sync, options.verify, path)?;
     }
     let resume = found.map(|(header, map_path)| Resume { header, map_path });
     let target_options = TargetOptions {
@@ -155,8 +156,18 @@ fn source_modified(map: &str, source: &Identity, difference: &crate::storage::Di
         .advise("remove the map file and add --force to copy everything again")
 }
 
-fn map_of_another(path: &str, side: &str, difference: &crate::storage::Difference) -> Error {
-    let reason = format!("it belongs to a copy of another {side}: {difference}");
+fn map_of_another(
+    path: &str,
+    then: &Identity,
+    now: &Identity,
+    difference: &crate::storage::Difference,
+) -> Error {
+    let of = if then.path == now.path {
+        "another source".to_owned()
+    } else {
+        format!("another source, {}", then.path)
+    };
+    let reason = format!("it belongs to a copy of {of}: {difference}");
     Error::new(ErrorKind::MapRefused, Operation::UseMap, path, reason)
         .advise("name the map of this copy, or remove the map file and add --force to copy everything again")
 }

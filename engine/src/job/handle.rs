@@ -42,6 +42,8 @@ struct State {
     cancel: bool,
     speed: Option<Speed>,
     progress: Progress,
+    /// When that was told, if it was.
+    told: Option<Instant>,
     notices: Vec<String>,
     result: Option<Arc<JobResult>>,
     callback: Option<CompletionCallback>,
@@ -82,6 +84,7 @@ impl Shared {
                 cancel: false,
                 speed,
                 progress,
+                told: None,
                 notices: Vec::new(),
                 result: None,
                 callback: None,
@@ -157,6 +160,7 @@ impl Shared {
         progress.io_status = state.lifecycle.io_status();
         progress.speed = state.speed.map(|speed| speed.0.get());
         state.progress = progress;
+        state.told = Some(Instant::now());
     }
 
     /// The ring thread is dying: the job fails with `error`, if it has not ended. `finish` cleans up and adds to the result.
@@ -203,9 +207,13 @@ impl Shared {
         concludes
     }
 
-    /// A cancel came too late: it is not to be seen again.
-    pub(crate) fn forget_cancel(&self) {
-        self.state.lock().cancel = false;
+    /// The job is about to be complete: a cancel is refused from now on. `false`: one was accepted before.
+    pub(crate) fn refuse_cancels(&self) -> bool {
+        let mut state = self.state.lock();
+        if !state.cancel {
+            state.lifecycle.refuse_cancels();
+        }
+        !state.cancel
     }
 
     /// The job has ended and released everything: calls the callback, then concludes and lets the waiters go.
@@ -261,10 +269,15 @@ impl JobHandle {
         &self.shared
     }
 
-    /// The last counters that the ring thread published.
+    /// The last counters that the ring thread published. It does when something happens: time goes on, and a rate falls, without.
     #[must_use]
     pub fn progress(&self) -> Progress {
-        self.shared.state.lock().progress.clone()
+        let state = self.shared.state.lock();
+        let mut progress = state.progress.clone();
+        if let Some(told) = state.told.filter(|_| !state.lifecycle.status().is_over()) {
+            progress.age(told.elapsed());
+        }
+        progress
     }
 
     /// What was worth telling a person while the job ran, but for the first `seen` of it; a line each. The result has all of it.
@@ -304,8 +317,7 @@ impl JobHandle {
     /// End the job without a result. Returns at once; [`Self::wait`] tells when it has ended.
     ///
     /// # Errors
-    /// When it is ending already: nothing changes any more how. (Of a copy that is not of a live disk one may be accepted yet while the end is
-    /// being written down; it comes too late, and the copy is complete.)
+    /// When it is ending already: nothing changes any more how. A job that has accepted it is not complete; it may have failed meanwhile.
     pub fn cancel(&self) -> Result<(), Refusal> {
         self.request(|state| {
             state.lifecycle.check(Verb::Cancel)?;

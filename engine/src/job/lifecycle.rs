@@ -13,7 +13,8 @@
 //! until all may conclude. Each change of state is kept until it was told ([`Lifecycle::take_changes`]).
 //!
 //! From the moment at which a job's end is decided until that was told, its last steps are taken, which may take their time. It shows `pending`
-//! then, but verbs find it as good as `concluded`: what is accepted has its effect, so a cancel that is too late is refused.
+//! then, but verbs find it as good as `concluded`: what is accepted has its effect, so a cancel that is too late is refused. Of an offline copy it
+//! is decided earlier, while it shows `running`: before its map is removed.
 
 use std::fmt;
 
@@ -176,6 +177,8 @@ pub struct Lifecycle {
     group_concludes: bool,
     /// Nothing changes any more how it ends.
     decided: bool,
+    /// It is about to be complete.
+    uncancellable: bool,
     /// States that were entered and not told yet.
     changes: Vec<Status>,
 }
@@ -194,6 +197,7 @@ impl Lifecycle {
             grouped: false,
             group_concludes: false,
             decided: false,
+            uncancellable: false,
             changes: Vec::new(),
         }
     }
@@ -231,8 +235,9 @@ impl Lifecycle {
     /// # Errors
     /// The refusal.
     pub fn check(&self, verb: Verb) -> Result<(), Refusal> {
-        let too_late =
+        let over =
             self.decided && self.status == Status::Pending && matches!(verb, Verb::Cancel | Verb::Finalize);
+        let too_late = over || (self.uncancellable && verb == Verb::Cancel);
         let status = if too_late { Status::Concluded } else { self.status };
         if status.allows(verb) { Ok(()) } else { Err(Refusal::State { status, verb }) }
     }
@@ -283,6 +288,11 @@ impl Lifecycle {
     /// The job starts.
     pub fn start(&mut self) {
         self.become_(Status::Running);
+    }
+
+    /// It is about to be complete, and cannot be cancelled any more.
+    pub fn refuse_cancels(&mut self) {
+        self.uncancellable = true;
     }
 
     /// The work is done, and flushed. Goes to `waiting`, and on to `pending` unless there is a group to wait for.
@@ -492,6 +502,20 @@ mod tests {
         assert!(failing.decide());
         let refused = Refusal::State { status: Status::Aborting, verb: Verb::Cancel };
         assert_eq!(failing.check(Verb::Cancel), Err(refused));
+    }
+
+    #[test]
+    fn a_copy_that_is_about_to_be_complete_cannot_be_cancelled() {
+        let mut job = Lifecycle::new(false, true);
+        job.start();
+        assert_eq!(job.check(Verb::Cancel), Ok(()));
+        job.refuse_cancels();
+        let refused = Refusal::State { status: Status::Concluded, verb: Verb::Cancel };
+        assert_eq!(job.check(Verb::Cancel), Err(refused));
+        assert_eq!(job.check(Verb::Pause), Ok(()));
+        job.finished();
+        assert_eq!(job.check(Verb::Cancel), Err(refused));
+        assert_eq!(job.check(Verb::Finalize), Ok(()));
     }
 
     #[test]

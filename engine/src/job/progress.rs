@@ -46,3 +46,51 @@ pub struct Progress {
     /// Since the start of the copy.
     pub elapsed: Duration,
 }
+
+impl Progress {
+    /// The rate is over so many seconds.
+    const RATE_SPAN: Duration = Duration::from_secs(4);
+    /// Younger ones are as good as new.
+    const FRESH: Duration = Duration::from_millis(500);
+
+    /// What it says so long after it was told, if nothing has happened since: a device that does not answer has no rate.
+    pub(crate) fn age(&mut self, by: Duration) {
+        if by < Self::FRESH {
+            return;
+        }
+        self.elapsed += by;
+        let part = Self::RATE_SPAN.as_secs_f64() / (Self::RATE_SPAN + by).as_secs_f64();
+        self.rate = (self.rate as f64 * part) as u64;
+        let left = self.total.saturating_sub(self.done + self.skipped);
+        self.time_left = (self.rate > 0).then(|| Duration::from_secs_f64(left as f64 / self.rate as f64));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::runner::empty_progress;
+    use super::*;
+
+    #[test]
+    fn what_was_told_long_ago_has_no_rate() {
+        let told = Progress {
+            done: 50 << 20,
+            rate: 100 << 20,
+            elapsed: Duration::from_secs(7),
+            time_left: Some(Duration::from_secs(1)),
+            ..empty_progress(150 << 20)
+        };
+        let after = |by| {
+            let mut progress = told.clone();
+            progress.age(by);
+            progress
+        };
+        assert_eq!(after(Duration::from_millis(100)), told);
+        let stalled = after(Duration::from_secs(4));
+        assert_eq!((stalled.elapsed, stalled.rate), (Duration::from_secs(11), 50 << 20));
+        assert_eq!(stalled.time_left, Some(Duration::from_secs(2)));
+        assert!(after(Duration::from_secs(400)).rate <= 1 << 20);
+        let never = after(Duration::from_secs(1 << 40));
+        assert_eq!((never.rate, never.time_left, never.done), (0, None, told.done));
+    }
+}

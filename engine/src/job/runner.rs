@@ -32,7 +32,13 @@ pub(crate) struct Runner {
 
 impl Runner {
     /// A runner for a job whose handle was given out already; to be started.
-    pub(crate) fn new(copier: Copier, shared: Arc<Shared>, at_end: Option<AtEnd>, now: Timestamp) -> Self {
+    pub(crate) fn new(
+        mut copier: Copier,
+        shared: Arc<Shared>,
+        at_end: Option<AtEnd>,
+        now: Timestamp,
+    ) -> Self {
+        copier.ask_before_complete();
         Self {
             copier,
             shared,
@@ -78,6 +84,10 @@ impl Runner {
         self.take_events();
         self.take_requests(now);
         let more = self.copier.poll(now, places, out);
+        // With a cancel that was accepted meanwhile it is not complete: the next turn takes it.
+        if self.copier.asks_to_complete() && self.shared.refuse_cancels() {
+            self.copier.complete();
+        }
         self.take_events();
         if self.copier.is_ending() && !self.copier.is_complete() {
             // What is in flight may take long yet.
@@ -120,13 +130,11 @@ impl Runner {
             self.paused_on = None;
         }
         if requests.cancel {
-            // In `pending` the copy is complete but the job has not concluded: it can still be cancelled. A cancel that comes while the
-            // end is being written down is too late.
+            // In `pending` the copy is complete but the job has not concluded: it can still be cancelled. One that has failed meanwhile has
+            // failed.
             let pending = matches!(self.ending, Some(Ending::Complete));
             if self.copier.cancel() || pending {
                 self.shared.with_lifecycle(Lifecycle::abort);
-            } else {
-                self.shared.forget_cancel();
             }
             if pending {
                 self.ending = Some(Ending::Cancelled);

@@ -8,7 +8,7 @@
 //!
 //! # Replacing it
 //! Written beside it under another name, synced, renamed, the directory synced. A crash leaves the old map or the new one,
-//! and perhaps the other file, which the next run removes. It removes nothing else that has that name: what is not the beginning
+//! and perhaps the other file, which the next run removes. A map that somebody has removed is written anew, but never over another run's. It removes nothing else that has that name: what is not the beginning
 //! of a map, or is one of the disks, is refused.
 
 use std::ffi::{OsStr, OsString};
@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, renameat};
 use nix::sys::stat::{Mode, fstatat};
-use nix::unistd::{AccessFlags, UnlinkatFlags, faccessat, fsync, unlinkat};
+use nix::unistd::{AccessFlags, UnlinkatFlags, faccessat, unlinkat};
 use parking_lot::Mutex;
 
 use super::{MAGIC, MAX_BYTES, Map, MapError};
@@ -29,7 +29,7 @@ use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
 use crate::storage::locator::Place;
 use crate::storage::lock::{self, Lock};
 use crate::storage::open::errno_of;
-use crate::storage::prepare::open_directory;
+use crate::storage::prepare::{open_directory, sync_directory};
 use crate::storage::topology::{self, Node};
 use crate::storage::{Document, Locator, OpenedSource};
 
@@ -169,6 +169,9 @@ impl MapFile {
     }
 
     fn replace(&self, contents: &[u8]) -> std::result::Result<(), Errno> {
+        if self.is_anothers()? {
+            return Err(Errno::EEXIST);
+        }
         let next = self.write_next(contents)?;
         let temporary = self.temporary();
         let renamed =
@@ -179,7 +182,14 @@ impl MapFile {
         }
         *self.current.lock() = Current { locked: next, stands_in: false };
         // From here on the new map has the name; that this is durable is not sure unless this succeeds.
-        fsync(&self.directory)
+        sync_directory(&self.directory)
+    }
+
+    /// Whether its name means another file by now: somebody has removed the map, and another run has one there.
+    fn is_anothers(&self) -> std::result::Result<bool, Errno> {
+        let Some(named) = name_of(&self.directory, &self.name)? else { return Ok(false) };
+        let ours = self.current.lock().locked.metadata().map_err(|error| errno_of(&error))?;
+        Ok(named != (ours.dev(), ours.ino()))
     }
 
     /// Whether its name still means the version that was published last. What cannot be asked is there.
@@ -188,12 +198,15 @@ impl MapFile {
     }
 
     fn remove(&self) -> std::result::Result<(), Errno> {
+        if self.is_anothers()? {
+            return Ok(());
+        }
         match unlinkat(&self.directory, self.name.as_os_str(), UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => {}
             Err(errno) => return Err(errno),
         }
         self.current.lock().stands_in = false;
-        fsync(&self.directory)
+        sync_directory(&self.directory)
     }
 }
 
@@ -397,9 +410,14 @@ fn open_locked(path: &str, directory: &File, name: &OsStr) -> Result<Current> {
 /// Whether the name still means this file.
 fn has_name(directory: &File, name: &OsStr, file: &File) -> std::result::Result<bool, Errno> {
     let open = file.metadata().map_err(|error| errno_of(&error))?;
+    Ok(name_of(directory, name)? == Some((open.dev(), open.ino())))
+}
+
+/// Device and inode of what has the name; `None`: nothing has.
+fn name_of(directory: &File, name: &OsStr) -> std::result::Result<Option<(u64, u64)>, Errno> {
     match fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
-        Ok(named) => Ok((named.st_dev, named.st_ino) == (open.dev(), open.ino())),
-        Err(Errno::ENOENT) => Ok(false),
+        Ok(named) => Ok(Some((named.st_dev, named.st_ino))),
+        Err(Errno::ENOENT) => Ok(None),
         Err(errno) => Err(errno),
     }
 }

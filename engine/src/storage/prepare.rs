@@ -46,7 +46,9 @@ impl NewFile {
             return Ok(false);
         }
         unlinkat(&self.directory, self.name.as_os_str(), UnlinkatFlags::NoRemoveDir)?;
-        nix::unistd::fsync(&self.directory)?;
+        if let Err(errno) = sync_directory(&self.directory) {
+            tracing::warn!(%errno, "a removed file may come back after a crash");
+        }
         Ok(true)
     }
 
@@ -63,6 +65,21 @@ impl NewFile {
 
 pub(crate) fn open_directory(path: &Path) -> std::result::Result<File, Errno> {
     File::options().read(true).custom_flags(libc::O_DIRECTORY).open(path).map_err(|error| errno_of(&error))
+}
+
+/// Make the names in a directory durable. On a file system that cannot be asked for it, nothing better is to be had than the sync of a file itself.
+pub(crate) fn sync_directory(directory: &File) -> std::result::Result<(), Errno> {
+    durable_if_it_can(nix::unistd::fsync(directory))
+}
+
+fn durable_if_it_can(synced: std::result::Result<(), Errno>) -> std::result::Result<(), Errno> {
+    match synced {
+        Err(errno @ (Errno::EINVAL | Errno::EOPNOTSUPP | Errno::ENOSYS)) => {
+            tracing::info!(%errno, "the file system does not sync directories");
+            Ok(())
+        }
+        synced => synced,
+    }
 }
 
 /// See whether the file system takes an existing file of that length, by a question that changes nothing of it, not even its times: a file may
@@ -187,7 +204,7 @@ fn fill_new(
     let errno = |error: std::io::Error| errno_of(&error);
     file.set_len(length.0).map_err(errno)?;
     file.sync_all().map_err(errno)?;
-    nix::unistd::fsync(&new.directory)?;
+    sync_directory(&new.directory)?;
     let flags = OFlag::O_RDWR | OFlag::O_DIRECT | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
     let direct = match openat(&new.directory, new.name.as_os_str(), flags, Mode::empty()) {
         Ok(direct) => File::from(direct),
@@ -206,6 +223,14 @@ fn fill_new(
 mod tests {
     use super::*;
     use crate::error::ErrorKind;
+
+    #[test]
+    fn a_file_system_that_syncs_no_directories_is_as_good_as_it_gets() {
+        for errno in [Errno::EINVAL, Errno::EOPNOTSUPP] {
+            assert_eq!(durable_if_it_can(Err(errno)), Ok(()));
+        }
+        assert_eq!(durable_if_it_can(Err(Errno::EIO)), Err(Errno::EIO));
+    }
 
     /// Empty a file of `before` bytes for a copy of `length`, where setting some lengths fails the given number of times later; gives the
     /// file's length then and whether it was a refusal.

@@ -239,7 +239,10 @@ impl TargetPlan {
             Planned::Existing { path, mut pair, empty_it: true, .. } => {
                 empty(&locator, &pair, length)?;
                 let identity = identify(&locator, &path, &mut pair, length)?;
-                (pair.into_storage(Operation::OpenTarget, &locator)?, identity, true, None)
+                // It is not what it was: what fails now is no refusal.
+                let failed =
+                    |error| Error::io(Operation::Inspect, locator.as_str(), None, Errno::EIO).because(error);
+                (pair.into_storage(Operation::OpenTarget, &locator).map_err(failed)?, identity, true, None)
             }
             Planned::New(place) => {
                 let (pair, identity, new_file) = create(&locator, place, length)?;
@@ -399,7 +402,13 @@ impl TargetPlan {
 
     fn plan_new(&mut self, path: &Path, source: &OpenedSource, options: &TargetOptions<'_>) -> Result<()> {
         if let Some(resume) = &options.resume {
-            return Err(map_refused(resume, format!("its target {} does not exist any more", self.locator)));
+            let of = &resume.header.target.path;
+            let reason = if is_named(path, of) {
+                format!("its target {} does not exist any more", self.locator)
+            } else {
+                format!("it belongs to a copy to another target, {of}, and {} does not exist", self.locator)
+            };
+            return Err(map_refused(resume, reason));
         }
         if options.in_place {
             return Err(self.refused(Refusal::NotFound, "it does not exist"));
@@ -620,6 +629,13 @@ fn check_same_pair(resume: &Resume<'_>, source: &Identity, target: &Identity) ->
         }
     }
     Ok(())
+}
+
+/// Whether what does not exist at `path` would be found there as `resolved`.
+fn is_named(path: &Path, resolved: &str) -> bool {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let (Ok(parent), Some(name)) = (std::fs::canonicalize(parent), path.file_name()) else { return false };
+    parent.join(name) == Path::new(resolved)
 }
 
 fn map_refused(resume: &Resume<'_>, reason: String) -> Error {

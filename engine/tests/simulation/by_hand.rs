@@ -18,7 +18,7 @@ use engine::units::{ByteRange, ClusterRange, ClusterSize, Geometry, Length, Time
 use nix::errno::Errno;
 
 use crate::run::driver_of;
-use crate::scenario::Scenario;
+use crate::scenario::{Scenario, decode};
 
 const CLUSTER: u64 = 8192;
 
@@ -378,4 +378,97 @@ fn runs_of_zeros_are_as_large_as_the_target_is_quick_with_them() {
     assert_eq!(largest_zero_run(Duration::from_micros(100)), 32 << 20);
     assert_eq!(largest_zero_run(Duration::from_millis(4)), 512 << 10, "it is not quick with the first");
     assert_eq!(largest_zero_run(Duration::from_millis(50)), 512 << 10);
+}
+
+/// A cancel that was accepted while the last checkpoint was on its way: the map stays, and the next run has nothing left to copy.
+#[test]
+fn whoever_carries_a_copy_has_a_say_before_it_is_complete() {
+    for cancelled in [false, true] {
+        let scenario = Scenario { length: 4 * CLUSTER, map: true, ..Scenario::plain(38) };
+        let set = Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap());
+        let mut copier = Copier::new(scenario.plan(blank()), set);
+        copier.ask_before_complete();
+        let (arena, now) = (Arena::new(1 << 20).unwrap(), Timestamp::default());
+        let (mut ops, mut maps, mut asked) = (Vec::new(), Vec::new(), 0);
+        while !copier.is_finished() {
+            let more = copier.poll(now, Places::alone(usize::MAX), &mut ops);
+            if copier.asks_to_complete() {
+                assert!(
+                    more && ops.is_empty() && !copier.is_complete(),
+                    "it does nothing before the word is given"
+                );
+                asked += 1;
+                match (asked, cancelled) {
+                    (1, _) => {}
+                    (_, false) => copier.complete(),
+                    (_, true) => assert!(copier.cancel()),
+                }
+            }
+            for (token, op) in ops.drain(..) {
+                let output = match op {
+                    Op::Read { buffer, .. } | Op::Write { buffer, .. } => Output::Bytes(buffer.length),
+                    Op::Extents { range, .. } => Output::Extents(vec![Extent { range, present: true }]),
+                    Op::Publish { contents, .. } => {
+                        maps.push(contents.map(|contents| decode(&contents).done));
+                        Output::Done
+                    }
+                    _ => Output::Done,
+                };
+                copier.on_completion(Completion { token, result: Ok(output) }, &arena, now);
+            }
+        }
+        assert_eq!(asked, 2, "once more each time it is polled");
+        let ended = copier.take_events().into_iter().any(|event| match event {
+            Event::Finished(Ending::Complete) => !cancelled,
+            Event::Finished(Ending::Cancelled) => cancelled,
+            _ => false,
+        });
+        assert!(ended && copier.is_resumable() == cancelled);
+        assert_eq!(maps, [cancelled.then(|| vec![ClusterRange::new(0, 4)])], "{cancelled}");
+    }
+}
+
+/// What was copied before a pause is on the map before the job says that it has paused.
+#[test]
+fn a_pause_begins_with_a_checkpoint() {
+    let scenario = Scenario {
+        length: 8 * CLUSTER,
+        map: true,
+        max_run: 1,
+        target_policy: ErrorPolicy::Stop,
+        checkpoint_bytes: 1 << 30,
+        checkpoint_interval: Duration::from_secs(3600),
+        zero_detect: false,
+        ..Scenario::plain(39)
+    };
+    let mut copy = ByHand::new(&scenario, false);
+    copy.answer(|op| matches!(op, Op::Read { .. }), Ok(()));
+    let is_last = |op: &Op| matches!(op, Op::Write { offset, .. } if *offset == 7 * CLUSTER);
+    copy.answer(is_last, Err(Errno::ENOSPC));
+    copy.answer(|op| matches!(op, Op::Write { .. } | Op::Allocate { .. }), Ok(()));
+    let drained = |event: &Event| matches!(event, Event::Drained);
+    assert!(copy.events.iter().any(|event| matches!(event, Event::Stopped { .. })), "{:?}", copy.events);
+    assert!(!copy.events.iter().any(drained), "it is not written down yet");
+    copy.answer(|op| matches!(op, Op::Flush { .. }), Ok(()));
+    let map = copy.waiting.iter().find_map(|(_, op)| match op {
+        Op::Publish { contents: Some(contents), .. } => Some(decode(contents).done),
+        _ => None,
+    });
+    assert_eq!(map, Some(vec![ClusterRange::new(0, 7)]));
+    copy.answer(|_| true, Ok(()));
+    assert!(copy.events.iter().any(drained) && copy.waiting.is_empty(), "{:?}", copy.events);
+}
+
+/// One that fails for want of memory says nothing of the next.
+#[test]
+fn a_zero_operation_that_fails_once_is_tried_again() {
+    for (failures, as_data) in [(1, false), (2, true)] {
+        let mut copy = ByHand::new(&to_a_device(), true);
+        let first = |op: &Op| matches!(op, Op::WriteZeroes { range, .. } if range.offset == 0);
+        for _ in 0..failures {
+            copy.answer(first, Err(Errno::ENOMEM));
+        }
+        let (_, written) = copy.finish();
+        assert_eq!(!written.is_empty(), as_data, "{failures} failures");
+    }
 }

@@ -6,7 +6,7 @@ use engine::copier::plan::{Checkpoint, Plan};
 use engine::copier::{Copier, Counters};
 use engine::interval_set::IntervalSet;
 use engine::job::driver::Driver;
-use engine::job::{IoStatus, JobHandle, JobResult, Lifecycle, Status};
+use engine::job::{IoStatus, JobHandle, JobResult, Lifecycle, Outcome, Status};
 use engine::ring::Ring;
 use engine::ring::sim::{FaultPlan, SharedWorld, SimRing};
 use fastrand::Rng;
@@ -81,11 +81,11 @@ fn run_plan(scenario: &Scenario, plan: Plan, world: &SharedWorld, faults: FaultP
     let (mut driver, handle) = driver_of(scenario, plan, world, faults);
     let mut rng = Rng::with_seed(script.fidget.unwrap_or(0));
     let mut turns = 0;
-    let mut cancelled_at = None;
+    let (mut cancelled_at, mut accepted) = (None, false);
     let crashed =
         loop {
             if script.cancel_at == Some(turns) {
-                let _too_late = handle.cancel();
+                accepted = handle.cancel().is_ok();
                 cancelled_at = Some(driver.ring().pushed());
             }
             if script.crash_at.is_some_and(|at| driver.ring().pushed() >= at) {
@@ -134,7 +134,10 @@ fn run_plan(scenario: &Scenario, plan: Plan, world: &SharedWorld, faults: FaultP
         return Run { end: End::Crashed, operations, turns, after_cancel, written };
     }
     assert_eq!(driver.ring().in_flight(), 0, "nothing is in flight at the end");
-    Run { end: End::Over(handle.wait()), operations, turns, after_cancel, written }
+    let result = handle.wait();
+    let complete = matches!(result.outcome, Outcome::Complete | Outcome::CompleteWithSkipped);
+    assert!(!(accepted && complete), "{}: a cancel that was accepted has its effect", scenario.seed);
+    Run { end: End::Over(result), operations, turns, after_cancel, written }
 }
 
 /// What waits to be read back is bounded, whatever it is.

@@ -249,6 +249,7 @@ impl Scenario {
             retry_pause: Duration::from_millis(2),
             skipped_ranges: self.most_skipped,
             mismatches: self.most_mismatches,
+            zeroing_failures: 2,
             zero_run_bytes: 6 * self.cluster,
             allocation_window_min: 4 * self.cluster,
             allocation_window_max: 16 * self.cluster,

@@ -86,6 +86,24 @@ fn two_runs_never_share_a_map() {
     assert_eq!(open(&place, &from, "map").expect("again").map(), Some(&sample(&from, 3)));
 }
 
+/// Somebody removes the map of a copy under way, and begins another one with a map of that name.
+#[test]
+fn a_map_is_never_put_over_that_of_another_run() {
+    let (place, from) = setup();
+    let first = open(&place, &from, "map").expect("new");
+    first.publish(Some(&sample(&from, 1).encode())).expect("publish");
+    fs::remove_file(place.path("map")).expect("removed");
+    first.publish(Some(&sample(&from, 2).encode())).expect("one that is gone is written anew");
+    fs::remove_file(place.path("map")).expect("removed");
+    let second = open(&place, &from, "map").expect("another");
+    assert_eq!(first.publish(Some(&sample(&from, 3).encode())), Err(Errno::EEXIST));
+    second.publish(Some(&sample(&from, 4).encode())).expect("publish");
+    first.publish(None).expect("its own is gone");
+    drop((first, second));
+    assert_eq!(place.names(), ["map", "source"]);
+    assert_eq!(open(&place, &from, "map").expect("the second one's").map(), Some(&sample(&from, 4)));
+}
+
 #[test]
 fn the_leftover_of_a_crash_is_overwritten() {
     let (place, from) = setup();
