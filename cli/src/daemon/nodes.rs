@@ -66,8 +66,6 @@ struct Disk {
     /// As the engine takes it.
     locator: String,
     length: u64,
-    /// Whether guests may give space back.
-    trim: bool,
     /// Kept open, so that the file is there for as long as the node is; nothing for `null-co`.
     file: Option<File>,
     live: Option<LiveDisk>,
@@ -90,6 +88,8 @@ struct Node {
     driver: &'static str,
     read_only: bool,
     direct: bool,
+    /// Whether guests may give space back, as far as this node goes.
+    trim: bool,
     /// Made along with the node over it, and gone with it.
     implicit: bool,
     exports: usize,
@@ -129,7 +129,7 @@ impl Nodes {
             return generic("'node-name' must be specified for the root node");
         }
         let before = self.nodes.len();
-        let added = self.add_node(&options, false, options.discard.as_deref());
+        let added = self.add_node(&options, false);
         if added.is_err() {
             // Those made along with it go, too.
             self.nodes.truncate(before);
@@ -145,12 +145,7 @@ impl Nodes {
         self.add(node.as_object().expect("an object"))
     }
 
-    fn add_node(
-        &mut self,
-        options: &NodeOptions,
-        implicit: bool,
-        discard: Option<&str>,
-    ) -> Result<String, QmpError> {
+    fn add_node(&mut self, options: &NodeOptions, implicit: bool) -> Result<String, QmpError> {
         if self.nodes.len() >= MAX_NODES {
             return generic(format!("{MAX_NODES} nodes are the most; delete some"));
         }
@@ -159,7 +154,7 @@ impl Nodes {
         let (driver, kind) = match options.driver.as_str() {
             "raw" => {
                 let file = options.file.as_ref().ok_or_else(|| missing("file"))?;
-                let below = self.add_below(file, options, discard)?;
+                let below = self.add_below(file, options)?;
                 read_only |= self.get(&below)?.read_only;
                 ("raw", Kind::Raw(below))
             }
@@ -175,8 +170,7 @@ impl Nodes {
                 }
                 let filename = options.filename.as_deref().ok_or_else(|| missing("filename"))?;
                 let is_device = driver == "host_device";
-                let trim = discard != Some("ignore");
-                let (disk, opened_read_only) = open_disk(filename, is_device, options, trim)?;
+                let (disk, opened_read_only) = open_disk(filename, is_device, options)?;
                 read_only |= opened_read_only;
                 (if is_device { "host_device" } else { "file" }, Kind::Disk(disk))
             }
@@ -185,16 +179,13 @@ impl Nodes {
             Some(name) => self.check_name(name).map(|()| name.clone())?,
             None => self.make_name_up(),
         };
-        self.nodes.push(Node { name: name.clone(), driver, read_only, direct, implicit, exports: 0, kind });
+        let trim = options.discard.as_deref() != Some("ignore");
+        let node = Node { name: name.clone(), driver, read_only, direct, trim, implicit, exports: 0, kind };
+        self.nodes.push(node);
         Ok(name)
     }
 
-    fn add_below(
-        &mut self,
-        file: &FileReference,
-        above: &NodeOptions,
-        discard: Option<&str>,
-    ) -> Result<String, QmpError> {
+    fn add_below(&mut self, file: &FileReference, above: &NodeOptions) -> Result<String, QmpError> {
         match file {
             FileReference::Name(name) => {
                 let found = self.get(name)?;
@@ -209,8 +200,7 @@ impl Nodes {
                 options.read_only |= above.read_only;
                 options.auto_read_only |= above.auto_read_only;
                 options.cache = options.cache.or_else(|| above.cache.clone());
-                let own = options.discard.clone();
-                self.add_node(&options, options.node_name.is_none(), own.as_deref().or(discard))
+                self.add_node(&options, options.node_name.is_none())
             }
         }
     }
@@ -312,9 +302,13 @@ impl Nodes {
         self.get(name).map(|node| node.read_only)
     }
 
-    /// Whether guests may give space of `name` back.
+    /// Whether guests may give space of `name` back: every node down to the disk passes it on.
     pub(super) fn may_trim(&self, name: &str) -> Result<bool, QmpError> {
-        self.disk_of(name).map(|disk| disk.trim)
+        let mut node = self.get(name)?;
+        while let (Kind::Raw(below) | Kind::Filter(below), true) = (&node.kind, node.trim) {
+            node = self.get(below)?;
+        }
+        Ok(node.trim)
     }
 
     /// Whether a job writes to the disk under `name`.
@@ -415,6 +409,7 @@ impl Nodes {
             driver: "copy-before-write",
             read_only,
             direct: false,
+            trim: true,
             implicit: false,
             exports: 0,
             kind: Kind::Filter(source.to_owned()),
@@ -462,24 +457,11 @@ fn null_disk(size: Option<i64>) -> Result<Disk, QmpError> {
         Some(Ok(length)) => length,
         Some(Err(_)) => return generic("Parameter 'size' expects a non-negative value"),
     };
-    Ok(Disk {
-        locator: format!("null:{length}"),
-        length,
-        trim: true,
-        file: None,
-        live: None,
-        readers: 0,
-        target: false,
-    })
+    Ok(Disk { locator: format!("null:{length}"), length, file: None, live: None, readers: 0, target: false })
 }
 
 /// Open what `filename` means, to see that it can be used so, and whether for reading only.
-fn open_disk(
-    filename: &str,
-    is_device: bool,
-    options: &NodeOptions,
-    trim: bool,
-) -> Result<(Disk, bool), QmpError> {
+fn open_disk(filename: &str, is_device: bool, options: &NodeOptions) -> Result<(Disk, bool), QmpError> {
     let failed = |error: std::io::Error| {
         let why = nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(0)).desc();
         QmpError::generic(format!("Could not open '{filename}': {why}"))
@@ -516,7 +498,7 @@ fn open_disk(
     };
     let length = file.seek(SeekFrom::End(0)).map_err(failed)?;
     let locator = std::path::absolute(filename).map_err(failed)?.to_string_lossy().into_owned();
-    let disk = Disk { locator, length, trim, file: Some(file), live: None, readers: 0, target: false };
+    let disk = Disk { locator, length, file: Some(file), live: None, readers: 0, target: false };
     Ok((disk, read_only))
 }
 

@@ -132,16 +132,28 @@ fn null_and_read_only() {
 fn discards_are_passed_on_unless_they_are_to_be_ignored() {
     let there = there();
     let mut nodes = Nodes::default();
-    for (name, discard, trim) in [("a", None, true), ("b", Some("unmap"), true), ("c", Some("ignore"), false)]
-    {
-        let below = json!({ "driver": "file", "filename": path(&there, "a.img") });
-        let mut options = json!({ "driver": "raw", "node-name": name, "file": below });
-        if let Some(discard) = discard {
-            options["discard"] = discard.into();
-        }
-        add(&mut nodes, options).expect("added");
+    for (name, above, below, trim) in [
+        ("a", None, None, true),
+        ("b", Some("unmap"), Some("unmap"), true),
+        ("c", Some("ignore"), None, false),
+        ("d", Some("ignore"), Some("unmap"), false),
+        ("e", Some("unmap"), Some("ignore"), false),
+    ] {
+        let with = |mut options: Value, discard: Option<&str>| {
+            if let Some(discard) = discard {
+                options["discard"] = discard.into();
+            }
+            options
+        };
+        let file = with(json!({ "driver": "file", "filename": path(&there, "a.img") }), below);
+        let raw = json!({ "driver": "raw", "node-name": name, "file": file });
+        add(&mut nodes, with(raw, above)).expect("added");
         assert_eq!(nodes.may_trim(name), Ok(trim), "{name}");
     }
+    // It is each node's own: one over the same disk may do what another may not.
+    let beside = json!({ "driver": "raw", "node-name": "beside", "file": "#block004" });
+    add(&mut nodes, beside).expect("added");
+    assert_eq!((nodes.may_trim("d"), nodes.may_trim("beside")), (Ok(false), Ok(true)));
 }
 
 #[test]

@@ -209,6 +209,7 @@ impl Control {
         if asked.writable && (asked.x_snapshot.is_some() || self.nodes.is_read_only(&asked.node_name)?) {
             return refuse("Cannot export read-only node as writable");
         }
+        let trim = self.nodes.may_trim(&asked.node_name)?;
         let (source, job) = match &asked.x_snapshot {
             None if self.nodes.is_target(&bottom)? => return Err(busy(&asked.node_name)),
             None => (ExportSource::Disk(self.nodes.use_disk(&self.engine, &bottom)?), None),
@@ -220,7 +221,6 @@ impl Control {
                 (ExportSource::Snapshot(job.snapshot.clone()), Some(job.serial))
             }
         };
-        let trim = self.nodes.may_trim(&bottom)?;
         self.serving.next += 1;
         let serial = ExportSerial(self.serving.next);
         let post = self.mailbox.post();
