@@ -9,15 +9,17 @@
 //! - A disk is the source of any number of jobs and the bottom of any number of exports, or the target of one job, never both.
 //! - A node that is used, or that another stands on, stays.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 
 use engine::live::{DiskOptions, Engine, Latencies, LiveDisk};
+use engine::storage::share_bytes;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::same::identity;
 use crate::qmp::{Arguments, QmpError};
 
 /// Most nodes.
@@ -328,21 +330,27 @@ impl Nodes {
         Ok(disk.locator.clone())
     }
 
-    /// The node whose disk is the file or device at `path`.
-    pub(super) fn of_file(&self, path: &str) -> Option<&str> {
+    /// That whoever writes to the file or device at `path` writes to a disk from here, and to which; `None` if not.
+    pub(super) fn claim_on(&self, path: &str) -> Option<String> {
         let sought = std::fs::metadata(path).ok()?;
-        let same = |disk: &Disk| {
-            let found = disk.file.as_ref().and_then(|file| file.metadata().ok());
-            found.is_some_and(|found| {
-                (found.dev(), found.ino()) == (sought.dev(), sought.ino())
-                    || sought.file_type().is_block_device() && found.rdev() == sought.rdev()
+        let holds = |meets: &dyn Fn(&Metadata) -> bool| {
+            self.nodes.iter().find(|node| match &node.kind {
+                Kind::Disk(Disk { file: Some(file), .. }) => file.metadata().is_ok_and(|found| meets(&found)),
+                _ => false,
             })
         };
-        let node = self.nodes.iter().find(|node| matches!(&node.kind, Kind::Disk(disk) if same(disk)))?;
-        // One that was made along with the node over it has a name that nobody gave it.
+        let (node, is) = match holds(&|found| identity(found) == identity(&sought)) {
+            Some(node) => (node, "is"),
+            None => (holds(&|found| share_bytes(found, &sought))?, "shares its bytes with"),
+        };
+        Some(format!("{path} {is} the daemon's disk '{}'", self.known_as(node)))
+    }
+
+    /// What `node` is called by those who added it: one that was made along with the node over it has a name that nobody gave it.
+    fn known_as<'a>(&'a self, node: &'a Node) -> &'a str {
         let over =
             self.nodes.iter().find(|over| matches!(&over.kind, Kind::Raw(below) if *below == node.name));
-        Some(&over.filter(|_| node.implicit).unwrap_or(node).name)
+        &over.filter(|_| node.implicit).unwrap_or(node).name
     }
 
     /// The disk under `name` on `engine`, for one more reader; to be given back with [`Self::release`].

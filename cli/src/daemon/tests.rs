@@ -1,6 +1,7 @@
 //! Commands on a control with a real engine and an NBD server that only keeps books.
 
 use std::cell::RefCell;
+use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -279,6 +280,27 @@ fn a_slow_job_is_steered() {
     assert_eq!(told[told.len() - 4..], ["j aborting", "j BLOCK_JOB_CANCELLED", "j concluded", "j null"]);
     let nodes = fixture.ok("query-named-block-nodes", json!({})).to_string();
     assert!(!nodes.contains("copy-before-write"), "{nodes}");
+}
+
+#[test]
+fn a_disk_of_the_daemon_is_no_fleece_file() {
+    let mut fixture = Fixture::new();
+    let path = |name: &str| fixture.there.path().join(name).display().to_string();
+    std::fs::write(path("empty"), "").expect("written");
+    std::fs::hard_link(path("empty"), path("linked")).expect("linked");
+    let (empty, linked, new) = (path("empty"), path("linked"), path("new"));
+    let file = json!({ "driver": "file", "filename": empty });
+    fixture.ok("blockdev-add", json!({ "driver": "raw", "node-name": "e", "file": file }));
+    for fleece in [&empty, &linked] {
+        let text = format!("{fleece} is the daemon's disk 'e'; choose another fleece file");
+        let more = json!({ "x-fleece": { "path": fleece } });
+        fixture.refused("blockdev-backup", Fixture::backup("j", "t", more.clone()), &text);
+        let mut onto_path = Fixture::backup("j", "t", more);
+        onto_path.as_object_mut().expect("an object").remove("target");
+        onto_path["path"] = new.clone().into();
+        fixture.refused("x-backup", onto_path, &text);
+    }
+    assert!(Path::new(&empty).exists() && Path::new(&linked).exists() && !Path::new(&new).exists());
 }
 
 #[test]
