@@ -7,7 +7,7 @@
 //!
 //! # Rules
 //! - A disk is the source of any number of jobs and the bottom of any number of exports, or the target of one job, never both.
-//! - A node that is used, or that another stands on, stays.
+//! - A node that is used, or that another stands on, stays. What goes with its job, a filter, is nothing to stand on.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{Seek, SeekFrom};
@@ -191,6 +191,9 @@ impl Nodes {
         match file {
             FileReference::Name(name) => {
                 let found = self.get(name)?;
+                if matches!(found.kind, Kind::Filter(_)) {
+                    return Err(busy(name));
+                }
                 if !above.read_only && found.read_only && !above.auto_read_only {
                     return generic("Block node is read-only");
                 }
@@ -231,8 +234,6 @@ impl Nodes {
         let Some(at) = self.nodes.iter().position(|node| node.name == name) else {
             return generic(format!("Failed to find node with node-name='{name}'"));
         };
-        let stands_on =
-            |node: &Node| matches!(&node.kind, Kind::Raw(below) | Kind::Filter(below) if below == name);
         let node = &self.nodes[at];
         // With QEMU, the exports of a disk that is being backed up stand on a filter, and that one on the node.
         let filtered = self.disk_of(name).is_ok_and(|disk| disk.readers > node.exports);
@@ -244,18 +245,27 @@ impl Nodes {
         }
         let is_bottom = matches!(node.kind, Kind::Disk(_));
         let in_use = node.exports > 0
-            || self.nodes.iter().any(stands_on)
+            || self.is_stood_on(name)
             || self.disk_of(name).is_ok_and(|disk| disk.readers > 0) && (is_bottom || self.is_only_top(name));
         if in_use {
             return generic(format!("Block device {name} is in use"));
         }
-        let node = self.nodes.remove(at);
-        if let Kind::Raw(below) = node.kind
-            && self.nodes.iter().any(|node| node.name == below && node.implicit)
-        {
-            self.nodes.retain(|node| node.name != below);
+        let mut gone = self.nodes.remove(at).kind;
+        // What was made along with it goes, too, unless somebody uses that by its own name.
+        while let Kind::Raw(below) = gone {
+            let unused = |node: &Node| node.name == below && node.implicit && node.exports == 0;
+            match self.nodes.iter().position(unused) {
+                Some(at) if !self.is_stood_on(&below) => gone = self.nodes.remove(at).kind,
+                _ => break,
+            }
         }
         Ok(())
+    }
+
+    fn is_stood_on(&self, name: &str) -> bool {
+        let stands_on =
+            |node: &Node| matches!(&node.kind, Kind::Raw(below) | Kind::Filter(below) if below == name);
+        self.nodes.iter().any(stands_on)
     }
 
     /// Whether no other node stands on the disk of `name`, so that whoever uses that uses it by this one.
@@ -270,21 +280,24 @@ impl Nodes {
         found.ok_or_else(|| QmpError::generic(format!("Cannot find device='{name}' nor node-name='{name}'")))
     }
 
+    /// The node at the bottom of `name`: what it is called, and its disk.
+    fn bottom(&self, name: &str) -> Result<(&str, &Disk), QmpError> {
+        let mut node = self.get(name)?;
+        loop {
+            match &node.kind {
+                Kind::Disk(disk) => return Ok((&node.name, disk)),
+                Kind::Raw(below) | Kind::Filter(below) => node = self.get(below)?,
+            }
+        }
+    }
+
     /// The name of the node at the bottom of `name`.
     pub(super) fn bottom_of(&self, name: &str) -> Result<String, QmpError> {
-        let mut node = self.get(name)?;
-        while let Kind::Raw(below) | Kind::Filter(below) = &node.kind {
-            node = self.get(below)?;
-        }
-        Ok(node.name.clone())
+        self.bottom(name).map(|(bottom, _)| bottom.to_owned())
     }
 
     fn disk_of(&self, name: &str) -> Result<&Disk, QmpError> {
-        let bottom = self.bottom_of(name)?;
-        match &self.get(&bottom)?.kind {
-            Kind::Disk(disk) => Ok(disk),
-            Kind::Raw(_) | Kind::Filter(_) => unreachable!("a bottom has a disk"),
-        }
+        self.bottom(name).map(|(_, disk)| disk)
     }
 
     fn disk_mut(&mut self, bottom: &str) -> Option<&mut Disk> {
@@ -353,6 +366,15 @@ impl Nodes {
         &over.filter(|_| node.implicit).unwrap_or(node).name
     }
 
+    /// The node whose export one of `name` is, for as long as it lasts: a filter goes with its job, its disk stays.
+    pub(super) fn lasting(&self, name: &str) -> Result<&str, QmpError> {
+        let node = self.get(name)?;
+        match &node.kind {
+            Kind::Filter(below) => self.get(below).map(|below| self.known_as(below)),
+            Kind::Disk(_) | Kind::Raw(_) => Ok(&node.name),
+        }
+    }
+
     /// The disk under `name` on `engine`, for one more reader; to be given back with [`Self::release`].
     pub(super) fn use_disk(&mut self, engine: &Engine, name: &str) -> Result<LiveDisk, QmpError> {
         let bottom = self.bottom_of(name)?;
@@ -376,12 +398,9 @@ impl Nodes {
 
     /// What guests of the node `name` have felt lately; nothing where it has none.
     pub(super) fn latencies(&self, name: &str) -> Result<Latencies, QmpError> {
-        let bottom = self.bottom_of(name)?;
-        match &self.get(&bottom)?.kind {
-            Kind::Disk(Disk { live: Some(live), .. }) => {
-                live.latencies().map_err(|error| QmpError::generic(error.to_string()))
-            }
-            _ => Ok(Latencies::default()),
+        match &self.disk_of(name)?.live {
+            Some(live) => live.latencies().map_err(|error| QmpError::generic(error.to_string())),
+            None => Ok(Latencies::default()),
         }
     }
 
@@ -431,28 +450,28 @@ impl Nodes {
 
     /// `query-named-block-nodes`, the newest first.
     pub(super) fn query(&self) -> Value {
-        self.nodes.iter().rev().map(|node| self.describe(node)).collect()
+        let described = |node: &Node| self.disk_of(&node.name).ok().map(|disk| describe(node, disk));
+        self.nodes.iter().rev().filter_map(described).collect()
     }
+}
 
-    fn describe(&self, node: &Node) -> Value {
-        let disk = self.disk_of(&node.name).expect("every node stands on a disk");
-        let filename = if node.driver == "null-co" || disk.file.is_none() {
-            format!("json:{{\"driver\": \"null-co\", \"size\": {}}}", disk.length)
-        } else {
-            disk.locator.clone()
-        };
-        let mut image = json!({ "filename": filename, "format": node.driver, "virtual-size": disk.length });
-        if let Some(metadata) = disk.file.as_ref().and_then(|file| file.metadata().ok()) {
-            image["actual-size"] = (metadata.blocks() * 512).into();
-        }
-        json!({
-            "file": filename, "node-name": node.name, "ro": node.read_only, "drv": node.driver,
-            "backing_file_depth": 0, "encrypted": false, "active": true, "detect_zeroes": "off",
-            "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0,
-            "image": image, "write_threshold": 0,
-            "cache": { "writeback": true, "direct": node.direct, "no-flush": false },
-        })
+fn describe(node: &Node, disk: &Disk) -> Value {
+    let filename = if node.driver == "null-co" || disk.file.is_none() {
+        format!("json:{{\"driver\": \"null-co\", \"size\": {}}}", disk.length)
+    } else {
+        disk.locator.clone()
+    };
+    let mut image = json!({ "filename": filename, "format": node.driver, "virtual-size": disk.length });
+    if let Some(metadata) = disk.file.as_ref().and_then(|file| file.metadata().ok()) {
+        image["actual-size"] = (metadata.blocks() * 512).into();
     }
+    json!({
+        "file": filename, "node-name": node.name, "ro": node.read_only, "drv": node.driver,
+        "backing_file_depth": 0, "encrypted": false, "active": true, "detect_zeroes": "off",
+        "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0,
+        "image": image, "write_threshold": 0,
+        "cache": { "writeback": true, "direct": node.direct, "no-flush": false },
+    })
 }
 
 fn missing(name: &str) -> QmpError {

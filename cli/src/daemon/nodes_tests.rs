@@ -50,6 +50,49 @@ fn raw_nodes_stand_on_others_by_name_or_along_with_them() {
     assert_eq!(nodes.remove("a").expect_err("gone").text, "Failed to find node with node-name='a'");
 }
 
+fn names(nodes: &Nodes) -> Vec<String> {
+    let told = nodes.query();
+    let name = |node: &Value| node["node-name"].as_str().expect("named").to_owned();
+    told.as_array().expect("an array").iter().map(name).collect()
+}
+
+#[test]
+fn what_was_made_along_with_a_node_stays_while_another_stands_on_it() {
+    let there = there();
+    let mut nodes = Nodes::default();
+    let below = json!({ "driver": "file", "filename": path(&there, "a.img") });
+    let raw = |name: &str, file: Value| json!({ "driver": "raw", "node-name": name, "file": file });
+    add(&mut nodes, raw("first", below.clone())).expect("added");
+    add(&mut nodes, raw("second", json!("#block001"))).expect("added");
+    nodes.remove("first").expect("removed");
+    assert_eq!(names(&nodes), ["second", "#block001"]);
+    assert_eq!(nodes.length_of("second"), Ok(1 << 20));
+    nodes.remove("second").expect("removed");
+    assert_eq!(names(&nodes), [""; 0], "it goes with the last");
+    // All that was made along with it, one on the other.
+    let between = json!({ "driver": "raw", "file": below });
+    add(&mut nodes, raw("top", between.clone())).expect("added");
+    assert_eq!(names(&nodes), ["top", "#block003", "#block002"]);
+    nodes.remove("top").expect("removed");
+    assert_eq!(names(&nodes), [""; 0]);
+    add(&mut nodes, raw("top", between)).expect("added");
+    add(&mut nodes, raw("beside", json!("#block004"))).expect("added");
+    nodes.remove("top").expect("removed");
+    assert_eq!(names(&nodes), ["beside", "#block004"]);
+}
+
+#[test]
+fn nothing_stands_on_the_filter_of_a_job() {
+    let there = there();
+    let mut nodes = Nodes::default();
+    add(&mut nodes, file(&there, "a.img", "a")).expect("added");
+    nodes.add_filter("filter", "a");
+    let over = json!({ "driver": "raw", "node-name": "over", "file": "filter" });
+    assert_eq!(add(&mut nodes, over).expect_err("it goes with its job"), busy("filter").text);
+    nodes.remove_filter("filter");
+    assert_eq!(names(&nodes), ["a"]);
+}
+
 #[test]
 fn what_cannot_be_a_node() {
     let there = there();

@@ -283,6 +283,32 @@ fn a_slow_job_is_steered() {
 }
 
 #[test]
+fn a_filter_goes_with_its_job_and_leaves_nothing_in_the_air() {
+    let mut fixture = Fixture::new();
+    let slow = json!({ "speed": 65536, "filter-node-name": "filter" });
+    fixture.ok("blockdev-backup", Fixture::backup("j", "t", slow));
+    let over = json!({ "driver": "raw", "node-name": "over", "file": "filter" });
+    let busy = "Node 'filter' is busy: block device is in use by block job: backup";
+    fixture.refused("blockdev-add", over, busy);
+    let socket = fixture.there.path().join("nbd.sock").display().to_string();
+    fixture.ok("nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": socket } } }));
+    fixture.ok("block-export-add", json!({ "type": "nbd", "id": "e", "node-name": "filter" }));
+    fixture.ok("job-cancel", json!({ "id": "j" }));
+    fixture.until("j null");
+    let nodes = fixture.ok("query-named-block-nodes", json!({}));
+    assert_eq!(nodes.as_array().map(Vec::len), Some(8), "{nodes}");
+    // Its export is the disk's, whoever is called so by then.
+    fixture.ok("blockdev-add", json!({ "driver": "null-co", "node-name": "filter" }));
+    assert_eq!(fixture.ok("query-block-exports", json!({}))[0]["node-name"], "s");
+    fixture.refused("blockdev-del", json!({ "node-name": "s" }), "Node s is in use");
+    fixture.ok("block-export-del", json!({ "id": "e" }));
+    fixture.until("e BLOCK_EXPORT_DELETED");
+    for node in ["filter", "s"] {
+        fixture.ok("blockdev-del", json!({ "node-name": node }));
+    }
+}
+
+#[test]
 fn a_disk_of_the_daemon_is_no_fleece_file() {
     let mut fixture = Fixture::new();
     let path = |name: &str| fixture.there.path().join(name).display().to_string();
