@@ -95,3 +95,25 @@ fn what_shares_its_bytes_with_an_idle_disk_is_no_target() {
     assert!(a == b[..LENGTH], "the first is the copy");
     assert!(b[LENGTH..] == std::fs::read(&before).expect("read")[LENGTH..], "the second is as it was");
 }
+
+#[test]
+fn a_daemon_with_many_disks_is_understood() {
+    let there = directory();
+    let mut arguments = Vec::new();
+    for number in 0..180 {
+        let path = there.path().join(format!("{number}.img"));
+        std::fs::File::create(path).and_then(|file| file.set_len(1 << 20)).expect("made");
+        arguments.extend(["--disk".to_owned(), format!("vd{number}={number}.img")]);
+    }
+    dense(&there.path().join("a.img"), LENGTH, 1);
+    arguments.extend(["--disk".to_owned(), "vda=a.img".to_owned()]);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let daemon = Daemon::start(there.path(), &arguments);
+    drop(daemon.client());
+    let output = back_up(there.path(), &["--target", "copy.img"]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    assert!(same(&there.path().join("a.img"), &there.path().join("copy.img")));
+    // And where the name is wrong, all of them are told.
+    let output = run_in(there.path(), &["backup", "--qmp", "qmp.sock", "--disk", "x", "--target", "y.img"]);
+    refused(&output, "the daemon has no disk x; it has: ");
+}

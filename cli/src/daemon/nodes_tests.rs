@@ -3,6 +3,7 @@ use std::path::Path;
 use tempfile::TempDir;
 
 use super::*;
+use crate::qmp::{Limits, Reader};
 
 fn there() -> TempDir {
     let there = tempfile::tempdir().expect("a directory");
@@ -91,6 +92,27 @@ fn nothing_stands_on_the_filter_of_a_job() {
     assert_eq!(add(&mut nodes, over).expect_err("it goes with its job"), busy("filter").text);
     nodes.remove_filter("filter");
     assert_eq!(names(&nodes), ["a"]);
+}
+
+/// The answer to `query-named-block-nodes` of as many nodes as there may be.
+#[test]
+fn our_client_reads_what_all_nodes_come_to() {
+    let there = there();
+    let mut nodes = Nodes::default();
+    let long = "x".repeat(200);
+    std::fs::write(there.path().join(&long), [1; 4096]).expect("written");
+    let below = json!({ "driver": "file", "filename": path(&there, &long) });
+    let name = "n".repeat(MAX_NODE_NAME);
+    add(&mut nodes, json!({ "driver": "raw", "node-name": name, "file": below })).expect("added");
+    let two = nodes.query();
+    let all: Vec<Value> = two.as_array().expect("an array").iter().cycle().take(MAX_NODES).cloned().collect();
+    let answer = json!({ "return": all });
+    let text = answer.to_string();
+    let read = Reader::new(Limits::REPLY).next(&mut text.as_bytes());
+    assert!(read == Some(Ok(answer)), "{} bytes", text.len());
+    // Twice as many would do as well, and no client may ask for as much.
+    assert!(text.matches([',', ':', '{', '}', '[', ']']).count() * 2 * 2 < Limits::REPLY.tokens);
+    assert!(Reader::new(Limits::REQUEST).next(&mut text.as_bytes()).is_some_and(|read| read.is_err()));
 }
 
 #[test]
