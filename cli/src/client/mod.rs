@@ -1,7 +1,7 @@
 //! The operator's side of a running daemon: a client of QMP, and the commands made with it.
 //!
 //! Replies and events come on one stream; [`Client::execute`] keeps the events that come before its reply for [`Client::next_event`]. What
-//! the daemon sends is bounded like what clients send it, so a daemon that is none cannot fill the memory.
+//! the daemon sends is bounded ([`Limits::REPLY`]), so a daemon that is none cannot fill the memory.
 
 pub(crate) mod backup;
 pub(crate) mod job;
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::qmp::{Reader, SyntaxError};
+use crate::qmp::{Limits, Reader, SyntaxError};
 
 /// How long the daemon may take for a reply. A start may wait for writes of guests that are under way.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -65,8 +65,12 @@ impl Client {
                 crate::out::reason(&error)
             ))
         })?;
-        let mut client =
-            Self { stream, reader: Reader::new(), received: Vec::new(), events: VecDeque::new() };
+        let mut client = Self {
+            stream,
+            reader: Reader::new(Limits::REPLY),
+            received: Vec::new(),
+            events: VecDeque::new(),
+        };
         let deadline = Instant::now() + REPLY_TIMEOUT;
         client.fill(deadline)?;
         if client.received.starts_with(NBD_MAGIC) {

@@ -237,9 +237,14 @@ impl Control {
         if !Path::new(path).is_absolute() {
             return refuse(format!("Parameter 'path' expects an absolute path, not '{path}'"));
         }
-        // Nobody may use it at present, and then nothing else would tell.
-        match self.nodes.of_file(path) {
-            Some(node) => refuse(format!("{path} is the daemon's disk '{node}'; choose another target")),
+        self.check_no_claim(path, "target")
+    }
+
+    /// No disk of the daemon is overwritten because its path is given where no node is meant. Nobody may use it at present, and then
+    /// no lock would tell.
+    fn check_no_claim(&self, path: &str, what_for: &str) -> Result<(), QmpError> {
+        match self.nodes.claim_on(path) {
+            Some(claim) => refuse(format!("{claim}; choose another {what_for}")),
             None => Ok(()),
         }
     }
@@ -261,6 +266,7 @@ impl Control {
         let fleece = match &asked.x_fleece {
             None => None,
             Some(fleece) => {
+                self.check_no_claim(&fleece.path, "fleece file")?;
                 let mut options = FleeceOptions::new(fleece.path.clone());
                 if let Some(size) = fleece.size {
                     options.size = u64::try_from(size).map_err(|_| {

@@ -26,7 +26,7 @@ pub(crate) struct ExportOptions {
     pub(crate) source: ExportSource,
     /// Whether clients may write.
     pub(crate) writable: bool,
-    /// Whether clients may give space back; if not, trim is not offered.
+    /// Whether clients may give space back; if not, trim is not offered, and zeros take the space that they are written to.
     pub(crate) trim: bool,
 }
 

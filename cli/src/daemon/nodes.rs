@@ -7,17 +7,19 @@
 //!
 //! # Rules
 //! - A disk is the source of any number of jobs and the bottom of any number of exports, or the target of one job, never both.
-//! - A node that is used, or that another stands on, stays.
+//! - A node that is used, or that another stands on, stays. What goes with its job, a filter, is nothing to stand on.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 
 use engine::live::{DiskOptions, Engine, Latencies, LiveDisk};
+use engine::storage::share_bytes;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::same::identity;
 use crate::qmp::{Arguments, QmpError};
 
 /// Most nodes.
@@ -66,8 +68,6 @@ struct Disk {
     /// As the engine takes it.
     locator: String,
     length: u64,
-    /// Whether guests may give space back.
-    trim: bool,
     /// Kept open, so that the file is there for as long as the node is; nothing for `null-co`.
     file: Option<File>,
     live: Option<LiveDisk>,
@@ -90,6 +90,8 @@ struct Node {
     driver: &'static str,
     read_only: bool,
     direct: bool,
+    /// Whether guests may give space back, as far as this node goes.
+    trim: bool,
     /// Made along with the node over it, and gone with it.
     implicit: bool,
     exports: usize,
@@ -129,7 +131,7 @@ impl Nodes {
             return generic("'node-name' must be specified for the root node");
         }
         let before = self.nodes.len();
-        let added = self.add_node(&options, false, options.discard.as_deref());
+        let added = self.add_node(&options, false);
         if added.is_err() {
             // Those made along with it go, too.
             self.nodes.truncate(before);
@@ -145,12 +147,7 @@ impl Nodes {
         self.add(node.as_object().expect("an object"))
     }
 
-    fn add_node(
-        &mut self,
-        options: &NodeOptions,
-        implicit: bool,
-        discard: Option<&str>,
-    ) -> Result<String, QmpError> {
+    fn add_node(&mut self, options: &NodeOptions, implicit: bool) -> Result<String, QmpError> {
         if self.nodes.len() >= MAX_NODES {
             return generic(format!("{MAX_NODES} nodes are the most; delete some"));
         }
@@ -159,7 +156,7 @@ impl Nodes {
         let (driver, kind) = match options.driver.as_str() {
             "raw" => {
                 let file = options.file.as_ref().ok_or_else(|| missing("file"))?;
-                let below = self.add_below(file, options, discard)?;
+                let below = self.add_below(file, options)?;
                 read_only |= self.get(&below)?.read_only;
                 ("raw", Kind::Raw(below))
             }
@@ -175,8 +172,7 @@ impl Nodes {
                 }
                 let filename = options.filename.as_deref().ok_or_else(|| missing("filename"))?;
                 let is_device = driver == "host_device";
-                let trim = discard != Some("ignore");
-                let (disk, opened_read_only) = open_disk(filename, is_device, options, trim)?;
+                let (disk, opened_read_only) = open_disk(filename, is_device, options)?;
                 read_only |= opened_read_only;
                 (if is_device { "host_device" } else { "file" }, Kind::Disk(disk))
             }
@@ -185,19 +181,19 @@ impl Nodes {
             Some(name) => self.check_name(name).map(|()| name.clone())?,
             None => self.make_name_up(),
         };
-        self.nodes.push(Node { name: name.clone(), driver, read_only, direct, implicit, exports: 0, kind });
+        let trim = options.discard.as_deref() != Some("ignore");
+        let node = Node { name: name.clone(), driver, read_only, direct, trim, implicit, exports: 0, kind };
+        self.nodes.push(node);
         Ok(name)
     }
 
-    fn add_below(
-        &mut self,
-        file: &FileReference,
-        above: &NodeOptions,
-        discard: Option<&str>,
-    ) -> Result<String, QmpError> {
+    fn add_below(&mut self, file: &FileReference, above: &NodeOptions) -> Result<String, QmpError> {
         match file {
             FileReference::Name(name) => {
                 let found = self.get(name)?;
+                if matches!(found.kind, Kind::Filter(_)) {
+                    return Err(busy(name));
+                }
                 if !above.read_only && found.read_only && !above.auto_read_only {
                     return generic("Block node is read-only");
                 }
@@ -209,8 +205,7 @@ impl Nodes {
                 options.read_only |= above.read_only;
                 options.auto_read_only |= above.auto_read_only;
                 options.cache = options.cache.or_else(|| above.cache.clone());
-                let own = options.discard.clone();
-                self.add_node(&options, options.node_name.is_none(), own.as_deref().or(discard))
+                self.add_node(&options, options.node_name.is_none())
             }
         }
     }
@@ -239,8 +234,6 @@ impl Nodes {
         let Some(at) = self.nodes.iter().position(|node| node.name == name) else {
             return generic(format!("Failed to find node with node-name='{name}'"));
         };
-        let stands_on =
-            |node: &Node| matches!(&node.kind, Kind::Raw(below) | Kind::Filter(below) if below == name);
         let node = &self.nodes[at];
         // With QEMU, the exports of a disk that is being backed up stand on a filter, and that one on the node.
         let filtered = self.disk_of(name).is_ok_and(|disk| disk.readers > node.exports);
@@ -252,18 +245,27 @@ impl Nodes {
         }
         let is_bottom = matches!(node.kind, Kind::Disk(_));
         let in_use = node.exports > 0
-            || self.nodes.iter().any(stands_on)
+            || self.is_stood_on(name)
             || self.disk_of(name).is_ok_and(|disk| disk.readers > 0) && (is_bottom || self.is_only_top(name));
         if in_use {
             return generic(format!("Block device {name} is in use"));
         }
-        let node = self.nodes.remove(at);
-        if let Kind::Raw(below) = node.kind
-            && self.nodes.iter().any(|node| node.name == below && node.implicit)
-        {
-            self.nodes.retain(|node| node.name != below);
+        let mut gone = self.nodes.remove(at).kind;
+        // What was made along with it goes, too, unless somebody uses that by its own name.
+        while let Kind::Raw(below) = gone {
+            let unused = |node: &Node| node.name == below && node.implicit && node.exports == 0;
+            match self.nodes.iter().position(unused) {
+                Some(at) if !self.is_stood_on(&below) => gone = self.nodes.remove(at).kind,
+                _ => break,
+            }
         }
         Ok(())
+    }
+
+    fn is_stood_on(&self, name: &str) -> bool {
+        let stands_on =
+            |node: &Node| matches!(&node.kind, Kind::Raw(below) | Kind::Filter(below) if below == name);
+        self.nodes.iter().any(stands_on)
     }
 
     /// Whether no other node stands on the disk of `name`, so that whoever uses that uses it by this one.
@@ -278,21 +280,24 @@ impl Nodes {
         found.ok_or_else(|| QmpError::generic(format!("Cannot find device='{name}' nor node-name='{name}'")))
     }
 
+    /// The node at the bottom of `name`: what it is called, and its disk.
+    fn bottom(&self, name: &str) -> Result<(&str, &Disk), QmpError> {
+        let mut node = self.get(name)?;
+        loop {
+            match &node.kind {
+                Kind::Disk(disk) => return Ok((&node.name, disk)),
+                Kind::Raw(below) | Kind::Filter(below) => node = self.get(below)?,
+            }
+        }
+    }
+
     /// The name of the node at the bottom of `name`.
     pub(super) fn bottom_of(&self, name: &str) -> Result<String, QmpError> {
-        let mut node = self.get(name)?;
-        while let Kind::Raw(below) | Kind::Filter(below) = &node.kind {
-            node = self.get(below)?;
-        }
-        Ok(node.name.clone())
+        self.bottom(name).map(|(bottom, _)| bottom.to_owned())
     }
 
     fn disk_of(&self, name: &str) -> Result<&Disk, QmpError> {
-        let bottom = self.bottom_of(name)?;
-        match &self.get(&bottom)?.kind {
-            Kind::Disk(disk) => Ok(disk),
-            Kind::Raw(_) | Kind::Filter(_) => unreachable!("a bottom has a disk"),
-        }
+        self.bottom(name).map(|(_, disk)| disk)
     }
 
     fn disk_mut(&mut self, bottom: &str) -> Option<&mut Disk> {
@@ -312,9 +317,13 @@ impl Nodes {
         self.get(name).map(|node| node.read_only)
     }
 
-    /// Whether guests may give space of `name` back.
+    /// Whether guests may give space of `name` back: every node down to the disk passes it on.
     pub(super) fn may_trim(&self, name: &str) -> Result<bool, QmpError> {
-        self.disk_of(name).map(|disk| disk.trim)
+        let mut node = self.get(name)?;
+        while let (Kind::Raw(below) | Kind::Filter(below), true) = (&node.kind, node.trim) {
+            node = self.get(below)?;
+        }
+        Ok(node.trim)
     }
 
     /// Whether a job writes to the disk under `name`.
@@ -334,21 +343,36 @@ impl Nodes {
         Ok(disk.locator.clone())
     }
 
-    /// The node whose disk is the file or device at `path`.
-    pub(super) fn of_file(&self, path: &str) -> Option<&str> {
+    /// That whoever writes to the file or device at `path` writes to a disk from here, and to which; `None` if not.
+    pub(super) fn claim_on(&self, path: &str) -> Option<String> {
         let sought = std::fs::metadata(path).ok()?;
-        let same = |disk: &Disk| {
-            let found = disk.file.as_ref().and_then(|file| file.metadata().ok());
-            found.is_some_and(|found| {
-                (found.dev(), found.ino()) == (sought.dev(), sought.ino())
-                    || sought.file_type().is_block_device() && found.rdev() == sought.rdev()
+        let holds = |meets: &dyn Fn(&Metadata) -> bool| {
+            self.nodes.iter().find(|node| match &node.kind {
+                Kind::Disk(Disk { file: Some(file), .. }) => file.metadata().is_ok_and(|found| meets(&found)),
+                _ => false,
             })
         };
-        let node = self.nodes.iter().find(|node| matches!(&node.kind, Kind::Disk(disk) if same(disk)))?;
-        // One that was made along with the node over it has a name that nobody gave it.
+        let (node, is) = match holds(&|found| identity(found) == identity(&sought)) {
+            Some(node) => (node, "is"),
+            None => (holds(&|found| share_bytes(found, &sought))?, "shares its bytes with"),
+        };
+        Some(format!("{path} {is} the daemon's disk '{}'", self.known_as(node)))
+    }
+
+    /// What `node` is called by those who added it: one that was made along with the node over it has a name that nobody gave it.
+    fn known_as<'a>(&'a self, node: &'a Node) -> &'a str {
         let over =
             self.nodes.iter().find(|over| matches!(&over.kind, Kind::Raw(below) if *below == node.name));
-        Some(&over.filter(|_| node.implicit).unwrap_or(node).name)
+        &over.filter(|_| node.implicit).unwrap_or(node).name
+    }
+
+    /// The node whose export one of `name` is, for as long as it lasts: a filter goes with its job, its disk stays.
+    pub(super) fn lasting(&self, name: &str) -> Result<&str, QmpError> {
+        let node = self.get(name)?;
+        match &node.kind {
+            Kind::Filter(below) => self.get(below).map(|below| self.known_as(below)),
+            Kind::Disk(_) | Kind::Raw(_) => Ok(&node.name),
+        }
     }
 
     /// The disk under `name` on `engine`, for one more reader; to be given back with [`Self::release`].
@@ -374,12 +398,9 @@ impl Nodes {
 
     /// What guests of the node `name` have felt lately; nothing where it has none.
     pub(super) fn latencies(&self, name: &str) -> Result<Latencies, QmpError> {
-        let bottom = self.bottom_of(name)?;
-        match &self.get(&bottom)?.kind {
-            Kind::Disk(Disk { live: Some(live), .. }) => {
-                live.latencies().map_err(|error| QmpError::generic(error.to_string()))
-            }
-            _ => Ok(Latencies::default()),
+        match &self.disk_of(name)?.live {
+            Some(live) => live.latencies().map_err(|error| QmpError::generic(error.to_string())),
+            None => Ok(Latencies::default()),
         }
     }
 
@@ -415,6 +436,7 @@ impl Nodes {
             driver: "copy-before-write",
             read_only,
             direct: false,
+            trim: true,
             implicit: false,
             exports: 0,
             kind: Kind::Filter(source.to_owned()),
@@ -428,28 +450,28 @@ impl Nodes {
 
     /// `query-named-block-nodes`, the newest first.
     pub(super) fn query(&self) -> Value {
-        self.nodes.iter().rev().map(|node| self.describe(node)).collect()
+        let described = |node: &Node| self.disk_of(&node.name).ok().map(|disk| describe(node, disk));
+        self.nodes.iter().rev().filter_map(described).collect()
     }
+}
 
-    fn describe(&self, node: &Node) -> Value {
-        let disk = self.disk_of(&node.name).expect("every node stands on a disk");
-        let filename = if node.driver == "null-co" || disk.file.is_none() {
-            format!("json:{{\"driver\": \"null-co\", \"size\": {}}}", disk.length)
-        } else {
-            disk.locator.clone()
-        };
-        let mut image = json!({ "filename": filename, "format": node.driver, "virtual-size": disk.length });
-        if let Some(metadata) = disk.file.as_ref().and_then(|file| file.metadata().ok()) {
-            image["actual-size"] = (metadata.blocks() * 512).into();
-        }
-        json!({
-            "file": filename, "node-name": node.name, "ro": node.read_only, "drv": node.driver,
-            "backing_file_depth": 0, "encrypted": false, "active": true, "detect_zeroes": "off",
-            "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0,
-            "image": image, "write_threshold": 0,
-            "cache": { "writeback": true, "direct": node.direct, "no-flush": false },
-        })
+fn describe(node: &Node, disk: &Disk) -> Value {
+    let filename = if node.driver == "null-co" || disk.file.is_none() {
+        format!("json:{{\"driver\": \"null-co\", \"size\": {}}}", disk.length)
+    } else {
+        disk.locator.clone()
+    };
+    let mut image = json!({ "filename": filename, "format": node.driver, "virtual-size": disk.length });
+    if let Some(metadata) = disk.file.as_ref().and_then(|file| file.metadata().ok()) {
+        image["actual-size"] = (metadata.blocks() * 512).into();
     }
+    json!({
+        "file": filename, "node-name": node.name, "ro": node.read_only, "drv": node.driver,
+        "backing_file_depth": 0, "encrypted": false, "active": true, "detect_zeroes": "off",
+        "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0,
+        "image": image, "write_threshold": 0,
+        "cache": { "writeback": true, "direct": node.direct, "no-flush": false },
+    })
 }
 
 fn missing(name: &str) -> QmpError {
@@ -462,24 +484,11 @@ fn null_disk(size: Option<i64>) -> Result<Disk, QmpError> {
         Some(Ok(length)) => length,
         Some(Err(_)) => return generic("Parameter 'size' expects a non-negative value"),
     };
-    Ok(Disk {
-        locator: format!("null:{length}"),
-        length,
-        trim: true,
-        file: None,
-        live: None,
-        readers: 0,
-        target: false,
-    })
+    Ok(Disk { locator: format!("null:{length}"), length, file: None, live: None, readers: 0, target: false })
 }
 
 /// Open what `filename` means, to see that it can be used so, and whether for reading only.
-fn open_disk(
-    filename: &str,
-    is_device: bool,
-    options: &NodeOptions,
-    trim: bool,
-) -> Result<(Disk, bool), QmpError> {
+fn open_disk(filename: &str, is_device: bool, options: &NodeOptions) -> Result<(Disk, bool), QmpError> {
     let failed = |error: std::io::Error| {
         let why = nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(0)).desc();
         QmpError::generic(format!("Could not open '{filename}': {why}"))
@@ -516,7 +525,7 @@ fn open_disk(
     };
     let length = file.seek(SeekFrom::End(0)).map_err(failed)?;
     let locator = std::path::absolute(filename).map_err(failed)?.to_string_lossy().into_owned();
-    let disk = Disk { locator, length, trim, file: Some(file), live: None, readers: 0, target: false };
+    let disk = Disk { locator, length, file: Some(file), live: None, readers: 0, target: false };
     Ok((disk, read_only))
 }
 

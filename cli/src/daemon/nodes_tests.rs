@@ -3,6 +3,7 @@ use std::path::Path;
 use tempfile::TempDir;
 
 use super::*;
+use crate::qmp::{Limits, Reader};
 
 fn there() -> TempDir {
     let there = tempfile::tempdir().expect("a directory");
@@ -48,6 +49,70 @@ fn raw_nodes_stand_on_others_by_name_or_along_with_them() {
     nodes.remove("rb").expect("removed");
     assert_eq!(nodes.query(), json!([]), "the one made along with it is gone, too");
     assert_eq!(nodes.remove("a").expect_err("gone").text, "Failed to find node with node-name='a'");
+}
+
+fn names(nodes: &Nodes) -> Vec<String> {
+    let told = nodes.query();
+    let name = |node: &Value| node["node-name"].as_str().expect("named").to_owned();
+    told.as_array().expect("an array").iter().map(name).collect()
+}
+
+#[test]
+fn what_was_made_along_with_a_node_stays_while_another_stands_on_it() {
+    let there = there();
+    let mut nodes = Nodes::default();
+    let below = json!({ "driver": "file", "filename": path(&there, "a.img") });
+    let raw = |name: &str, file: Value| json!({ "driver": "raw", "node-name": name, "file": file });
+    add(&mut nodes, raw("first", below.clone())).expect("added");
+    add(&mut nodes, raw("second", json!("#block001"))).expect("added");
+    nodes.remove("first").expect("removed");
+    assert_eq!(names(&nodes), ["second", "#block001"]);
+    assert_eq!(nodes.length_of("second"), Ok(1 << 20));
+    nodes.remove("second").expect("removed");
+    assert_eq!(names(&nodes), [""; 0], "it goes with the last");
+    // All that was made along with it, one on the other.
+    let between = json!({ "driver": "raw", "file": below });
+    add(&mut nodes, raw("top", between.clone())).expect("added");
+    assert_eq!(names(&nodes), ["top", "#block003", "#block002"]);
+    nodes.remove("top").expect("removed");
+    assert_eq!(names(&nodes), [""; 0]);
+    add(&mut nodes, raw("top", between)).expect("added");
+    add(&mut nodes, raw("beside", json!("#block004"))).expect("added");
+    nodes.remove("top").expect("removed");
+    assert_eq!(names(&nodes), ["beside", "#block004"]);
+}
+
+#[test]
+fn nothing_stands_on_the_filter_of_a_job() {
+    let there = there();
+    let mut nodes = Nodes::default();
+    add(&mut nodes, file(&there, "a.img", "a")).expect("added");
+    nodes.add_filter("filter", "a");
+    let over = json!({ "driver": "raw", "node-name": "over", "file": "filter" });
+    assert_eq!(add(&mut nodes, over).expect_err("it goes with its job"), busy("filter").text);
+    nodes.remove_filter("filter");
+    assert_eq!(names(&nodes), ["a"]);
+}
+
+/// The answer to `query-named-block-nodes` of as many nodes as there may be.
+#[test]
+fn our_client_reads_what_all_nodes_come_to() {
+    let there = there();
+    let mut nodes = Nodes::default();
+    let long = "x".repeat(200);
+    std::fs::write(there.path().join(&long), [1; 4096]).expect("written");
+    let below = json!({ "driver": "file", "filename": path(&there, &long) });
+    let name = "n".repeat(MAX_NODE_NAME);
+    add(&mut nodes, json!({ "driver": "raw", "node-name": name, "file": below })).expect("added");
+    let two = nodes.query();
+    let all: Vec<Value> = two.as_array().expect("an array").iter().cycle().take(MAX_NODES).cloned().collect();
+    let answer = json!({ "return": all });
+    let text = answer.to_string();
+    let read = Reader::new(Limits::REPLY).next(&mut text.as_bytes());
+    assert!(read == Some(Ok(answer)), "{} bytes", text.len());
+    // Twice as many would do as well, and no client may ask for as much.
+    assert!(text.matches([',', ':', '{', '}', '[', ']']).count() * 2 * 2 < Limits::REPLY.tokens);
+    assert!(Reader::new(Limits::REQUEST).next(&mut text.as_bytes()).is_some_and(|read| read.is_err()));
 }
 
 #[test]
@@ -132,16 +197,28 @@ fn null_and_read_only() {
 fn discards_are_passed_on_unless_they_are_to_be_ignored() {
     let there = there();
     let mut nodes = Nodes::default();
-    for (name, discard, trim) in [("a", None, true), ("b", Some("unmap"), true), ("c", Some("ignore"), false)]
-    {
-        let below = json!({ "driver": "file", "filename": path(&there, "a.img") });
-        let mut options = json!({ "driver": "raw", "node-name": name, "file": below });
-        if let Some(discard) = discard {
-            options["discard"] = discard.into();
-        }
-        add(&mut nodes, options).expect("added");
+    for (name, above, below, trim) in [
+        ("a", None, None, true),
+        ("b", Some("unmap"), Some("unmap"), true),
+        ("c", Some("ignore"), None, false),
+        ("d", Some("ignore"), Some("unmap"), false),
+        ("e", Some("unmap"), Some("ignore"), false),
+    ] {
+        let with = |mut options: Value, discard: Option<&str>| {
+            if let Some(discard) = discard {
+                options["discard"] = discard.into();
+            }
+            options
+        };
+        let file = with(json!({ "driver": "file", "filename": path(&there, "a.img") }), below);
+        let raw = json!({ "driver": "raw", "node-name": name, "file": file });
+        add(&mut nodes, with(raw, above)).expect("added");
         assert_eq!(nodes.may_trim(name), Ok(trim), "{name}");
     }
+    // It is each node's own: one over the same disk may do what another may not.
+    let beside = json!({ "driver": "raw", "node-name": "beside", "file": "#block004" });
+    add(&mut nodes, beside).expect("added");
+    assert_eq!((nodes.may_trim("d"), nodes.may_trim("beside")), (Ok(false), Ok(true)));
 }
 
 #[test]

@@ -10,14 +10,15 @@ use crate::args::DiskArg;
 
 /// What tells disks apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Identity {
+pub(super) enum Identity {
     /// A device, by its number.
     Device(u64),
     /// A file, by its file system and its number there.
     File(u64, u64),
 }
 
-fn identity(found: &Metadata) -> Identity {
+/// What tells the file or device that was `found` from others.
+pub(super) fn identity(found: &Metadata) -> Identity {
     if found.file_type().is_block_device() {
         Identity::Device(found.rdev())
     } else {

@@ -209,6 +209,8 @@ impl Control {
         if asked.writable && (asked.x_snapshot.is_some() || self.nodes.is_read_only(&asked.node_name)?) {
             return refuse("Cannot export read-only node as writable");
         }
+        let trim = self.nodes.may_trim(&asked.node_name)?;
+        let node = self.nodes.lasting(&asked.node_name)?.to_owned();
         let (source, job) = match &asked.x_snapshot {
             None if self.nodes.is_target(&bottom)? => return Err(busy(&asked.node_name)),
             None => (ExportSource::Disk(self.nodes.use_disk(&self.engine, &bottom)?), None),
@@ -220,7 +222,6 @@ impl Control {
                 (ExportSource::Snapshot(job.snapshot.clone()), Some(job.serial))
             }
         };
-        let trim = self.nodes.may_trim(&bottom)?;
         self.serving.next += 1;
         let serial = ExportSerial(self.serving.next);
         let post = self.mailbox.post();
@@ -230,8 +231,8 @@ impl Control {
         match self.serving.server.add(options, gone) {
             Ok(handle) => {
                 let reads = job.is_none().then_some(bottom);
-                self.nodes.count_export(&asked.node_name, true);
-                let (id, node) = (asked.id, asked.node_name);
+                self.nodes.count_export(&node, true);
+                let id = asked.id;
                 let export = Export { serial, id, name, node, reads, job, handle, shutting_down: false };
                 self.serving.exports.push(export);
                 Ok(())

@@ -1,6 +1,7 @@
 //! Commands on a control with a real engine and an NBD server that only keeps books.
 
 use std::cell::RefCell;
+use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -279,6 +280,53 @@ fn a_slow_job_is_steered() {
     assert_eq!(told[told.len() - 4..], ["j aborting", "j BLOCK_JOB_CANCELLED", "j concluded", "j null"]);
     let nodes = fixture.ok("query-named-block-nodes", json!({})).to_string();
     assert!(!nodes.contains("copy-before-write"), "{nodes}");
+}
+
+#[test]
+fn a_filter_goes_with_its_job_and_leaves_nothing_in_the_air() {
+    let mut fixture = Fixture::new();
+    let slow = json!({ "speed": 65536, "filter-node-name": "filter" });
+    fixture.ok("blockdev-backup", Fixture::backup("j", "t", slow));
+    let over = json!({ "driver": "raw", "node-name": "over", "file": "filter" });
+    let busy = "Node 'filter' is busy: block device is in use by block job: backup";
+    fixture.refused("blockdev-add", over, busy);
+    let socket = fixture.there.path().join("nbd.sock").display().to_string();
+    fixture.ok("nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": socket } } }));
+    fixture.ok("block-export-add", json!({ "type": "nbd", "id": "e", "node-name": "filter" }));
+    fixture.ok("job-cancel", json!({ "id": "j" }));
+    fixture.until("j null");
+    let nodes = fixture.ok("query-named-block-nodes", json!({}));
+    assert_eq!(nodes.as_array().map(Vec::len), Some(8), "{nodes}");
+    // Its export is the disk's, whoever is called so by then.
+    fixture.ok("blockdev-add", json!({ "driver": "null-co", "node-name": "filter" }));
+    assert_eq!(fixture.ok("query-block-exports", json!({}))[0]["node-name"], "s");
+    fixture.refused("blockdev-del", json!({ "node-name": "s" }), "Node s is in use");
+    fixture.ok("block-export-del", json!({ "id": "e" }));
+    fixture.until("e BLOCK_EXPORT_DELETED");
+    for node in ["filter", "s"] {
+        fixture.ok("blockdev-del", json!({ "node-name": node }));
+    }
+}
+
+#[test]
+fn a_disk_of_the_daemon_is_no_fleece_file() {
+    let mut fixture = Fixture::new();
+    let path = |name: &str| fixture.there.path().join(name).display().to_string();
+    std::fs::write(path("empty"), "").expect("written");
+    std::fs::hard_link(path("empty"), path("linked")).expect("linked");
+    let (empty, linked, new) = (path("empty"), path("linked"), path("new"));
+    let file = json!({ "driver": "file", "filename": empty });
+    fixture.ok("blockdev-add", json!({ "driver": "raw", "node-name": "e", "file": file }));
+    for fleece in [&empty, &linked] {
+        let text = format!("{fleece} is the daemon's disk 'e'; choose another fleece file");
+        let more = json!({ "x-fleece": { "path": fleece } });
+        fixture.refused("blockdev-backup", Fixture::backup("j", "t", more.clone()), &text);
+        let mut onto_path = Fixture::backup("j", "t", more);
+        onto_path.as_object_mut().expect("an object").remove("target");
+        onto_path["path"] = new.clone().into();
+        fixture.refused("x-backup", onto_path, &text);
+    }
+    assert!(Path::new(&empty).exists() && Path::new(&linked).exists() && !Path::new(&new).exists());
 }
 
 #[test]

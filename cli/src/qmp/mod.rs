@@ -24,7 +24,7 @@ use serde_json::{Map, Value, json};
 
 pub use check::check;
 pub use introspect::{query_commands, query_qmp_schema};
-pub use parser::{MAX_DEPTH, MAX_MESSAGE_BYTES, MAX_TOKENS, Reader, SyntaxError};
+pub use parser::{Limits, MAX_DEPTH, Reader, SyntaxError};
 
 /// The arguments of a command, or what stands in an object.
 pub type Arguments = Map<String, Value>;

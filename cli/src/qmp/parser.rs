@@ -5,7 +5,7 @@
 //! once. Whatever is wrong with them is the error of that one message; the next one begins behind it.
 //!
 //! # Limits
-//! A message has at most [`MAX_MESSAGE_BYTES`], [`MAX_TOKENS`] and [`MAX_DEPTH`]. A value takes at most some hundred bytes for each token,
+//! A message has at most the bytes and tokens of its [`Limits`], and [`MAX_DEPTH`]. A value takes at most some hundred bytes for each token,
 //! so memory is bounded by these. What goes beyond is an error at once, and what was collected is dropped.
 
 use std::fmt;
@@ -14,12 +14,25 @@ use serde_json::{Map, Number, Value};
 
 use super::lexer::{Lexer, Taken, Token};
 
-/// Most bytes of one message.
-pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
-/// Most tokens of one message.
-pub const MAX_TOKENS: usize = 1 << 15;
 /// Most braces and brackets that are open at a time.
 pub const MAX_DEPTH: usize = 1024;
+
+/// How large one message may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Most bytes.
+    pub bytes: usize,
+    /// Most tokens.
+    pub tokens: usize,
+}
+
+impl Limits {
+    /// Of what is asked for: a command and its arguments.
+    pub const REQUEST: Self = Self { bytes: 1 << 20, tokens: 1 << 15 };
+    /// Of what a daemon tells. Nothing is as long as the answer to `query-named-block-nodes`: these are 16 KiB and 512 tokens for each
+    /// of 1,024 nodes, where ours tells about 100 tokens of a node, QEMU's some more, and both the path of its file twice.
+    pub const REPLY: Self = Self { bytes: 16 << 20, tokens: 1 << 19 };
+}
 
 /// Why a message is none.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +51,7 @@ fn wrong(what: impl fmt::Display) -> SyntaxError {
 /// See the module's header.
 #[derive(Debug)]
 pub struct Reader {
+    limits: Limits,
     lexer: Lexer,
     tokens: Vec<Token>,
     /// Bytes of the message so far.
@@ -46,17 +60,11 @@ pub struct Reader {
     brackets: isize,
 }
 
-impl Default for Reader {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Reader {
-    /// At the beginning of a stream.
+    /// At the beginning of a stream of messages that keep to `limits`.
     #[must_use]
-    pub fn new() -> Self {
-        Self { lexer: Lexer::new(), tokens: Vec::new(), bytes: 0, braces: 0, brackets: 0 }
+    pub fn new(limits: Limits) -> Self {
+        Self { limits, lexer: Lexer::new(), tokens: Vec::new(), bytes: 0, braces: 0, brackets: 0 }
     }
 
     /// Take bytes off the front of `input` up to the end of a message, and give that; `None`: all of it was taken, and the message goes on.
@@ -79,7 +87,7 @@ impl Reader {
                 self.start_over();
                 return message;
             }
-            if self.bytes > MAX_MESSAGE_BYTES {
+            if self.bytes > self.limits.bytes {
                 self.start_over();
                 self.lexer.recover();
                 return Some(Err(SyntaxError("JSON token size limit exceeded".into())));
@@ -105,7 +113,7 @@ impl Reader {
         if open(self.braces) + open(self.brackets) > MAX_DEPTH {
             return Some(Err(SyntaxError("JSON nesting depth limit exceeded".into())));
         }
-        if self.tokens.len() > MAX_TOKENS {
+        if self.tokens.len() > self.limits.tokens {
             self.lexer.recover();
             return Some(Err(SyntaxError("JSON token count limit exceeded".into())));
         }

@@ -3,9 +3,11 @@ use serde_json::json;
 
 use super::*;
 
+const MOST: Limits = Limits::REQUEST;
+
 /// Every message in `bytes`, which come in pieces of `sizes` (over and over).
 fn read(bytes: &[u8], sizes: &[usize]) -> Vec<Result<Value, String>> {
-    let mut reader = Reader::new();
+    let mut reader = Reader::new(MOST);
     let mut messages = Vec::new();
     let (mut rest, mut sizes) = (bytes, sizes.iter().cycle());
     while !rest.is_empty() {
@@ -153,24 +155,24 @@ fn limits_hold_and_the_next_message_is_understood() {
     assert_eq!(messages[0], Err("JSON nesting depth limit exceeded".into()));
     assert_eq!(messages.last(), Some(&Ok(json!({}))));
 
-    let fits = format!("[\"{}\"]", "a".repeat(MAX_MESSAGE_BYTES - 4));
+    let fits = format!("[\"{}\"]", "a".repeat(MOST.bytes - 4));
     assert!(at_once(&fits)[0].is_ok());
-    let long = format!("[\"{}\"]\n{{}}", "a".repeat(MAX_MESSAGE_BYTES));
+    let long = format!("[\"{}\"]\n{{}}", "a".repeat(MOST.bytes));
     let messages = at_once(&long);
     assert_eq!(messages[0], Err("JSON token size limit exceeded".into()));
     assert_eq!(messages.last(), Some(&Ok(json!({}))));
 
     let many = |tokens: usize| format!("[{}1]", "1,".repeat((tokens - 3) / 2));
-    assert!(at_once(many(MAX_TOKENS - 1))[0].is_ok());
-    let messages = at_once(format!("{}\n{{}}", many(MAX_TOKENS + 101)));
+    assert!(at_once(many(MOST.tokens - 1))[0].is_ok());
+    let messages = at_once(format!("{}\n{{}}", many(MOST.tokens + 101)));
     assert_eq!(messages[0], Err("JSON token count limit exceeded".into()));
     assert_eq!(messages.last(), Some(&Ok(json!({}))));
 }
 
 #[test]
 fn what_was_collected_is_dropped_at_a_limit() {
-    let mut reader = Reader::new();
-    let endless = vec![b'a'; 3 * MAX_MESSAGE_BYTES];
+    let mut reader = Reader::new(MOST);
+    let endless = vec![b'a'; 3 * MOST.bytes];
     let mut rest = &endless[..];
     assert!(reader.next(&mut rest).is_some_and(|message| message.is_err()));
     assert!(reader.next(&mut rest).is_none() && rest.is_empty());

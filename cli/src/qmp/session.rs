@@ -13,7 +13,7 @@
 use serde_json::{Value, json};
 
 use super::commands::QMP_CAPABILITIES;
-use super::{Arguments, QmpError, Reader, check, version};
+use super::{Arguments, Limits, QmpError, Reader, check, version};
 
 /// Bytes that wait to be sent beyond which no request is taken.
 pub const MAX_REPLIES: usize = 256 << 10;
@@ -21,6 +21,8 @@ pub const MAX_REPLIES: usize = 256 << 10;
 pub const MAX_OUTPUT: usize = 4 << 20;
 /// Most bytes that were received and not looked at, beyond which nothing should be received.
 pub const MAX_INPUT: usize = 64 << 10;
+// Our own clients read whatever is sent.
+const _: () = assert!(MAX_OUTPUT <= Limits::REPLY.bytes);
 
 /// A command of a client.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,7 +57,7 @@ impl Session {
     #[must_use]
     pub fn new() -> Self {
         let mut session = Self {
-            reader: Reader::new(),
+            reader: Reader::new(Limits::REQUEST),
             negotiated: false,
             input: Vec::new(),
             taken: 0,

@@ -1,5 +1,6 @@
 //! Guests that write through an export while a job runs. Whatever they do, the target shows t0.
 
+use std::os::unix::fs::MetadataExt;
 use std::process::{Child, Stdio};
 
 use serde_json::json;
@@ -325,5 +326,35 @@ fn exports_under_a_job() {
         peer.say("nbd-server-stop", json!({}));
         go_on(peer);
         shows_t0(peer, "t", LENGTH);
+    });
+}
+
+/// A hole is space given back, be it asked for as a discard or as zeros.
+#[test]
+fn space_is_given_back_where_every_node_passes_that_on() {
+    compare(|peer| {
+        peer.export("s");
+        for (name, above, below) in
+            [("d", "unmap", "unmap"), ("above", "ignore", "unmap"), ("below", "unmap", "ignore")]
+        {
+            std::fs::write(peer.path(name), contents(LENGTH)).expect("written");
+            let filename = peer.path(name).display().to_string();
+            let file = json!({ "driver": "file", "filename": filename, "discard": below });
+            peer.add(name, json!({ "discard": above, "file": file }));
+            peer.say(
+                "block-export-add",
+                json!({ "type": "nbd", "id": name, "node-name": name, "writable": true }),
+            );
+            let allocated = |peer: &Peer| std::fs::metadata(peer.path(name)).expect("there").blocks() * 512;
+            let before = allocated(peer);
+            peer.guest(name, &["write -z -u 1M 1M"]);
+            let zeros = before - allocated(peer);
+            peer.guest(name, &["discard 2M 1M"]);
+            let both = before - allocated(peer);
+            peer.note_that("freed", json!([name, zeros, both]));
+            let freed = if name == "d" { 1 << 20 } else { 0 };
+            assert_eq!((zeros, both), (freed, 2 * freed), "{:?}: {name}", peer.which);
+            peer.guest(name, &["read -P 0 1M 1M"]);
+        }
     });
 }

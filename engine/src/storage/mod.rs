@@ -39,6 +39,7 @@ pub(crate) use open::{LiveAccess, node_at, open_live};
 pub use open::{OpenedSource, SourceOptions, open_source, source_unchanged};
 pub use sharing::Permission;
 pub use target::{OpenedTarget, Resume, TargetOptions, TargetPlan, plan_target};
+pub use topology::share_bytes;
 
 /// The descriptors of a storage that the kernel can do I/O on.
 #[derive(Clone, Copy, Debug)]

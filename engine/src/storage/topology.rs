@@ -86,6 +86,13 @@ pub(crate) fn overlap(one: Node, other: Node) -> bool {
     layers(one).iter().any(|&layer| others.iter().any(|&other| layer.meets(other)))
 }
 
+/// Whether writing to one of two files or devices may change the other, by whatever name: they are the same, one lies on the other, or
+/// both on the same part of a third.
+#[must_use]
+pub fn share_bytes(one: &Metadata, other: &Metadata) -> bool {
+    overlap(Node::of(one), Node::of(other))
+}
+
 /// What the device `node` lies on, open for reading: files and devices, as far as there are paths to them. Nothing for a file.
 pub(super) fn beneath(node: Node) -> Vec<(PathBuf, File)> {
     let layers = layers(node);

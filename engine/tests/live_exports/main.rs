@@ -7,6 +7,7 @@ mod protocol;
 mod tools;
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::mpsc;
@@ -126,6 +127,31 @@ fn a_client_reads_and_writes_and_the_disk_has_it() {
     assert_eq!(client.ask(READ, 0, length as u64, 1, &[]).0, 22);
     client.say(&client::request(DISC, 0, 9, 0, 0));
     assert!(client.is_over());
+}
+
+#[test]
+fn clients_that_may_give_no_space_back_make_no_holes() {
+    let fixture = Fixture::new(40);
+    let keeping = ExportOptions {
+        name: "keeping".to_owned(),
+        description: String::new(),
+        source: ExportSource::Disk(fixture.disk.clone()),
+        writable: true,
+        trim: false,
+        on_gone: None,
+    };
+    fixture.server.add_export(keeping).unwrap();
+    let (_export, _gone) = fixture.export_disk();
+    let blocks = || fs::metadata(fixture.directory.path().join("disk.img")).unwrap().blocks();
+    let (before, half) = (blocks(), 20 * 65_536);
+    let mut client = fixture.open("keeping");
+    assert_eq!(client.ask(WRITE_ZEROES, 0, 0, half, &[]), (0, vec![]));
+    assert_eq!(client.read(0, half), vec![0; half as usize]);
+    assert_eq!(client.ask(TRIM, 0, 0, half, &[]).0, 22);
+    assert!(blocks() >= before, "{before} blocks, then {}", blocks());
+    // Another export of the same disk may do so.
+    assert_eq!(fixture.open("disk").ask(WRITE_ZEROES, 0, 0, half, &[]), (0, vec![]));
+    assert!(blocks() < before, "{before} blocks, then {}", blocks());
 }
 
 #[test]

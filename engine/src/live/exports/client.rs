@@ -90,6 +90,8 @@ impl Question {
 pub(super) struct Attached {
     pub(super) export: ExportId,
     backend: Backend,
+    /// Whether they may give space back.
+    trim: bool,
 }
 
 /// What becomes of a question that is under way.
@@ -192,9 +194,9 @@ impl Client {
     pub(super) fn poll(&mut self, exports: &mut Table, effects: &mut Effects<'_>) {
         while let Some(action) = self.connection.poll(exports) {
             match action {
-                Action::Attach(export) => {
-                    let (export, backend) = exports.attach(export.name());
-                    self.attached = Some(Attached { export, backend });
+                Action::Attach(found) => {
+                    let (export, backend) = exports.attach(found.name());
+                    self.attached = Some(Attached { export, backend, trim: found.features.trim });
                 }
                 Action::Io { id, kind } => self.start(id, kind, effects),
                 Action::Send(parts) => {
@@ -238,7 +240,8 @@ impl Client {
 
     /// Ask for what an I/O needs.
     fn start(&mut self, io: IoId, kind: IoKind, effects: &mut Effects<'_>) {
-        let backend = self.attached.expect("an export is chosen before anything is asked of it").backend;
+        let attached = self.attached.expect("an export is chosen before anything is asked of it");
+        let (backend, trim) = (attached.backend, attached.trim);
         let after = |fua: bool| if fua { Then::Flush } else { Then::Done };
         let (request, then) = match kind {
             IoKind::Read { range } => (crate::live::read(range.offset, length_of(range)), Then::Data),
@@ -246,7 +249,9 @@ impl Client {
             IoKind::Flush => (IoRequest::Flush, Then::Done),
             IoKind::Discard { range, fua } => (IoRequest::Discard { range }, after(fua)),
             IoKind::WriteZeroes { range, no_hole, fast, fua } => {
-                (IoRequest::WriteZeroes { range, may_unmap: !no_hole, only_fast: fast }, after(fua))
+                // A hole is space given back, however it was asked for.
+                let may_unmap = trim && !no_hole;
+                (IoRequest::WriteZeroes { range, may_unmap, only_fast: fast }, after(fua))
             }
             IoKind::Cache { .. } => return self.connection.answered(io, Outcome::Done),
             IoKind::BlockStatus { range, contexts, extents } => {

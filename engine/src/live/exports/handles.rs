@@ -84,7 +84,7 @@ pub struct ExportOptions {
     pub source: ExportSource,
     /// Clients may write to it. Needs a disk that was opened writable.
     pub writable: bool,
-    /// Clients may give space back.
+    /// Clients may give space back: discard, and have zeros stored as holes.
     pub trim: bool,
     /// Called on the ring thread once the export is gone, for whatever reason.
     pub on_gone: Option<Box<dyn FnOnce() + Send>>,

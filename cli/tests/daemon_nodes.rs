@@ -1,0 +1,119 @@
+//! The disks of a daemon as an operator has them: many, and none that is overwritten because another path was meant.
+
+#[path = "support/kernel.rs"]
+#[allow(dead_code, reason = "every test program uses its own part of this")]
+mod kernel;
+mod support;
+
+use std::path::Path;
+use std::process::Output;
+
+use kernel::LoopDevice;
+use serde_json::json;
+use support::qmp::Daemon;
+use support::{code, dense, directory, run_in, same, stderr};
+
+const LENGTH: usize = 4 << 20;
+
+/// `backup` of the disk `vda`.
+fn back_up(there: &Path, more: &[&str]) -> Output {
+    let backup = ["backup", "--qmp", "qmp.sock", "--disk", "vda", "--after", "0"];
+    run_in(there, &[&backup[..], more].concat())
+}
+
+/// A daemon with the disk `vda` and, with nobody who uses it, `vdb`.
+fn daemon_with(there: &Path, idle: &str) -> Daemon {
+    dense(&there.join("a.img"), LENGTH, 1);
+    let daemon = Daemon::start(there, &["--disk", "vda=a.img", "--disk", &format!("vdb={idle}")]);
+    drop(daemon.client());
+    daemon
+}
+
+#[track_caller]
+fn refused(output: &Output, told: &str) {
+    assert_eq!(code(output), 2, "{}", stderr(output));
+    assert!(stderr(output).contains(told), "{told}: {}", stderr(output));
+}
+
+#[test]
+fn an_idle_device_is_no_fleece_file() {
+    if !kernel::is_root() {
+        return;
+    }
+    let there = directory();
+    let (idle, before) = (there.path().join("b.img"), there.path().join("before.img"));
+    for path in [&idle, &before] {
+        dense(path, LENGTH, 2);
+    }
+    let device = LoopDevice::over(&idle);
+    let _daemon = daemon_with(there.path(), device.text());
+    let output = back_up(there.path(), &["--target", "copy.img", "--fleece", device.text()]);
+    refused(&output, &format!("{} is the daemon's disk 'vdb'; choose another fleece file", device.text()));
+    // Nor by what lies under it.
+    let output = back_up(there.path(), &["--target", "copy.img", "--fleece", "b.img"]);
+    refused(&output, "b.img shares its bytes with the daemon's disk 'vdb'; choose another fleece file");
+    assert!(!there.path().join("copy.img").exists());
+    assert!(same(&idle, &before));
+}
+
+#[test]
+fn what_shares_its_bytes_with_an_idle_disk_is_no_target() {
+    if !kernel::is_root() {
+        return;
+    }
+    let there = directory();
+    let (idle, before) = (there.path().join("b.img"), there.path().join("before.img"));
+    for path in [&idle, &before] {
+        dense(path, 2 * LENGTH, 2);
+    }
+    // As a disk with two partitions: the second and the whole are the daemon's, the first is not.
+    let (first, second) = (
+        LoopDevice::with(&idle, &["--sizelimit", &LENGTH.to_string()]),
+        LoopDevice::with(&idle, &["--offset", &LENGTH.to_string()]),
+    );
+    let daemon = daemon_with(there.path(), second.text());
+    let client = || daemon.client();
+    for target in ["b.img", second.text()] {
+        for force in [&[][..], &["--force"]] {
+            let output = back_up(there.path(), &[&["--target", target][..], force].concat());
+            refused(&output, "the daemon's disk 'vdb'; choose another target");
+        }
+    }
+    assert!(same(&idle, &before));
+    let whole = json!({ "driver": "file", "node-name": "whole", "filename": idle.display().to_string() });
+    client().ok("blockdev-add", whole);
+    let output = back_up(there.path(), &["--target", first.text(), "--force"]);
+    let told = format!("{} shares its bytes with the daemon's disk 'whole'; choose another", first.text());
+    refused(&output, &told);
+    assert!(same(&idle, &before));
+    // What lies beside an idle disk is free.
+    client().ok("blockdev-del", json!({ "node-name": "whole" }));
+    let output = back_up(there.path(), &["--target", first.text(), "--force"]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    let (a, b) = (std::fs::read(there.path().join("a.img")), std::fs::read(&idle));
+    let (a, b) = (a.expect("read"), b.expect("read"));
+    assert!(a == b[..LENGTH], "the first is the copy");
+    assert!(b[LENGTH..] == std::fs::read(&before).expect("read")[LENGTH..], "the second is as it was");
+}
+
+#[test]
+fn a_daemon_with_many_disks_is_understood() {
+    let there = directory();
+    let mut arguments = Vec::new();
+    for number in 0..180 {
+        let path = there.path().join(format!("{number}.img"));
+        std::fs::File::create(path).and_then(|file| file.set_len(1 << 20)).expect("made");
+        arguments.extend(["--disk".to_owned(), format!("vd{number}={number}.img")]);
+    }
+    dense(&there.path().join("a.img"), LENGTH, 1);
+    arguments.extend(["--disk".to_owned(), "vda=a.img".to_owned()]);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let daemon = Daemon::start(there.path(), &arguments);
+    drop(daemon.client());
+    let output = back_up(there.path(), &["--target", "copy.img"]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    assert!(same(&there.path().join("a.img"), &there.path().join("copy.img")));
+    // And where the name is wrong, all of them are told.
+    let output = run_in(there.path(), &["backup", "--qmp", "qmp.sock", "--disk", "x", "--target", "y.img"]);
+    refused(&output, "the daemon has no disk x; it has: ");
+}
