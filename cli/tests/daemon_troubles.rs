@@ -1,19 +1,73 @@
-//! A daemon in trouble: it tells, and goes on.
+//! A daemon in trouble: nothing answers, nothing is left. It is told, and the daemon ends or goes on.
 
 mod support;
 
 use std::fs;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
 use serde_json::json;
 use support::qmp::{Daemon, Qmp};
-use support::{directory, has};
+use support::{Running, dense, directory, has};
+
+const LENGTH: usize = 4 << 20;
+
+fn with_disk(there: &Path, more: &[&str]) -> Daemon {
+    dense(&there.join("disk.img"), LENGTH, 3);
+    let daemon = Daemon::start(there, &[&["--disk", "vda=disk.img"], more].concat());
+    drop(daemon.client());
+    daemon
+}
 
 fn count(messages: &str, text: &str) -> usize {
     messages.lines().filter(|line| line.contains(text)).count()
+}
+
+/// Holds a lease on a file: who opens it has to wait until it is given back, or for 45 seconds.
+const LEASE: &str = "
+import fcntl, os, signal, sys
+def say(text):
+    sys.stderr.write(text + '\\n')
+    sys.stderr.flush()
+signal.signal(signal.SIGIO, lambda *_: say('somebody waits'))
+held = os.open(sys.argv[1], os.O_RDWR)
+try:
+    fcntl.fcntl(held, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+except OSError as error:
+    say(f'no lease: {error}')
+say('ready')
+while True:
+    signal.pause()
+";
+
+#[test]
+fn a_second_signal_ends_a_daemon_that_waits_for_a_path() {
+    if !has("python3") {
+        return;
+    }
+    let there = directory();
+    let mut daemon = with_disk(there.path(), &[]);
+    dense(&there.path().join("copy.img"), LENGTH, 9);
+    let mut holder =
+        Running::start(Command::new("python3").args(["-c", LEASE, "copy.img"]).current_dir(there.path()));
+    if holder.expect("").contains("no lease") {
+        eprintln!("SKIPPED: the file system has no leases");
+        return;
+    }
+    let path = there.path().join("copy.img").display().to_string();
+    let backup = json!({ "job-id": "nightly", "device": "vda", "path": path, "sync": "full", "force": true });
+    let mut client = daemon.client();
+    client.send(json!({ "execute": "x-backup", "arguments": backup }).to_string().as_bytes());
+    holder.expect("somebody waits");
+    daemon.running.signal("TERM");
+    daemon.running.expect("ending has to wait for what is under way; a second signal ends at once");
+    assert!(daemon.running.is_running());
+    daemon.running.signal("TERM");
+    let (code, _, messages) = daemon.running.end();
+    assert_eq!(code, 143, "{messages}");
 }
 
 #[test]

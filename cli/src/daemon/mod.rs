@@ -29,7 +29,7 @@ mod serving;
 #[cfg(test)]
 mod tests;
 
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -41,11 +41,11 @@ use engine::live::{Engine, EngineOptions};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
-use signal_hook::{flag, low_level};
+use signal_hook::flag;
 
 use crate::args::DaemonArgs;
 use crate::out;
-use crate::report::{DONE, REFUSED, exit_code};
+use crate::report::{DONE, FAILED, REFUSED, exit_code};
 use crate::signals::is_ignored;
 use control::Control;
 use engine_exports::EngineExports;
@@ -79,7 +79,7 @@ impl From<Error> for NotStarted {
 /// Carry out `daemon`; gives the exit code. `command_line` is how the program was called.
 pub(crate) fn run(args: &DaemonArgs, command_line: &[String]) -> u8 {
     match serve(args) {
-        Ok(()) => DONE,
+        Ok(code) => code,
         Err(NotStarted::Engine(error)) => {
             out::say(&error);
             exit_code(&error)
@@ -92,7 +92,8 @@ pub(crate) fn run(args: &DaemonArgs, command_line: &[String]) -> u8 {
     }
 }
 
-fn serve(args: &DaemonArgs) -> Result<(), NotStarted> {
+/// Serve to the end; gives the exit code.
+fn serve(args: &DaemonArgs) -> Result<u8, NotStarted> {
     // First of all: what is handed over has a number that others might take.
     let handed_over = activated()?;
     let signals =
@@ -148,9 +149,13 @@ fn serve(args: &DaemonArgs) -> Result<(), NotStarted> {
     if !end.wait(END_PATIENCE) {
         out::say("the engine takes its time to end; disks may be locked for a moment longer");
     }
-    ran.map_err(|error| {
-        NotStarted::Refused(format!("the control loop has failed: {}", crate::out::reason(&error)))
-    })
+    if let Err(error) = &ran {
+        out::complain(format_args!(
+            "the control loop has failed: {}; start the daemon again",
+            crate::out::reason(error)
+        ));
+    }
+    Ok(if ran.is_err() { FAILED } else { DONE })
 }
 
 /// Whoever left the choice of the port to the system wants to know it.
@@ -215,38 +220,47 @@ const RESERVED_DESCRIPTORS: usize = 512;
 /// Signals within this time after the first one count as the same request.
 const SAME_SIGNAL: Duration = Duration::from_millis(200);
 
-/// The first signal that asks for the end makes a pipe readable; a second one, a while later, ends the process.
+/// The first signal that asks for the end makes a pipe readable; a second one, a while later, ends the process inside the signal handler.
+///
+/// A thread of its own arms the second one: the control thread may be where nothing answers, in the first open of a path on a server that is gone.
 struct Signals {
     pipe: UnixStream,
-    armed: Arc<AtomicBool>,
+    heard: Arc<AtomicBool>,
 }
 
 impl Signals {
     fn install() -> io::Result<Self> {
-        let (pipe, write) = UnixStream::pair()?;
+        let (pipe, mut write) = UnixStream::pair()?;
+        let heard = Arc::new(AtomicBool::new(false));
+        let signals = Self { pipe, heard: Arc::clone(&heard) };
         let armed = Arc::new(AtomicBool::new(false));
         let mut ending = vec![SIGINT, SIGTERM];
         if !is_ignored(SIGHUP) {
             ending.push(SIGHUP);
         }
-        for signal in ending {
+        for &signal in &ending {
             flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&armed))?;
-            low_level::pipe::register(signal, write.try_clone()?)?;
         }
         flag::register(SIGXFSZ, Arc::default())?;
-        Ok(Self { pipe, armed })
+        let mut coming = signal_hook::iterator::Signals::new(ending)?;
+        thread::Builder::new().name("signals".into()).spawn(move || {
+            if coming.forever().next().is_none() {
+                return;
+            }
+            // It fails only where nobody listens any more.
+            write.write_all(&[0]).ok();
+            thread::sleep(SAME_SIGNAL);
+            // Before anything is said: standard error may be stuck, too.
+            armed.store(true, Ordering::SeqCst);
+            if !heard.load(Ordering::SeqCst) {
+                out::say("ending has to wait for what is under way; a second signal ends at once");
+            }
+        })?;
+        Ok(signals)
     }
 
-    /// The first has come.
-    fn arm(&self) {
-        let armed = Arc::clone(&self.armed);
-        let spawned = thread::Builder::new().name("second-signal".into()).spawn(move || {
-            thread::sleep(SAME_SIGNAL);
-            armed.store(true, Ordering::SeqCst);
-        });
-        if spawned.is_err() {
-            // Sooner is better than never.
-            self.armed.store(true, Ordering::SeqCst);
-        }
+    /// The control thread knows.
+    fn heard(&self) {
+        self.heard.store(true, Ordering::SeqCst);
     }
 }

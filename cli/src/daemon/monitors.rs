@@ -64,7 +64,7 @@ impl<'a> Monitors<'a> {
         while !control.is_quitting() {
             let ready = self.wait(control)?;
             if ready.signalled {
-                self.signals.arm();
+                self.signals.heard();
                 let jobs = if control.jobs.running().is_empty() { "" } else { ": cancelling jobs" };
                 out::say(format_args!("ending{jobs}; a second signal ends at once"));
                 super::notify::notify(super::notify::STOPPING);
