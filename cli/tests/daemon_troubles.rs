@@ -1,4 +1,4 @@
-//! A daemon in trouble: nothing answers, nothing is left. It is told, and the daemon ends or goes on.
+//! A daemon in trouble: nothing answers, nothing is left, the engine is dead. It is told, and the daemon ends or goes on.
 
 mod support;
 
@@ -100,4 +100,46 @@ fn a_daemon_without_descriptors_tells_once_and_goes_on() {
     drop(second);
     let (code, _, messages) = daemon.running.end();
     assert_eq!((code, count(&messages, "cannot accept")), (0, 1), "{messages}");
+}
+
+/// What was its ring is something else of a sudden: a debugger sees to it, so that the program need not have a way.
+#[test]
+fn a_daemon_whose_engine_has_died_tells_and_ends() {
+    if !has("gdb") {
+        return;
+    }
+    let there = directory();
+    let mut daemon = with_disk(there.path(), &["--nbd", "unix:nbd.sock"]);
+    let id = daemon.running.id().to_string();
+    let mut client = daemon.client();
+    let slow = json!({ "job-id": "slow", "device": "vda", "path": there.path().join("copy.img"), "sync": "full", "speed": 65536 });
+    client.ok("x-backup", slow);
+    let rings = fs::read_dir(format!("/proc/{id}/fd")).expect("descriptors").filter_map(|entry| {
+        let entry = entry.expect("one");
+        let is_ring = fs::read_link(entry.path()).is_ok_and(|to| to.to_string_lossy().contains("[io_uring]"));
+        is_ring.then(|| format!("call (int)dup2(0, {})", entry.file_name().to_string_lossy()))
+    });
+    let calls: Vec<String> = rings.flat_map(|call| ["-ex".to_owned(), call]).collect();
+    if calls.is_empty() {
+        eprintln!("SKIPPED: there is no io_uring");
+        return;
+    }
+    let output = Command::new("gdb")
+        .args(["-nx", "-batch", "-ex", "set language c", "-p", &id])
+        .args(&calls)
+        .output()
+        .expect("runs");
+    let told = support::stderr(&output);
+    if told.contains("not permitted") {
+        eprintln!("SKIPPED: gdb may not attach to a daemon");
+        return;
+    }
+    assert!(output.status.success(), "{told}");
+    daemon.running.expect("the engine has died: ");
+    let told = client.until("slow", "null");
+    assert_eq!(told[told.len() - 3..], ["BLOCK_JOB_COMPLETED", "concluded", "null"], "{told:?}");
+    let (code, _, messages) = daemon.running.end();
+    assert_eq!((code, count(&messages, "the engine has died")), (1, 1), "{messages}");
+    assert!(!messages.contains("its ring thread has ended"), "told once: {messages}");
+    assert!(!there.path().join("copy.img").exists());
 }

@@ -11,7 +11,8 @@
 //! | `listen`, `notify` | Sockets; the service manager. |
 //! | `same` | Disks of the command line that are one and the same. |
 //!
-//! The ring thread is the engine's. The control thread waits for it where a command needs its answer, never the other way round.
+//! The ring thread is the engine's. The control thread waits for it where a command needs its answer, never the other way round. If it dies, nothing is
+//! left to serve: the control thread is told, tells clients how their jobs ended, and the daemon ends as one that has failed.
 
 mod backup;
 mod control;
@@ -37,7 +38,7 @@ use std::thread;
 use std::time::Duration;
 
 use engine::error::Error;
-use engine::live::{Engine, EngineOptions};
+use engine::live::{Engine, EngineEnd, EngineOptions};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
@@ -51,6 +52,7 @@ use control::Control;
 use engine_exports::EngineExports;
 use exports::NbdOptions;
 use listen::{Endpoint, Listener, activated, listen, listen_unix};
+use mailbox::{Happening, Post};
 use monitors::Monitors;
 pub(crate) use serving::MAX_CONNECTIONS;
 
@@ -137,6 +139,8 @@ fn serve(args: &DaemonArgs) -> Result<u8, NotStarted> {
     let exports = Box::new(EngineExports::new(engine.clone()));
     let mut control = Control::new(engine, exports)
         .map_err(|error| format!("cannot begin: {}", crate::out::reason(&error)))?;
+    watch_over(&end, control.mailbox.post())
+        .map_err(|error| format!("cannot begin: {}", crate::out::reason(&error)))?;
     set_up(args, &mut control, nbd)?;
     let listener = qmp.as_ref().map(|(listener, _)| listener);
     let mut monitors = Monitors::new(listener, &signals)
@@ -145,6 +149,7 @@ fn serve(args: &DaemonArgs) -> Result<u8, NotStarted> {
     let ran = monitors.run(&mut control);
     // However it ended, jobs and exports end in good order.
     control.quit();
+    let died = control.death().is_some();
     drop((monitors, control));
     if !end.wait(END_PATIENCE) {
         out::say("the engine takes its time to end; disks may be locked for a moment longer");
@@ -155,7 +160,18 @@ fn serve(args: &DaemonArgs) -> Result<u8, NotStarted> {
             crate::out::reason(error)
         ));
     }
-    Ok(if ran.is_err() { FAILED } else { DONE })
+    Ok(if died || ran.is_err() { FAILED } else { DONE })
+}
+
+/// Have the control thread told if the engine dies. Nobody waits for the thread that does: it ends with the engine.
+fn watch_over(end: &EngineEnd, post: Post) -> io::Result<()> {
+    let end = end.clone();
+    let watch = move || {
+        if let Some(why) = end.wait_for_death() {
+            post.send(Happening::EngineDied(why));
+        }
+    };
+    thread::Builder::new().name("engine-watch".into()).spawn(watch).map(drop)
 }
 
 /// Whoever left the choice of the port to the system wants to know it.
@@ -230,9 +246,7 @@ struct Signals {
 
 impl Signals {
     fn install() -> io::Result<Self> {
-        let (pipe, mut write) = UnixStream::pair()?;
-        let heard = Arc::new(AtomicBool::new(false));
-        let signals = Self { pipe, heard: Arc::clone(&heard) };
+        let (signals, mut write) = Self::unsignalled()?;
         let armed = Arc::new(AtomicBool::new(false));
         let mut ending = vec![SIGINT, SIGTERM];
         if !is_ignored(SIGHUP) {
@@ -243,6 +257,7 @@ impl Signals {
         }
         flag::register(SIGXFSZ, Arc::default())?;
         let mut coming = signal_hook::iterator::Signals::new(ending)?;
+        let heard = Arc::clone(&signals.heard);
         thread::Builder::new().name("signals".into()).spawn(move || {
             if coming.forever().next().is_none() {
                 return;
@@ -257,6 +272,12 @@ impl Signals {
             }
         })?;
         Ok(signals)
+    }
+
+    /// The pipe alone, and what makes it readable.
+    fn unsignalled() -> io::Result<(Self, UnixStream)> {
+        let (pipe, write) = UnixStream::pair()?;
+        Ok((Self { pipe, heard: Arc::default() }, write))
     }
 
     /// The control thread knows.

@@ -59,9 +59,19 @@ impl<'a> Monitors<'a> {
         Ok(Self { listener, signals, list: Vec::new(), next: 0, deaf_until: None })
     }
 
-    /// Serve until a client or a signal ends the daemon.
+    /// Serve until a client or a signal ends the daemon, or the engine has died ([`Control::death`]).
     pub(super) fn run(&mut self, control: &mut Control) -> io::Result<()> {
-        while !control.is_quitting() {
+        loop {
+            if let Some(why) = control.death() {
+                out::complain(format_args!(
+                    "the engine has died: {why}; jobs have failed and no disk is served any more: start the daemon again"
+                ));
+                super::notify::notify(super::notify::STOPPING);
+                control.quit();
+            }
+            if control.is_quitting() {
+                break;
+            }
             let ready = self.wait(control)?;
             if ready.signalled {
                 self.signals.heard();
