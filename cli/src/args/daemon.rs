@@ -24,7 +24,7 @@ Examples:
 
 Exit codes:
   0    ended in good order
-  1    failed
+  1    failed, as when the engine has died
   2    wrong usage, or something that was asked for cannot be had
   129, 130, 143
        a second SIGHUP, SIGINT (Ctrl-C), SIGTERM ended it at once";

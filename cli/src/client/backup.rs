@@ -140,14 +140,20 @@ fn follow(
     last: &mut Option<Snapshot>,
 ) -> Result<Ended, ClientError> {
     let id = args.job_id.clone().unwrap_or_else(|| format!("backup-{}", std::process::id()));
-    client.execute("x-backup", args.request(&id)?)?;
-    watch(client, args, &id, signalled, meter, last).map_err(|error| match error {
+    let request = args.request(&id)?;
+    let lost = |error, if_it_lives: &str| match error {
         ClientError::Lost(why) => ClientError::Lost(format!(
-            "{why}; what becomes of {} is not known: if the daemon was killed it is incomplete, so delete it",
+            "{why}; what becomes of {} is not known: if the daemon was killed it is incomplete, so delete it{if_it_lives}",
             args.target
         )),
         error => error,
-    })
+    };
+    let socket = args.socket.path.display();
+    let may_begin =
+        format!("; if not, the job may still begin: 'engine-cli job list --qmp unix:{socket}' shows it then");
+    let started = client.execute("x-backup", request).and_then(|_| client.forget_before_creation(&id));
+    started.map_err(|error| lost(error, &may_begin))?;
+    watch(client, args, &id, signalled, meter, last).map_err(|error| lost(error, ""))
 }
 
 /// Show the job to its end.
@@ -174,7 +180,9 @@ fn watch(
             meter.update(&snapshot);
             *last = Some(snapshot);
         }
-        while let Some(event) = client.next_event(TICK)? {
+        // However many come: signals and keys have their turn.
+        let deadline = Instant::now() + TICK;
+        while let Some(event) = client.next_event(deadline)? {
             let data = &event["data"];
             match event["event"].as_str().unwrap_or_default() {
                 "BLOCK_JOB_ERROR" if data["device"] == id && data["action"] == "stop" => {

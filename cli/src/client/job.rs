@@ -1,6 +1,6 @@
 //! `job`: the jobs of a running daemon.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -113,7 +113,9 @@ fn watch(client: &mut Client, id: &str, meter: &mut Meter) -> Result<u8, ClientE
             None if !seen => return Err(ClientError::Refused(format!("there is no job {id}"))),
             None => {}
         }
-        while let Some(event) = client.next_event(TICK)? {
+        // However many come: the job is looked at again.
+        let deadline = Instant::now() + TICK;
+        while let Some(event) = client.next_event(deadline)? {
             let data = &event["data"];
             if data["device"] == id && event["event"] == "BLOCK_JOB_COMPLETED" {
                 let left_out = data["x-report"]["skipped-bytes"].as_u64().unwrap_or(0) > 0;

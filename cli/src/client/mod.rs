@@ -106,18 +106,39 @@ impl Client {
         }
     }
 
-    /// The next event within `patience`.
-    pub(crate) fn next_event(&mut self, patience: Duration) -> Result<Option<Value>, ClientError> {
+    /// The next event; `None`: not before `deadline`. What has come by then is given even so.
+    pub(crate) fn next_event(&mut self, deadline: Instant) -> Result<Option<Value>, ClientError> {
         if let Some(event) = self.events.pop_front() {
             return Ok(Some(event));
         }
-        let deadline = Instant::now() + patience;
         while let Some(message) = self.receive(deadline)? {
             if message.get("event").is_some() {
                 return Ok(Some(message));
             }
         }
         Ok(None)
+    }
+
+    /// Forget what was told before job `id` was created, which has just been accepted: there may have been others of that id, and their ends are
+    /// not its own. A daemon tells `created` before its reply, and after all that was about those others.
+    pub(crate) fn forget_before_creation(&mut self, id: &str) -> Result<(), ClientError> {
+        let is_created = |event: &Value| {
+            let data = &event["data"];
+            event["event"] == "JOB_STATUS_CHANGE" && data["id"] == id && data["status"] == "created"
+        };
+        // The last one: the others may have begun since we listen, too.
+        if let Some(at) = self.events.iter().rposition(is_created) {
+            self.events.drain(..=at);
+            return Ok(());
+        }
+        self.events.clear();
+        let deadline = Instant::now() + REPLY_TIMEOUT;
+        while let Some(event) = self.next_event(deadline)? {
+            if is_created(&event) {
+                return Ok(());
+            }
+        }
+        Err(ClientError::Lost(format!("the daemon does not tell that job {id} was created")))
     }
 
     fn keep(&mut self, event: Value) {

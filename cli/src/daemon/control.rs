@@ -40,6 +40,7 @@ pub(super) struct Control {
     /// Events that were not sent yet.
     events: Vec<Value>,
     quitting: bool,
+    death: Option<String>,
 }
 
 impl Control {
@@ -52,7 +53,13 @@ impl Control {
             mailbox: Mailbox::new()?,
             events: Vec::new(),
             quitting: false,
+            death: None,
         })
+    }
+
+    /// Why the engine has died, if it has: nothing is left to control then.
+    pub(super) fn death(&self) -> Option<&str> {
+        self.death.as_deref()
     }
 
     /// Whether the daemon is to end; all jobs have ended then.
@@ -229,6 +236,7 @@ impl Control {
                     self.push(at, "BLOCK_EXPORT_DELETED", json!({ "id": id }));
                 }
             }
+            Happening::EngineDied(why) => self.death = Some(why),
         }
     }
 

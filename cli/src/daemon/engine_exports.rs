@@ -57,11 +57,9 @@ impl Exports for EngineExports {
     }
 
     fn stop(&mut self) {
-        // Whoever takes longer to leave is told of when it has.
-        if let Some(server) = self.server.take()
-            && let Err(error) = server.stop_within(PATIENCE)
-        {
-            crate::out::complain(&error);
+        if let Some(server) = self.server.take() {
+            // Whoever takes longer to leave is told of when it has. The only error is that the engine has died, which the control loop tells.
+            server.stop_within(PATIENCE).ok();
         }
     }
 }

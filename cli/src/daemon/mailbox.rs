@@ -35,6 +35,8 @@ pub(super) enum Happening {
     Ended(JobSerial, Box<JobResult>),
     /// An export is gone.
     ExportGone(ExportSerial),
+    /// The engine has died, for this reason: it carries nothing any more. Its jobs and exports are told of besides, then or later.
+    EngineDied(String),
 }
 
 /// A happening and when it was.

@@ -11,7 +11,8 @@
 //! | `listen`, `notify` | Sockets; the service manager. |
 //! | `same` | Disks of the command line that are one and the same. |
 //!
-//! The ring thread is the engine's. The control thread waits for it where a command needs its answer, never the other way round.
+//! The ring thread is the engine's. The control thread waits for it where a command needs its answer, never the other way round. If it dies, nothing is
+//! left to serve: the control thread is told, tells clients how their jobs ended, and the daemon ends as one that has failed.
 
 mod backup;
 mod control;
@@ -29,7 +30,7 @@ mod serving;
 #[cfg(test)]
 mod tests;
 
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -37,20 +38,21 @@ use std::thread;
 use std::time::Duration;
 
 use engine::error::Error;
-use engine::live::{Engine, EngineOptions};
+use engine::live::{Engine, EngineEnd, EngineOptions};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
-use signal_hook::{flag, low_level};
+use signal_hook::flag;
 
 use crate::args::DaemonArgs;
 use crate::out;
-use crate::report::{DONE, REFUSED, exit_code};
+use crate::report::{DONE, FAILED, REFUSED, exit_code};
 use crate::signals::is_ignored;
 use control::Control;
 use engine_exports::EngineExports;
 use exports::NbdOptions;
 use listen::{Endpoint, Listener, activated, listen, listen_unix};
+use mailbox::{Happening, Post};
 use monitors::Monitors;
 pub(crate) use serving::MAX_CONNECTIONS;
 
@@ -79,7 +81,7 @@ impl From<Error> for NotStarted {
 /// Carry out `daemon`; gives the exit code. `command_line` is how the program was called.
 pub(crate) fn run(args: &DaemonArgs, command_line: &[String]) -> u8 {
     match serve(args) {
-        Ok(()) => DONE,
+        Ok(code) => code,
         Err(NotStarted::Engine(error)) => {
             out::say(&error);
             exit_code(&error)
@@ -92,7 +94,8 @@ pub(crate) fn run(args: &DaemonArgs, command_line: &[String]) -> u8 {
     }
 }
 
-fn serve(args: &DaemonArgs) -> Result<(), NotStarted> {
+/// Serve to the end; gives the exit code.
+fn serve(args: &DaemonArgs) -> Result<u8, NotStarted> {
     // First of all: what is handed over has a number that others might take.
     let handed_over = activated()?;
     let signals =
@@ -136,6 +139,8 @@ fn serve(args: &DaemonArgs) -> Result<(), NotStarted> {
     let exports = Box::new(EngineExports::new(engine.clone()));
     let mut control = Control::new(engine, exports)
         .map_err(|error| format!("cannot begin: {}", crate::out::reason(&error)))?;
+    watch_over(&end, control.mailbox.post())
+        .map_err(|error| format!("cannot begin: {}", crate::out::reason(&error)))?;
     set_up(args, &mut control, nbd)?;
     let listener = qmp.as_ref().map(|(listener, _)| listener);
     let mut monitors = Monitors::new(listener, &signals)
@@ -144,13 +149,29 @@ fn serve(args: &DaemonArgs) -> Result<(), NotStarted> {
     let ran = monitors.run(&mut control);
     // However it ended, jobs and exports end in good order.
     control.quit();
+    let died = control.death().is_some();
     drop((monitors, control));
     if !end.wait(END_PATIENCE) {
         out::say("the engine takes its time to end; disks may be locked for a moment longer");
     }
-    ran.map_err(|error| {
-        NotStarted::Refused(format!("the control loop has failed: {}", crate::out::reason(&error)))
-    })
+    if let Err(error) = &ran {
+        out::complain(format_args!(
+            "the control loop has failed: {}; start the daemon again",
+            crate::out::reason(error)
+        ));
+    }
+    Ok(if died || ran.is_err() { FAILED } else { DONE })
+}
+
+/// Have the control thread told if the engine dies. Nobody waits for the thread that does: it ends with the engine.
+fn watch_over(end: &EngineEnd, post: Post) -> io::Result<()> {
+    let end = end.clone();
+    let watch = move || {
+        if let Some(why) = end.wait_for_death() {
+            post.send(Happening::EngineDied(why));
+        }
+    };
+    thread::Builder::new().name("engine-watch".into()).spawn(watch).map(drop)
 }
 
 /// Whoever left the choice of the port to the system wants to know it.
@@ -215,38 +236,52 @@ const RESERVED_DESCRIPTORS: usize = 512;
 /// Signals within this time after the first one count as the same request.
 const SAME_SIGNAL: Duration = Duration::from_millis(200);
 
-/// The first signal that asks for the end makes a pipe readable; a second one, a while later, ends the process.
+/// The first signal that asks for the end makes a pipe readable; a second one, a while later, ends the process inside the signal handler.
+///
+/// A thread of its own arms the second one: the control thread may be where nothing answers, in the first open of a path on a server that is gone.
 struct Signals {
     pipe: UnixStream,
-    armed: Arc<AtomicBool>,
+    heard: Arc<AtomicBool>,
 }
 
 impl Signals {
     fn install() -> io::Result<Self> {
-        let (pipe, write) = UnixStream::pair()?;
+        let (signals, mut write) = Self::unsignalled()?;
         let armed = Arc::new(AtomicBool::new(false));
         let mut ending = vec![SIGINT, SIGTERM];
         if !is_ignored(SIGHUP) {
             ending.push(SIGHUP);
         }
-        for signal in ending {
+        for &signal in &ending {
             flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&armed))?;
-            low_level::pipe::register(signal, write.try_clone()?)?;
         }
         flag::register(SIGXFSZ, Arc::default())?;
-        Ok(Self { pipe, armed })
+        let mut coming = signal_hook::iterator::Signals::new(ending)?;
+        let heard = Arc::clone(&signals.heard);
+        thread::Builder::new().name("signals".into()).spawn(move || {
+            if coming.forever().next().is_none() {
+                return;
+            }
+            // It fails only where nobody listens any more.
+            write.write_all(&[0]).ok();
+            thread::sleep(SAME_SIGNAL);
+            // Before anything is said: standard error may be stuck, too.
+            armed.store(true, Ordering::SeqCst);
+            if !heard.load(Ordering::SeqCst) {
+                out::say("ending has to wait for what is under way; a second signal ends at once");
+            }
+        })?;
+        Ok(signals)
     }
 
-    /// The first has come.
-    fn arm(&self) {
-        let armed = Arc::clone(&self.armed);
-        let spawned = thread::Builder::new().name("second-signal".into()).spawn(move || {
-            thread::sleep(SAME_SIGNAL);
-            armed.store(true, Ordering::SeqCst);
-        });
-        if spawned.is_err() {
-            // Sooner is better than never.
-            self.armed.store(true, Ordering::SeqCst);
-        }
+    /// The pipe alone, and what makes it readable.
+    fn unsignalled() -> io::Result<(Self, UnixStream)> {
+        let (pipe, write) = UnixStream::pair()?;
+        Ok((Self { pipe, heard: Arc::default() }, write))
+    }
+
+    /// The control thread knows.
+    fn heard(&self) {
+        self.heard.store(true, Ordering::SeqCst);
     }
 }

@@ -6,8 +6,9 @@
 //! go out before its reply, as with QEMU.
 //!
 //! # Bounds
-//! [`MAX_MONITORS`] clients; whoever comes after waits to be accepted. One that does not read is not listened to, and given up when too
-//! many events wait for it ([`Session`]). A client is served a bounded number of commands in turn.
+//! [`MAX_MONITORS`] clients; whoever comes after waits to be accepted, as everybody does for a moment ([`ACCEPT_PAUSE`]) when the host has no
+//! descriptor for him. One that does not read is not listened to, and given up when too many events wait for it ([`Session`]). A client is served
+//! a bounded number of commands in turn.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -26,6 +27,8 @@ use crate::qmp::session::{MAX_INPUT, Session};
 pub(crate) const MAX_MONITORS: usize = 32;
 /// Most commands of a client before the next has its turn.
 const TURN: usize = 64;
+/// Pause after an accept that failed: what the host lacks does not come back at once, and the listener stays readable.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long clients may take at the end to read what is waiting for them.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -44,6 +47,8 @@ pub(super) struct Monitors<'a> {
     signals: &'a Signals,
     list: Vec<Monitor>,
     next: u64,
+    /// Nobody is accepted before; set while accepting fails.
+    deaf_until: Option<Instant>,
 }
 
 impl<'a> Monitors<'a> {
@@ -51,15 +56,25 @@ impl<'a> Monitors<'a> {
         if let Some(listener) = listener {
             listener.set_nonblocking(true)?;
         }
-        Ok(Self { listener, signals, list: Vec::new(), next: 0 })
+        Ok(Self { listener, signals, list: Vec::new(), next: 0, deaf_until: None })
     }
 
-    /// Serve until a client or a signal ends the daemon.
+    /// Serve until a client or a signal ends the daemon, or the engine has died ([`Control::death`]).
     pub(super) fn run(&mut self, control: &mut Control) -> io::Result<()> {
-        while !control.is_quitting() {
+        loop {
+            if let Some(why) = control.death() {
+                out::complain(format_args!(
+                    "the engine has died: {why}; jobs have failed and no disk is served any more: start the daemon again"
+                ));
+                super::notify::notify(super::notify::STOPPING);
+                control.quit();
+            }
+            if control.is_quitting() {
+                break;
+            }
             let ready = self.wait(control)?;
             if ready.signalled {
-                self.signals.arm();
+                self.signals.heard();
                 let jobs = if control.jobs.running().is_empty() { "" } else { ": cancelling jobs" };
                 out::say(format_args!("ending{jobs}; a second signal ends at once"));
                 super::notify::notify(super::notify::STOPPING);
@@ -117,14 +132,13 @@ impl<'a> Monitors<'a> {
         while self.list.len() < MAX_MONITORS {
             let stream = match listener.accept() {
                 Ok((stream, _)) => stream,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-                Err(error) => {
-                    return out::say(format_args!(
-                        "cannot accept a QMP client: {}",
-                        crate::out::reason(&error)
-                    ));
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    self.deaf_until = None;
+                    return;
                 }
+                Err(error) => return self.be_deaf(&error),
             };
+            self.deaf_until = None;
             if let Err(error) = stream.set_nonblocking(true) {
                 out::say(format_args!("cannot serve a QMP client: {}", crate::out::reason(&error)));
                 continue;
@@ -135,6 +149,14 @@ impl<'a> Monitors<'a> {
         }
     }
 
+    /// Accepting has failed: leave it for a while. Told once until it succeeds again.
+    fn be_deaf(&mut self, error: &io::Error) {
+        if self.deaf_until.replace(Instant::now() + ACCEPT_PAUSE).is_none() {
+            let why = crate::out::reason(error);
+            out::say(format_args!("cannot accept a QMP client: {why}; who comes waits until that is over"));
+        }
+    }
+
     fn wait(&self, control: &Control) -> io::Result<Ready> {
         let mut fds: Vec<PollFd<'_>> = vec![
             PollFd::new(self.signals.pipe.as_fd(), PollFlags::POLLIN),
@@ -142,10 +164,19 @@ impl<'a> Monitors<'a> {
         ];
         fds.extend(self.list.iter().map(Monitor::poll_fd));
         let monitors = self.list.len();
-        let accepts = self.listener.filter(|_| monitors < MAX_MONITORS);
+        let pause = self.deaf_until.map(|until| until.saturating_duration_since(Instant::now()));
+        let pause = pause.filter(|pause| !pause.is_zero());
+        let accepts = self.listener.filter(|_| monitors < MAX_MONITORS && pause.is_none());
         fds.extend(accepts.map(|listener| PollFd::new(listener.as_fd(), PollFlags::POLLIN)));
         let busy = self.list.iter().any(Monitor::has_work);
-        let timeout = if busy { PollTimeout::ZERO } else { PollTimeout::NONE };
+        let timeout = match pause {
+            _ if busy => PollTimeout::ZERO,
+            // Rounded down to milliseconds, and the last part of one would be none.
+            Some(pause) => {
+                PollTimeout::try_from(pause + Duration::from_millis(1)).unwrap_or(PollTimeout::ZERO)
+            }
+            None => PollTimeout::NONE,
+        };
         match poll(&mut fds, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),

@@ -1,17 +1,24 @@
 //! Commands on a control with a real engine and an NBD server that only keeps books.
 
 use std::cell::RefCell;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use engine::live::{Engine, EngineOptions};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::Signals;
 use super::control::Control;
 use super::exports::{ExportOptions, Exported, Exports, Gone, NbdOptions, StillInUse};
 use super::listen::Listener;
+use super::mailbox::Happening;
+use super::monitors::Monitors;
 
 const LENGTH: usize = 1 << 20;
 
@@ -472,4 +479,35 @@ fn exports_are_added_and_go() {
     assert_eq!(fixture.until("e BLOCK_EXPORT_DELETED"), ["e BLOCK_EXPORT_DELETED"]);
     assert!(!socket.exists() && fixture.books.0.borrow().listener.is_none());
     fixture.ok("blockdev-del", json!({ "node-name": "u" }));
+}
+
+#[test]
+fn an_engine_that_has_died_ends_the_loop_with_the_events_of_its_jobs() {
+    let mut fixture = Fixture::new();
+    let socket = fixture.there.path().join("qmp.sock");
+    let listener = UnixListener::bind(&socket).expect("bound");
+    let (signals, _write) = Signals::unsignalled().expect("a pipe");
+    let (greeted, go_on) = mpsc::channel();
+    let client = thread::spawn(move || {
+        let mut stream = UnixStream::connect(socket).expect("connected");
+        stream.write_all(br#"{"execute":"qmp_capabilities"}"#).expect("sent");
+        let mut lines = BufReader::new(stream).lines().map_while(Result::ok);
+        let negotiated = lines.by_ref().take(2).last().expect("two lines");
+        assert!(negotiated.contains("return"), "{negotiated}");
+        greeted.send(()).expect("somebody waits");
+        lines.collect::<Vec<_>>()
+    });
+    fixture.ok("blockdev-backup", Fixture::backup("j", "t", json!({ "speed": 65536 })));
+    let post = fixture.control.mailbox.post();
+    let death = thread::spawn(move || {
+        go_on.recv().expect("greeted");
+        post.send(Happening::EngineDied("the ring broke".into()));
+    });
+    Monitors::new(Some(&listener), &signals).expect("monitors").run(&mut fixture.control).expect("it runs");
+    death.join().expect("told");
+    assert_eq!(fixture.control.death(), Some("the ring broke"));
+    assert!(fixture.control.is_quitting() && fixture.control.jobs.running().is_empty());
+    let told = client.join().expect("unharmed");
+    let last: Value = serde_json::from_str(told.last().expect("events")).expect("JSON");
+    assert_eq!(short(&last), "j null", "{told:?}");
 }

@@ -3,8 +3,8 @@
 use std::convert::Infallible;
 use std::os::fd::OwnedFd;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -66,8 +66,7 @@ struct Handle {
     room: Arc<Room>,
     registry: Registry,
     memory: u64,
-    /// Disconnected once the ring thread has ended.
-    ended: Receiver<Infallible>,
+    end: EngineEnd,
 }
 
 impl Drop for Handle {
@@ -87,7 +86,14 @@ pub struct Engine {
 
 /// Tells when an engine is gone.
 #[derive(Clone, Debug)]
-pub struct EngineEnd(Receiver<Infallible>);
+pub struct EngineEnd {
+    /// Disconnected once all of it is gone.
+    gone: Receiver<Infallible>,
+    /// Disconnected once the ring thread works no more, which is sooner.
+    stopped: Receiver<Infallible>,
+    /// Why, if that was not its end.
+    death: Arc<OnceLock<String>>,
+}
 
 impl EngineEnd {
     /// Wait for that, at most `limit`: `false`, it is not yet. It is gone once the last handle of it, of its disks and of its servers is, and all
@@ -98,7 +104,21 @@ impl EngineEnd {
     #[must_use]
     pub fn wait(&self, limit: Duration) -> bool {
         may_wait();
-        self.0.recv_timeout(limit) == Err(RecvTimeoutError::Disconnected)
+        self.gone.recv_timeout(limit) == Err(RecvTimeoutError::Disconnected)
+    }
+
+    /// Wait until the engine carries nothing any more, which may be for as long as the program runs: why it has died, or `None` if it has
+    /// come to its end. One that has died is not gone yet: its jobs are told that they have failed, each with its last steps.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, which would wait for itself.
+    #[must_use]
+    pub fn wait_for_death(&self) -> Option<String> {
+        may_wait();
+        match self.stopped.recv() {
+            Ok(never) => match never {},
+            Err(_) => self.death.get().cloned(),
+        }
     }
 }
 
@@ -142,7 +162,7 @@ impl Engine {
     /// kernel takes to clean up behind it.
     #[must_use]
     pub fn end(&self) -> EngineEnd {
-        EngineEnd(self.handle.ended.clone())
+        self.handle.end.clone()
     }
 
     /// What the user should know, if anything: that io_uring was refused.
@@ -335,7 +355,9 @@ fn carry_on<R: Ring<File = File, Socket = OwnedFd>>(
 ) {
     let waker = ring.waker();
     // Declared first: dropped last, whatever becomes of the rest.
-    let (ending, ended) = bounded(0);
+    let (ending, gone) = bounded(0);
+    let (working, stopped) = bounded(0);
+    let death = Arc::new(OnceLock::new());
     let mut reactor = Reactor::new(ring);
     reactor.tell_end(ending.clone());
     super::ask::this_is_a_ring_thread();
@@ -348,7 +370,7 @@ fn carry_on<R: Ring<File = File, Socket = OwnedFd>>(
         room: reactor.room(),
         registry: Registry::default(),
         memory: options.memory,
-        ended,
+        end: EngineEnd { gone, stopped, death: Arc::clone(&death) },
     };
     let engine = Engine { handle: Arc::new(handle), notice };
     if started.send(Ok(engine)).is_err() {
@@ -361,7 +383,33 @@ fn carry_on<R: Ring<File = File, Socket = OwnedFd>>(
         Err(panic) => format!("internal error: {}", crate::job::handle::panic_text(panic.as_ref())),
     };
     tracing::error!(reason, "the engine has died");
+    // First of all: what comes now may take its time.
+    death.set(reason.clone()).expect("nobody else sets it");
+    drop(working);
     if std::panic::catch_unwind(AssertUnwindSafe(|| reactor.die(&reason))).is_err() {
         tracing::error!("the engine could not be taken down");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_death_is_told_with_its_reason_and_an_end_is_none() {
+        let options = EngineOptions { io_engine: IoEngine::Threads, memory: 16 << 20, clients: 0 };
+        let engine = Engine::start(&options).expect("an engine");
+        let end = engine.end();
+        drop(engine);
+        assert_eq!(end.wait_for_death(), None);
+
+        let engine = Engine::start(&options).expect("an engine");
+        let end = engine.end();
+        // A bug of ours: there is no such disk.
+        engine.handle.inbox.send(Command::RemoveDisk { disk: DiskId(7), source: None });
+        let why = end.wait_for_death().expect("it has died");
+        assert!(why.starts_with("internal error: "), "{why}");
+        assert!(end.wait(Duration::from_secs(60)));
+        assert!(engine.jobs().is_err() && end.wait_for_death() == Some(why));
     }
 }
