@@ -9,7 +9,8 @@
 //! reserved of a window before it failed is not told, so all of it counts as reserved. Nor is it told what an earlier run had reserved and not
 //! used when it was cut off: a run that goes on from there takes everything for reserved that is not done, and reserves nothing over what is.
 
-use super::plan::Limits;
+use super::plan::{Limits, Plan};
+use crate::job::TargetHolds;
 use crate::units::ByteRange;
 
 /// See the module's header.
@@ -48,8 +49,14 @@ pub(super) enum Reserved {
 const MAX_RESERVED_SPANS: usize = 1024;
 
 impl AllocateAhead {
+    /// For a copy by `plan`.
+    pub(super) fn of(plan: &Plan) -> Self {
+        // Only of a file that an earlier run has worked on nobody knows what it holds.
+        Self::new(plan.allocate_ahead, plan.target_before == TargetHolds::Unknown, plan.limits)
+    }
+
     /// `goes_on`: an earlier run may have reserved anything.
-    pub(super) fn new(enabled: bool, goes_on: bool, limits: Limits) -> Self {
+    fn new(enabled: bool, goes_on: bool, limits: Limits) -> Self {
         Self {
             enabled,
             goes_on: enabled && goes_on,

@@ -53,7 +53,7 @@ use slab::Slab;
 
 use crate::error::Error;
 use crate::interval_set::IntervalSet;
-use crate::job::{ErrorAction, IoStatus, SkippedRange, TargetHolds};
+use crate::job::{ErrorAction, IoStatus, SkippedRange};
 use crate::piece;
 use crate::ring::{Op, Token, ZeroMethod};
 use crate::units::{ClusterIndex, ClusterRange, Speed, Timestamp};
@@ -296,11 +296,7 @@ impl Copier {
             zeroing_failures: 0,
             blank_is_zero: plan.target_is_zero,
             zero_runs: ZeroRuns::new(plan.limits.zero_run_bytes, cluster_bytes, plan.live.is_some()),
-            allocation: AllocateAhead::new(
-                plan.allocate_ahead,
-                plan.target_before == TargetHolds::Unknown,
-                plan.limits,
-            ),
+            allocation: AllocateAhead::of(&plan),
             held: Vec::new(),
             throttle: Throttle::new(plan.speed, cluster_bytes),
             retries: RetryList::default(),

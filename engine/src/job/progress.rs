@@ -59,8 +59,9 @@ impl Progress {
             return;
         }
         self.elapsed += by;
-        let part = Self::RATE_SPAN.as_secs_f64() / (Self::RATE_SPAN + by).as_secs_f64();
-        self.rate = (self.rate as f64 * part) as u64;
+        let span = Self::RATE_SPAN.as_millis();
+        let rate = u128::from(self.rate) * span / (span + by.as_millis());
+        self.rate = u64::try_from(rate).expect("no more than before");
         let left = self.total.saturating_sub(self.done + self.skipped);
         self.time_left = (self.rate > 0).then(|| Duration::from_secs_f64(left as f64 / self.rate as f64));
     }
