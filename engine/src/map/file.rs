@@ -8,8 +8,9 @@
 //!
 //! # Replacing it
 //! Written beside it under another name, synced, renamed, the directory synced. A crash leaves the old map or the new one,
-//! and perhaps the other file, which the next run removes. A map that somebody has removed is written anew, but never over another run's. It removes nothing else that has that name: what is not the beginning
-//! of a map, or is one of the disks, is refused.
+//! and perhaps the other file, which the next run removes. It removes nothing else that has that name: what is not the beginning
+//! of a map, or is one of the disks, is refused. A map that somebody has removed is written anew, but not where another run has put
+//! one meanwhile.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata};
