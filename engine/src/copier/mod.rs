@@ -512,6 +512,12 @@ impl Copier {
         self.plan.map.is_some() && self.checkpoints.map_written
     }
 
+    /// Whether the map was removed, at the end of a complete copy.
+    #[must_use]
+    pub fn map_was_removed(&self) -> bool {
+        self.plan.map.is_some() && self.map_removed && !self.checkpoints.map_written
+    }
+
     /// Bytes that the map calls done, as it stands.
     #[must_use]
     pub fn mapped_bytes(&self) -> u64 {

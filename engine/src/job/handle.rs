@@ -183,6 +183,7 @@ impl Shared {
             engine,
             resumable: false,
             resumable_bytes: 0,
+            map_removed: false,
             guests: None,
             notices: self.notices(),
         };

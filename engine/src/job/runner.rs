@@ -200,6 +200,7 @@ impl Runner {
             engine,
             resumable: self.copier.is_resumable(),
             resumable_bytes: self.copier.mapped_bytes(),
+            map_removed: self.copier.map_was_removed(),
             guests: None,
             notices: self.shared.notices(),
         };
