@@ -3,7 +3,7 @@
 //! A command that needs an answer carries one half of an [`super::ask`] cell. A box that is closed (the ring thread has gone) drops
 //! what is put into it, and dropping an [`Answer`] answers it, so nobody waits for a thread that does not exist.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ use super::jobs::JobId;
 use super::latency::Latencies;
 use super::listing::RunningJob;
 use super::opened::Opened;
+use super::own_write::Writer;
 use super::room::Share;
 use crate::copier::plan::{Plan, Side};
 use crate::error::Error;
@@ -107,8 +108,13 @@ pub(super) enum Command<F, S> {
     Io { disk: DiskId, request: IoRequest, answer: Answer<IoOutcome> },
     /// A guest is about to change clusters that jobs have not copied, and has waited for that so long.
     Copy { wish: Wish, waited: Duration, answer: Answer<Result<(), Arc<Error>>> },
-    /// A guest is about to write by himself: discards of that range that were put off are not to come after it.
-    ForgetDiscards { disk: DiskId, range: ByteRange, answer: Answer<Result<(), Arc<Error>>> },
+    /// A guest is about to write by himself: discards of that range that were put off are not to come after it, nor any that come as long as he lives.
+    ForgetDiscards {
+        disk: DiskId,
+        range: ByteRange,
+        writer: Weak<Writer>,
+        answer: Answer<Result<(), Arc<Error>>>,
+    },
     /// A read of a range as it was at the t0 of a job.
     Snapshot { job: JobId, range: ByteRange, answer: Answer<IoOutcome> },
     /// Jobs to start.

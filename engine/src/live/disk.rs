@@ -14,7 +14,7 @@ use std::fmt;
 use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
@@ -30,7 +30,7 @@ use super::gate::{Gate, WaitTicket};
 use super::jobs::JobList;
 use super::latency::Latencies;
 use super::opened::Opened;
-use super::own_write::{OwnWrite, Step};
+use super::own_write::{OwnWrite, Step, Writer};
 use crate::error::{Error, ErrorKind, Operation, Refusal};
 use crate::interval_set::{Cancellation, Waiter};
 use crate::ring::Wake;
@@ -178,9 +178,10 @@ impl LiveDisk {
     #[inline]
     pub fn begin_write(&self, range: ByteRange) -> Result<Permit, Error> {
         let shared = &*self.inner.shared;
+        // The flag after the permit: see `own_write`.
         if range.checked_end().is_some()
-            && !shared.has_discards_put_off()
             && let Attempt::Granted(permit) = attempt(&shared.gate, &shared.jobs, range)
+            && !shared.has_discards_put_off()
         {
             return Ok(permit);
         }
@@ -200,7 +201,7 @@ impl LiveDisk {
                     debug_assert!(lowered, "there is no timeout");
                     continue;
                 }
-                Step::Forget => self.ask_to_forget(range),
+                Step::Forget(writer) => self.ask_to_forget(range, writer),
                 Step::Copy(wish, waited) => self.inner.inbox.ask_copy(wish, waited),
             };
             asked.wait().map_err(|error| Error::clone(&error))?;
@@ -221,10 +222,10 @@ impl LiveDisk {
         Error::new(kind, operation, self.name().to_owned(), reason).at(range).because(Errno::EINVAL)
     }
 
-    fn ask_to_forget(&self, range: ByteRange) -> Asked<Result<(), Arc<Error>>> {
+    fn ask_to_forget(&self, range: ByteRange, writer: Weak<Writer>) -> Asked<Result<(), Arc<Error>>> {
         let (answer, asked) = ask();
         let disk = self.inner.shared.id;
-        self.inner.inbox.send(Command::ForgetDiscards { disk, range, answer });
+        self.inner.inbox.send(Command::ForgetDiscards { disk, range, writer, answer });
         asked
     }
 
@@ -418,7 +419,9 @@ impl Future for BeginWrite {
                         return Poll::Pending;
                     }
                 }
-                Step::Forget => this.waits = Waits::Asked(this.disk.ask_to_forget(write.range)),
+                Step::Forget(writer) => {
+                    this.waits = Waits::Asked(this.disk.ask_to_forget(write.range, writer));
+                }
                 Step::Copy(wish, waited) => {
                     this.waits = Waits::Asked(this.disk.inner.inbox.ask_copy(wish, waited));
                 }
@@ -454,14 +457,19 @@ fn step(disk: LiveDisk, mut write: OwnWrite, call: PermitCall) {
         match next {
             Step::Granted(permit) => return finish(&call, Ok(permit)),
             Step::AtBarrier => {
-                if shared.gate.wait(Waiter::callback(move || step(again, write, theirs))).is_ok() {
+                let same = write.clone();
+                if shared.gate.wait(Waiter::callback(move || step(again, same, theirs))).is_ok() {
                     return;
                 }
             }
-            Step::Forget => {
+            Step::Forget(writer) => {
                 let range = write.range;
-                let answer = ask_with(move |_: Result<(), Arc<Error>>| step(again, write, theirs));
-                return disk.inner.inbox.send(Command::ForgetDiscards { disk: shared.id, range, answer });
+                let answer = ask_with(move |forgotten: Result<(), Arc<Error>>| match forgotten {
+                    Ok(()) => step(again, write, theirs),
+                    Err(error) => finish(&theirs, Err(Error::clone(&error))),
+                });
+                let command = Command::ForgetDiscards { disk: shared.id, range, writer, answer };
+                return disk.inner.inbox.send(command);
             }
             Step::Copy(wish, waited) => {
                 let answer = ask_with(move |copied: Result<(), Arc<Error>>| match copied {

@@ -6,16 +6,21 @@
 //!
 //! # Discards that were put off
 //! A discard that the engine has put off is told to be done before it is carried out. So whoever writes later by himself
-//! must have it forgotten first, or it would take his new data with it. A disk says by a flag whether there are any; while there are, every
-//! such writer asks the ring thread to take his range out, before anything else. The flag is set before the discard is told to be done, and a
-//! writer who comes at the same time as a discard has no right to either order; but he who has waited for a copy looks again, lest a
-//! discard that was told to be done meanwhile take away what is read after both.
+//! must have it forgotten first, or it would take his new data with it. A disk says by a flag whether there are any, and says so before
+//! the first of them is told to be done. Who has his permit in hand looks at it; if it is set, he gives the permit back, asks the ring thread to take his
+//! range out, and begins again. From then on until he has his permit, nothing of his range is put off any more (`waits`), however long he waits for
+//! a barrier or a copy, or does not look. So what is put off when he writes was told to be done after he had his permit, at the same time as
+//! his write, and he who writes at the same time as a discard has no right to either order.
+//!
+//! The look comes after the permit because a barrier puts discards off by itself: who has waited at one finds the flag set by then, for to enter
+//! the gate acquires what to lower the barrier has released.
 //!
 //! # The clock
 //! The time-out of a copy counts from the moment at which the guest asks, and goes on when it has to ask another job: that one was asked beside the
 //! first (`asks`), and has had as much time, unless the request is so large that only its beginning was. A large request goes
 //! piece by piece, and each further piece has its own time. Time at a barrier is nobody's: it starts anew after one.
 
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::admission::{Attempt, Permit};
@@ -34,18 +39,21 @@ pub(super) enum Step {
     Granted(Permit),
     /// Wait until the barrier is lowered.
     AtBarrier,
-    /// Have discards that were put off forgotten in the range.
-    Forget,
+    /// Have discards that were put off forgotten in the range, and none put off there as long as he is about to write.
+    Forget(Weak<Writer>),
     /// Have that copied; this long was waited for it already.
     Copy(Wish, Duration),
 }
 
+/// One who is about to write by himself, and had discards forgotten for that: lives until he has his permit, or goes.
+pub(super) struct Writer;
+
 /// See the module's header.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct OwnWrite {
     pub(super) range: ByteRange,
-    /// What was asked for is not to be carried out any more.
-    forgotten: bool,
+    /// As long as it lives, nothing of the range is put off.
+    writer: Option<Arc<Writer>>,
     /// When it first asked for copies.
     since: Option<Instant>,
     /// Where it asked for copies last.
@@ -54,16 +62,22 @@ pub(super) struct OwnWrite {
 
 impl OwnWrite {
     pub(super) fn new(range: ByteRange) -> Self {
-        Self { range, forgotten: false, since: None, last: None }
+        Self { range, writer: None, since: None, last: None }
     }
 
     pub(super) fn next(&mut self, disk: &DiskShared, ask: Ask) -> Step {
-        if !self.forgotten && disk.has_discards_put_off() {
-            self.forgotten = true;
-            return Step::Forget;
-        }
         match ask(disk.gate(), disk.jobs(), self.range) {
-            Attempt::Granted(permit) => Step::Granted(permit),
+            Attempt::Granted(permit) if self.writer.is_none() && disk.has_discards_put_off() => {
+                drop(permit);
+                let writer = Arc::new(Writer);
+                let step = Step::Forget(Arc::downgrade(&writer));
+                self.writer = Some(writer);
+                step
+            }
+            Attempt::Granted(permit) => {
+                self.writer = None;
+                Step::Granted(permit)
+            }
             Attempt::AtBarrier => {
                 self.since = None;
                 Step::AtBarrier
@@ -77,7 +91,6 @@ impl OwnWrite {
                     self.since = None;
                 }
                 self.last = Some((job, clusters.start));
-                self.forgotten = false;
                 let since = self.since.get_or_insert_with(Instant::now);
                 Step::Copy(Wish { job, clusters, range: self.range }, since.elapsed())
             }
@@ -87,8 +100,6 @@ impl OwnWrite {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::super::DiskId;
     use super::super::admission::attempt;
     use super::super::jobs::Watch;
@@ -124,22 +135,30 @@ mod tests {
         assert!(matches!(write.next(&disk, attempt), Step::Granted(_)));
         disk.set_discards_put_off(true);
         let mut write = OwnWrite::new(ByteRange::new(0, 10));
-        assert!(matches!(write.next(&disk, attempt), Step::Forget));
+        let Step::Forget(writer) = write.next(&disk, attempt) else { panic!("there are some") };
+        assert_eq!(writer.strong_count(), 1);
         assert!(matches!(write.next(&disk, attempt), Step::Granted(_)));
+        assert_eq!(writer.strong_count(), 0, "he has his permit");
         disk.set_discards_put_off(false);
         assert!(matches!(OwnWrite::new(ByteRange::new(0, 10)).next(&disk, attempt), Step::Granted(_)));
     }
 
     #[test]
-    fn who_has_waited_for_a_copy_looks_for_discards_again() {
+    fn who_has_waited_looks_for_discards_that_were_put_off_meanwhile() {
         let disk = disk();
         let watch = watch(&disk, 1);
         let mut write = OwnWrite::new(ByteRange::new(0, 10));
-        disk.set_discards_put_off(true);
-        assert!(matches!(write.next(&disk, attempt), Step::Forget));
         assert!(matches!(write.next(&disk, attempt), Step::Copy(..)));
         watch.set().mark_done(ClusterRange::new(0, 1));
-        assert!(matches!(write.next(&disk, attempt), Step::Forget));
+        disk.gate().raise();
+        assert!(matches!(write.next(&disk, attempt), Step::AtBarrier));
+        disk.set_discards_put_off(true);
+        assert!(disk.gate().is_drained());
+        disk.gate().lower();
+        assert!(matches!(write.next(&disk, attempt), Step::Forget(_)));
+        disk.gate().raise();
+        assert!(disk.gate().is_drained(), "he has given his permit back");
+        disk.gate().lower();
         assert!(matches!(write.next(&disk, attempt), Step::Granted(_)));
     }
 

@@ -238,8 +238,8 @@ impl<R: Ring> Reactor<R> {
                 let since = Timestamp(now.0.saturating_sub(waited));
                 self.copy_before_write(wish, answer, since);
             }
-            Command::ForgetDiscards { disk, range, answer } => {
-                self.forget_discards(disk, range, answer);
+            Command::ForgetDiscards { disk, range, writer, answer } => {
+                self.forget_discards(disk, range, writer, answer);
             }
             Command::Snapshot { job, range, answer } => {
                 self.read_snapshot(job, range, IoAsker::Caller(answer));

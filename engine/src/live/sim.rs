@@ -16,6 +16,7 @@ use super::controller::SweepDepth;
 use super::disk::DiskShared;
 use super::exports::{Backend, ExportCommand, ExportId, NbdOptions, NewExport, Removal, ServerId};
 use super::jobs::JobId;
+use super::own_write::Writer;
 use super::reactor::{CARRIER_BYTES, Reactor};
 use crate::copier::plan::{Plan, PlantedBug, Side};
 use crate::error::{Error, Operation};
@@ -82,6 +83,9 @@ pub struct SimServer(ServerId);
 /// An export of a [`SimEngine`].
 #[derive(Clone, Copy, Debug)]
 pub struct SimExport(ExportId);
+
+/// One who writes by himself: as long as it lives, no discard of his range is put off.
+pub struct SimWriter(#[expect(dead_code, reason = "it is kept alive")] Arc<Writer>);
 
 /// Something asked for, whose answer comes in a later turn.
 pub struct Pending<T>(Asked<T>);
@@ -257,14 +261,16 @@ impl SimEngine {
         &self,
         disk: &SimDisk,
         range: ByteRange,
-    ) -> Option<Pending<Result<(), Arc<Error>>>> {
+    ) -> Option<(Pending<Result<(), Arc<Error>>>, SimWriter)> {
         let reactor = self.reactor.as_ref()?;
         if !disk.0.has_discards_put_off() || reactor.planted.has(PlantedBug::DiscardNotForgotten) {
             return None;
         }
         let (answer, asked) = ask();
-        self.send(Command::ForgetDiscards { disk: disk.0.id(), range, answer });
-        Some(Pending(asked))
+        let writer = Arc::new(Writer);
+        let alive = Arc::downgrade(&writer);
+        self.send(Command::ForgetDiscards { disk: disk.0.id(), range, writer: alive, answer });
+        Some((Pending(asked), SimWriter(writer)))
     }
 
     /// The last handle of a disk is gone.

@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::RecvTimeoutError;
 
-use super::admission::Attempt;
+use super::admission::{Attempt, Permit, attempt_unnested};
 use super::ask::{ask, ask_with};
 use super::carrier::{CarrierLimits, IoOutcome, IoRequest};
 use super::command::{Command, Inbox};
 use super::disk::read;
 use super::hosted::IoAsker;
 use super::jobs::JobId;
+use super::own_write::{OwnWrite, Step};
 use super::sim::{Pending, SimDisk, SimEngine, SimJob};
 use super::{GroupFailure, NbdOptions, SweepDepth};
 use crate::copier::plan::{Limits, LivePlan, Plan, Side};
@@ -23,7 +24,7 @@ use crate::job::{IoStatus, JobHandle, Outcome, Status, TargetHolds, Verb};
 use crate::modes::{CbwErrorPolicy, ErrorPolicy, SyncMode};
 use crate::ring::sim::{Disk, DiskTraits, FaultPlan, SharedWorld, SimRing, SimSocket, World};
 use crate::ring::{BufferRange, FileId, Wait};
-use crate::units::{ByteRange, ClusterRange, ClusterSize, Geometry, Length};
+use crate::units::{ByteRange, ClusterRange, ClusterSize, Geometry, Length, Speed};
 
 const CLUSTER: u64 = 8192;
 const LENGTH: u64 = 20 * CLUSTER;
@@ -495,4 +496,72 @@ fn when_the_ring_thread_dies_those_who_wait_for_jobs_wake_first() {
     }));
     bench.engine.die();
     assert_eq!(told.recv_timeout(PATIENCE), Ok([true; 3]));
+}
+
+impl Bench {
+    /// One who writes by himself goes as far as he comes without a barrier's coming down; `None`: he waits at one.
+    fn goes_on(&mut self, write: &mut OwnWrite) -> Option<Permit> {
+        loop {
+            let (answer, asked) = ask();
+            match write.next(&self.disk.0, attempt_unnested) {
+                Step::Granted(permit) => return Some(permit),
+                Step::AtBarrier => return None,
+                Step::Copy(..) => panic!("it is copied"),
+                Step::Forget(writer) => {
+                    let (disk, range) = (self.disk.0.id(), write.range);
+                    self.engine.send(Command::ForgetDiscards { disk, range, writer, answer });
+                    assert!(self.turn_until(|_| asked.try_take()).is_ok());
+                }
+            }
+        }
+    }
+
+    fn discard(&mut self, cluster: u64) {
+        let range = ByteRange::new(cluster * CLUSTER, CLUSTER);
+        let discard = self.engine.io(&self.disk, IoRequest::Discard { range });
+        assert!(self.turn_until(|_| discard.take()).result.is_ok());
+    }
+
+    fn holds(&self, cluster: u64, byte: u8) -> bool {
+        let bytes = usize::try_from(cluster * CLUSTER).unwrap()..usize::try_from((cluster + 1) * CLUSTER).unwrap();
+        self.world.borrow_mut().disk(0).view()[bytes].iter().all(|&here| here == byte)
+    }
+}
+
+/// The barrier of a start that gives up. `first`: he had discards forgotten before it was up.
+#[test]
+fn what_is_discarded_while_a_guest_waits_at_a_barrier_is_discarded_before_his_write() {
+    for first in [true, false] {
+        let mut bench = Bench::new();
+        let (handle, started) = bench.ask_for(bench.job(ErrorPolicy::Report, None), PATIENCE);
+        handle.set_speed(std::num::NonZeroU64::new(1).map(Speed)).unwrap();
+        let id = bench.turn_until(|_| started.take()).unwrap()[0];
+        let copied = bench.engine.copy(id, ClusterRange::new(10, 11));
+        assert!(bench.turn_until(|_| copied.take()).is_ok());
+        bench.discard(15);
+        let range = ByteRange::new(10 * CLUSTER, CLUSTER);
+        let Attempt::Granted(held) = bench.engine.attempt(&bench.disk, range) else { panic!("it is copied") };
+        let mut write = OwnWrite::new(range);
+        if first {
+            let Step::Forget(writer) = write.next(&bench.disk.0, attempt_unnested) else { panic!("there is one") };
+            let (answer, asked) = ask();
+            let disk = bench.disk.0.id();
+            bench.engine.send(Command::ForgetDiscards { disk, range, writer, answer });
+            assert!(bench.turn_until(|_| asked.try_take()).is_ok());
+        }
+        let timeout = Duration::from_millis(100);
+        let (_, starts) = bench.ask_for(bench.job(ErrorPolicy::Report, None), timeout);
+        bench.turn();
+        assert!(bench.goes_on(&mut write).is_none(), "the barrier is up");
+        bench.discard(10);
+        // What comes with the barrier's coming down is on the ring then, and has not happened.
+        assert!(bench.turn_until_with(|bench| bench.engine.act().and_then(|_| starts.take())).is_err());
+        let permit = bench.goes_on(&mut write).expect("the barrier is down");
+        bench.world.borrow_mut().disk(0).fill(range.offset, &[9; 8192]);
+        drop((permit, held));
+        handle.cancel().unwrap();
+        bench.turn_for(timeout);
+        assert!(bench.holds(10, 9), "first: {first}");
+        assert!(bench.holds(15, 0), "first: {first}");
+    }
 }

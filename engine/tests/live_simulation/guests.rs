@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use engine::error::Error;
 use engine::live::carrier::{IoId, IoOutcome, IoRequest};
-use engine::live::sim::{Pending, SimDisk, SimEngine};
+use engine::live::sim::{Pending, SimDisk, SimEngine, SimWriter};
 use engine::live::{Attempt, Permit};
 use engine::ring::sim::SharedWorld;
 use engine::units::{ByteRange, Timestamp};
@@ -75,6 +75,7 @@ struct Own {
     stage: Stage,
     /// Discards that were put off are forgotten.
     forgotten: bool,
+    _writer: Option<SimWriter>,
     since: Timestamp,
 }
 
@@ -259,7 +260,7 @@ impl Guests {
             {
                 self.shadow.change(id, range, content);
             }
-            self.own.push(Own { id, range, act, stage: Stage::Trying(now), forgotten: false, since: now });
+            self.own.push(Own { id, range, act, stage: Stage::Trying(now), forgotten: false, _writer: None, since: now });
         }
     }
 
@@ -272,8 +273,9 @@ impl Guests {
         match &mut own.stage {
             Stage::Trying(due) if *due <= now && !own.forgotten => {
                 own.forgotten = true;
-                if let Some(pending) = engine.forget_discards(&self.disk, own.range) {
+                if let Some((pending, writer)) = engine.forget_discards(&self.disk, own.range) {
                     seen.forgot += 1;
+                    own._writer = Some(writer);
                     own.stage = Stage::Forgetting(pending);
                 }
             }
