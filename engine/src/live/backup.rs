@@ -7,7 +7,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::DiskId;
-use super::ask::{Answer, ask, ask_with};
+use super::ask::{Answer, ask, ask_with, may_wait};
 use super::carrier::IoOutcome;
 use super::command::{Command, NewFleece, NewJob};
 use super::controller::SweepDepth;
@@ -182,7 +182,11 @@ impl Snapshot {
     ///
     /// # Errors
     /// An I/O error of either side, a range beyond the end or left out of the copy, a job that has ended.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>, Error> {
+        may_wait();
         let (answer, asked) = ask();
         self.send(offset, length, answer);
         asked.wait().result

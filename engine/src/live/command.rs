@@ -11,7 +11,7 @@ use crossbeam::queue::SegQueue;
 
 use super::DiskId;
 use super::ask::{Answer, Asked, Lost, ask_noting};
-use super::asks::Wish;
+use super::asks::{Copied, Waited, Wish};
 use super::carrier::{IoOutcome, IoRequest};
 use super::controller::SweepDepth;
 use super::disk::DiskShared;
@@ -106,8 +106,8 @@ pub(super) enum Command<F, S> {
     RemoveDisk { disk: DiskId, source: Option<Box<OpenedSource>> },
     /// A guest's request on a disk that the engine carries.
     Io { disk: DiskId, request: IoRequest, answer: Answer<IoOutcome> },
-    /// A guest is about to change clusters that jobs have not copied, and has waited for that so long.
-    Copy { wish: Wish, waited: Duration, answer: Answer<Result<(), Arc<Error>>> },
+    /// A guest is about to change clusters that jobs have not copied, and jobs were asked for him before.
+    Copy { wish: Wish, waited: Waited, answer: Answer<Copied> },
     /// A guest is about to write by himself: discards of that range that were put off are not to come after it, nor any that come as long as he lives.
     ForgetDiscards {
         disk: DiskId,
@@ -142,7 +142,7 @@ impl Lost for Result<Vec<JobId>, Error> {
 }
 
 impl Lost for Result<(), Arc<Error>> {
-    /// Without a ring thread there is no job, and nothing to copy before a write.
+    /// Without a ring thread nothing that was put off is carried out any more.
     fn lost() -> Self {
         Ok(())
     }
@@ -178,9 +178,9 @@ impl<F, S> Inbox<F, S> {
         })
     }
 
-    /// Have copied what somebody wishes, who has waited for that so long already. Who goes before the answer is there does not want
+    /// Have copied what somebody wishes, for whom jobs were asked before. Who goes before the answer is there does not want
     /// them copied any more.
-    pub(super) fn ask_copy(&self, wish: Wish, waited: Duration) -> Asked<Result<(), Arc<Error>>> {
+    pub(super) fn ask_copy(&self, wish: Wish, waited: Waited) -> Asked<Copied> {
         let (answer, asked) = ask_noting(&self.left);
         self.send(Command::Copy { wish, waited, answer });
         asked

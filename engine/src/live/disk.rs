@@ -1,7 +1,7 @@
 //! A live disk as its users have it: permits for those who write by themselves, requests for those who let the engine do it.
 //!
 //! Every call is there in three forms: blocking, with a callback, and as a future that needs no runtime. A callback is called on the ring
-//! thread, which everybody waits for: it must be quick, and call nothing that waits (the blocking forms panic there). Any number of threads may call; whatever is dropped at whatever time harms nothing: a request under way
+//! thread, which everybody waits for: it must be quick, and call nothing that waits (the blocking forms panic there, and do nothing). Any number of threads may call; whatever is dropped at whatever time harms nothing: a request under way
 //! owns its buffer and its permit.
 //!
 //! # Both ways on one disk
@@ -24,6 +24,7 @@ use parking_lot::Mutex;
 use super::DiskId;
 use super::admission::{Attempt, Permit, attempt, attempt_unnested};
 use super::ask::{Answer, Asked, ask, ask_with, may_wait};
+use super::asks::Copied;
 use super::carrier::{IoOutcome, IoRequest};
 use super::command::{Command, Inbox};
 use super::gate::{Gate, WaitTicket};
@@ -158,7 +159,11 @@ impl LiveDisk {
     ///
     /// # Errors
     /// When the engine has died.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn latencies(&self) -> Result<Latencies, Error> {
+        may_wait();
         let (answer, asked) = ask();
         self.inner.inbox.send(Command::Felt { disk: self.inner.shared.id, answer });
         asked.wait()
@@ -175,6 +180,9 @@ impl LiveDisk {
     /// # Errors
     /// When the old contents cannot be copied and the job's choice is to break the guest's write, or the range cannot be one. Nothing
     /// may be written then.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, where there is something to wait for: it would wait for itself.
     #[inline]
     pub fn begin_write(&self, range: ByteRange) -> Result<Permit, Error> {
         let shared = &*self.inner.shared;
@@ -193,18 +201,22 @@ impl LiveDisk {
         let shared = &*self.inner.shared;
         let mut write = self.own_write(range)?;
         loop {
-            let asked = match write.next(shared, attempt) {
+            match write.next(shared, attempt) {
                 Step::Granted(permit) => return Ok(permit),
                 Step::AtBarrier => {
                     may_wait();
                     let lowered = shared.gate.wait_blocking(None);
                     debug_assert!(lowered, "there is no timeout");
-                    continue;
                 }
-                Step::Forget(writer) => self.ask_to_forget(range, writer),
-                Step::Copy(wish, waited) => self.inner.inbox.ask_copy(wish, waited),
-            };
-            asked.wait().map_err(|error| Error::clone(&error))?;
+                Step::Forget(writer) => {
+                    may_wait();
+                    self.ask_to_forget(range, writer).wait().map_err(|error| Error::clone(&error))?;
+                }
+                Step::Copy(wish, waited) => {
+                    may_wait();
+                    write.copied(self.inner.inbox.ask_copy(wish, waited).wait())?;
+                }
+            }
         }
     }
 
@@ -252,7 +264,11 @@ impl LiveDisk {
     ///
     /// # Errors
     /// The disk's, a range beyond its end, or that of an engine that is gone.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>, Error> {
+        may_wait();
         let range = ByteRange::new(offset, length as u64);
         if range.checked_end().is_none_or(|end| end > self.length().0) {
             return Err(self.not_a_range(Operation::Read, range));
@@ -266,7 +282,11 @@ impl LiveDisk {
     ///
     /// # Errors
     /// As [`Self::read`], and as [`Self::begin_write`].
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn write(&self, offset: u64, data: Vec<u8>) -> Result<(), Error> {
+        may_wait();
         self.submit(IoRequest::Write { offset, data }).wait().result.map(drop)
     }
 
@@ -274,7 +294,11 @@ impl LiveDisk {
     ///
     /// # Errors
     /// As [`Self::read`].
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn flush(&self) -> Result<(), Error> {
+        may_wait();
         self.submit(IoRequest::Flush).wait().result.map(drop)
     }
 
@@ -283,7 +307,11 @@ impl LiveDisk {
     ///
     /// # Errors
     /// As [`Self::read`].
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn discard(&self, range: ByteRange) -> Result<(), Error> {
+        may_wait();
         self.submit(IoRequest::Discard { range }).wait().result.map(drop)
     }
 
@@ -291,7 +319,11 @@ impl LiveDisk {
     ///
     /// # Errors
     /// As [`Self::write`].
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn write_zeroes(&self, range: ByteRange, may_unmap: bool) -> Result<(), Error> {
+        may_wait();
         self.submit(IoRequest::WriteZeroes { range, may_unmap, only_fast: false }).wait().result.map(drop)
     }
 
@@ -374,7 +406,8 @@ impl Future for Io {
 enum Waits {
     No,
     Barrier(WaitTicket),
-    Asked(Asked<Result<(), Arc<Error>>>),
+    Forgotten(Asked<Result<(), Arc<Error>>>),
+    Copied(Asked<Copied>),
 }
 
 /// A permit to come. Dropped, nothing is left behind: copies for it that have not begun are not made.
@@ -402,13 +435,24 @@ impl Future for BeginWrite {
                     // Woken or not: a look costs little.
                     let (Cancellation::Removed | Cancellation::AlreadyWoken) = shared.gate.cancel(ticket);
                 }
-                Waits::Asked(mut asked) => match Pin::new(&mut asked).poll(context) {
+                Waits::Forgotten(mut asked) => match Pin::new(&mut asked).poll(context) {
                     Poll::Pending => {
-                        this.waits = Waits::Asked(asked);
+                        this.waits = Waits::Forgotten(asked);
                         return Poll::Pending;
                     }
                     Poll::Ready(Ok(())) => {}
                     Poll::Ready(Err(error)) => return Poll::Ready(Err(Error::clone(&error))),
+                },
+                Waits::Copied(mut asked) => match Pin::new(&mut asked).poll(context) {
+                    Poll::Pending => {
+                        this.waits = Waits::Copied(asked);
+                        return Poll::Pending;
+                    }
+                    Poll::Ready(copied) => {
+                        if let Err(error) = write.copied(copied) {
+                            return Poll::Ready(Err(error));
+                        }
+                    }
                 },
             }
             match write.next(&shared, attempt_unnested) {
@@ -420,10 +464,10 @@ impl Future for BeginWrite {
                     }
                 }
                 Step::Forget(writer) => {
-                    this.waits = Waits::Asked(this.disk.ask_to_forget(write.range, writer));
+                    this.waits = Waits::Forgotten(this.disk.ask_to_forget(write.range, writer));
                 }
                 Step::Copy(wish, waited) => {
-                    this.waits = Waits::Asked(this.disk.inner.inbox.ask_copy(wish, waited));
+                    this.waits = Waits::Copied(this.disk.inner.inbox.ask_copy(wish, waited));
                 }
             }
         }
@@ -472,9 +516,9 @@ fn step(disk: LiveDisk, mut write: OwnWrite, call: PermitCall) {
                 return disk.inner.inbox.send(command);
             }
             Step::Copy(wish, waited) => {
-                let answer = ask_with(move |copied: Result<(), Arc<Error>>| match copied {
+                let answer = ask_with(move |copied: Copied| match write.copied(copied) {
                     Ok(()) => step(again, write, theirs),
-                    Err(error) => finish(&theirs, Err(Error::clone(&error))),
+                    Err(error) => finish(&theirs, Err(error)),
                 });
                 return disk.inner.inbox.send(Command::Copy { wish, waited, answer });
             }

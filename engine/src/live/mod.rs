@@ -87,6 +87,7 @@ mod turns_tests;
 mod waits;
 
 pub use self::admission::Permit;
+pub(crate) use self::ask::may_wait;
 pub use crate::modes::CbwErrorPolicy;
 
 pub use self::backup::{Backup, BackupOptions, FleeceOptions, Snapshot};

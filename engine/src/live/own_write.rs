@@ -16,19 +16,18 @@
 //! the gate acquires what to lower the barrier has released.
 //!
 //! # The clock
-//! The time-out of a copy counts from the moment at which the guest asks, and goes on when it has to ask another job: that one was asked beside the
-//! first (`asks`), and has had as much time, unless the request is so large that only its beginning was. A large request goes
-//! piece by piece, and each further piece has its own time. Time at a barrier is nobody's: it starts anew after one.
+//! There is none here: time counts while a job is asked, and the ring thread tells with its answer how long that was (`asks`). Who waits at a barrier, or
+//! does not look, uses up nobody's time.
 
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
 
 use super::admission::{Attempt, Permit};
-use super::asks::Wish;
+use super::asks::{Copied, Waited, Wish};
 use super::disk::DiskShared;
 use super::gate::Gate;
-use super::jobs::{JobId, JobList, MOST_AT_A_TIME};
-use crate::units::{ByteRange, ClusterIndex};
+use super::jobs::JobList;
+use crate::error::Error;
+use crate::units::ByteRange;
 
 /// How a permit is asked for: nested or not.
 pub(super) type Ask = fn(&Gate, &JobList, ByteRange) -> Attempt;
@@ -41,8 +40,8 @@ pub(super) enum Step {
     AtBarrier,
     /// Have discards that were put off forgotten in the range, and none put off there as long as he is about to write.
     Forget(Weak<Writer>),
-    /// Have that copied; this long was waited for it already.
-    Copy(Wish, Duration),
+    /// Have that copied; so long jobs were asked before. What comes of it is to be told: [`OwnWrite::copied`].
+    Copy(Wish, Waited),
 }
 
 /// One who is about to write by himself, and had discards forgotten for that: lives until he has his permit, or goes.
@@ -54,15 +53,13 @@ pub(super) struct OwnWrite {
     pub(super) range: ByteRange,
     /// As long as it lives, nothing of the range is put off.
     writer: Option<Arc<Writer>>,
-    /// When it first asked for copies.
-    since: Option<Instant>,
-    /// Where it asked for copies last.
-    last: Option<(JobId, ClusterIndex)>,
+    /// For how long jobs were asked.
+    waited: Waited,
 }
 
 impl OwnWrite {
     pub(super) fn new(range: ByteRange) -> Self {
-        Self { range, writer: None, since: None, last: None }
+        Self { range, writer: None, waited: Waited::default() }
     }
 
     pub(super) fn next(&mut self, disk: &DiskShared, ask: Ask) -> Step {
@@ -78,23 +75,20 @@ impl OwnWrite {
                 self.writer = None;
                 Step::Granted(permit)
             }
-            Attempt::AtBarrier => {
-                self.since = None;
-                Step::AtBarrier
-            }
+            Attempt::AtBarrier => Step::AtBarrier,
             Attempt::Copy(job, clusters) => {
-                let another = |(other, start)| {
-                    // Of a large request only the first piece was asked beside.
-                    if other == job { start < clusters.start } else { self.range.length > MOST_AT_A_TIME }
-                };
-                if self.last.is_some_and(another) {
-                    self.since = None;
-                }
-                self.last = Some((job, clusters.start));
-                let since = self.since.get_or_insert_with(Instant::now);
-                Step::Copy(Wish { job, clusters, range: self.range }, since.elapsed())
+                Step::Copy(Wish { job, clusters, range: self.range }, self.waited.clone())
             }
         }
+    }
+
+    /// Take in what came of the copies.
+    ///
+    /// # Errors
+    /// When they cannot be made: nothing may be written.
+    pub(super) fn copied(&mut self, copied: Copied) -> Result<(), Error> {
+        self.waited = copied.waited;
+        copied.outcome.map_err(|error| Error::clone(&error))
     }
 }
 
@@ -102,7 +96,7 @@ impl OwnWrite {
 mod tests {
     use super::super::DiskId;
     use super::super::admission::attempt;
-    use super::super::jobs::Watch;
+    use super::super::jobs::{JobId, Watch};
     use super::*;
     use crate::interval_set::IntervalSet;
     use crate::ring::Wake;
@@ -160,43 +154,5 @@ mod tests {
         assert!(disk.gate().is_drained(), "he has given his permit back");
         disk.gate().lower();
         assert!(matches!(write.next(&disk, attempt), Step::Granted(_)));
-    }
-
-    fn asked(write: &mut OwnWrite, disk: &DiskShared) -> (JobId, ClusterRange, Duration) {
-        match write.next(disk, attempt) {
-            Step::Copy(wish, waited) => (wish.job, wish.clusters, waited),
-            _ => panic!("there is something to copy"),
-        }
-    }
-
-    #[test]
-    fn the_clock_goes_on_from_job_to_job_that_were_asked_together() {
-        let pause = Duration::from_millis(200);
-        for (bytes, goes_on) in [(MOST_AT_A_TIME, true), (MOST_AT_A_TIME + 1, false)] {
-            let disk = disk();
-            let watches = [watch(&disk, 1), watch(&disk, 2)];
-            let mut write = OwnWrite::new(ByteRange::new(0, bytes));
-            let (job, clusters, _) = asked(&mut write, &disk);
-            assert_eq!((job, clusters), (JobId(1), ClusterRange::new(0, 256)));
-            std::thread::sleep(pause);
-            watches[0].set().mark_done(ClusterRange::new(0, 16384));
-            let (job, clusters, waited) = asked(&mut write, &disk);
-            assert_eq!((job, clusters), (JobId(2), ClusterRange::new(0, 256)));
-            assert_eq!(waited >= pause, goes_on, "{bytes} bytes: {waited:?}");
-        }
-    }
-
-    #[test]
-    fn the_clock_starts_anew_with_a_piece() {
-        let pause = Duration::from_millis(200);
-        let disk = disk();
-        let watch = watch(&disk, 1);
-        let mut write = OwnWrite::new(ByteRange::new(0, 4 * MOST_AT_A_TIME));
-        let (_, clusters, _) = asked(&mut write, &disk);
-        std::thread::sleep(pause);
-        watch.set().mark_done(clusters);
-        let (_, clusters, waited) = asked(&mut write, &disk);
-        assert_eq!(clusters, ClusterRange::new(256, 512));
-        assert!(waited < pause, "another piece: {waited:?}");
     }
 }

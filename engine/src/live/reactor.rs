@@ -235,8 +235,7 @@ impl<R: Ring> Reactor<R> {
                 self.submit(disk, request, IoAsker::Caller(answer), now);
             }
             Command::Copy { wish, waited, answer } => {
-                let since = Timestamp(now.0.saturating_sub(waited));
-                self.copy_before_write(wish, answer, since);
+                self.copy_before_write(wish, waited, answer, now);
             }
             Command::ForgetDiscards { disk, range, writer, answer } => {
                 self.forget_discards(disk, range, writer, answer);
@@ -341,8 +340,9 @@ impl<R: Ring> Reactor<R> {
                 tell(asker, IoOutcome { result }, &mut self.exports);
             }
             for (id, outcome) in job.runner.copier.take_cbw_outcomes() {
-                match job.asks.answered(id, &mut beside) {
-                    Asker::Guest(answer) => answer.give(outcome),
+                let ask = job.asks.answered(id, &mut beside);
+                match ask.asker {
+                    Asker::Guest(_) => ask.answer(outcome, now),
                     Asker::Beside => {}
                     Asker::Carrier(wait) => {
                         disk.carrier.copied(wait, outcome);

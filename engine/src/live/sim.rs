@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::DiskId;
 use super::admission::{Attempt, attempt_unnested};
 use super::ask::{Answer, Asked, ask};
-use super::asks::Wish;
+use super::asks::{Copied, Waited, Wish};
 use super::carrier::{CarrierLimits, IoOutcome, IoRequest};
 use super::command::{Command, GroupFailure, Inbox, NewFleece, NewGroup, NewJob};
 use super::controller::SweepDepth;
@@ -95,6 +95,17 @@ impl<T> Pending<T> {
     #[must_use]
     pub fn take(&self) -> Option<T> {
         self.0.try_take()
+    }
+}
+
+/// Copies that were asked for, whose outcome comes in a later turn.
+pub struct PendingCopy(Asked<Copied>);
+
+impl PendingCopy {
+    /// The outcome, once.
+    #[must_use]
+    pub fn take(&self) -> Option<Result<(), Arc<Error>>> {
+        self.0.try_take().map(|copied| copied.outcome)
     }
 }
 
@@ -368,7 +379,7 @@ impl SimEngine {
 
     /// Such a guest has clusters copied, by that job alone.
     #[must_use]
-    pub fn copy(&self, job: JobId, clusters: ClusterRange) -> Pending<Result<(), Arc<Error>>> {
+    pub fn copy(&self, job: JobId, clusters: ClusterRange) -> PendingCopy {
         self.copy_for(job, clusters, ByteRange::new(0, 0))
     }
 
@@ -379,8 +390,8 @@ impl SimEngine {
         job: JobId,
         clusters: ClusterRange,
         range: ByteRange,
-    ) -> Pending<Result<(), Arc<Error>>> {
-        Pending(self.inbox().ask_copy(Wish { job, clusters, range }, Duration::ZERO))
+    ) -> PendingCopy {
+        PendingCopy(self.inbox().ask_copy(Wish { job, clusters, range }, Waited::default()))
     }
 
     /// Read a range as it was at the t0 of a job.

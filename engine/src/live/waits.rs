@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 
 use super::DiskId;
 use super::ask::Answer;
-use super::asks::{Asker, MAX_ASKS, Wish, ask_jobs, forget_unwanted};
+use super::asks::{Asker, Copied, MAX_ASKS, Waited, Wish, ask_jobs, forget_unwanted};
 use super::hosted::{HostedDisk, too_many};
 use super::own_write::Writer;
 use super::reactor::{Job, Reactor};
@@ -63,12 +63,13 @@ impl<R: Ring> Reactor<R> {
         over.into_iter().for_each(|answer| answer.give(Ok(())));
     }
 
-    /// A guest has waited since then to have copied what it wishes.
+    /// A guest wishes to have something copied, and jobs were asked for him before.
     pub(super) fn copy_before_write(
         &mut self,
         wish: Wish,
-        answer: Answer<Result<(), Arc<Error>>>,
-        since: Timestamp,
+        waited: Waited,
+        answer: Answer<Copied>,
+        now: Timestamp,
     ) {
         // He may have left word before his command was taken.
         if !answer.is_wanted() {
@@ -77,9 +78,13 @@ impl<R: Ring> Reactor<R> {
         let full = |job: &Job| job.watch.id() == wish.job && job.asks.len() >= MAX_ASKS;
         if let Some((_, job)) = self.jobs.iter().find(|(_, job)| full(job)) {
             let name = self.disks[&job.disk].shared.name().to_string();
-            return answer.give(Err(Arc::new(too_many(Operation::CopyBeforeWrite, name, MAX_ASKS))));
+            let error = too_many(Operation::CopyBeforeWrite, name, MAX_ASKS);
+            return answer.give(Copied { outcome: Err(Arc::new(error)), waited });
         }
-        ask_jobs(&mut self.jobs, wish, Asker::Guest(answer), since);
+        let since = |job, clusters| Timestamp(now.0.saturating_sub(waited.of(job, clusters)));
+        if let Err(Asker::Guest(answer)) = ask_jobs(&mut self.jobs, wish, Asker::Guest(answer), since) {
+            answer.give(Copied { outcome: Ok(()), waited });
+        }
     }
 
     /// Tell the jobs of those guests who write by themselves and ask for nothing, for all is copied where they write.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use engine::error::Error;
 use engine::live::carrier::{IoId, IoOutcome, IoRequest};
-use engine::live::sim::{Pending, SimDisk, SimEngine, SimWriter};
+use engine::live::sim::{Pending, PendingCopy, SimDisk, SimEngine, SimWriter};
 use engine::live::{Attempt, Permit};
 use engine::ring::sim::SharedWorld;
 use engine::units::{ByteRange, Timestamp};
@@ -60,7 +60,7 @@ enum Stage {
     Trying(Timestamp),
     /// Has discards forgotten before.
     Forgetting(Pending<Result<(), Arc<Error>>>),
-    Copying(Pending<Result<(), Arc<Error>>>),
+    Copying(PendingCopy),
     /// Writes at that time.
     Holding {
         _permit: Permit,
@@ -336,8 +336,12 @@ impl Guests {
                 .map_err(|wrong| format!("disk {}, {kind:?} {id:?}: {wrong}", self.number))?;
         }
         for own in &mut self.own {
-            let (Stage::Copying(pending) | Stage::Forgetting(pending)) = &own.stage else { continue };
-            match pending.take() {
+            let taken = match &own.stage {
+                Stage::Copying(pending) => pending.take(),
+                Stage::Forgetting(pending) => pending.take(),
+                _ => continue,
+            };
+            match taken {
                 None => {}
                 Some(Ok(())) => own.stage = Stage::Trying(now),
                 Some(Err(_)) if may_fail => {
