@@ -214,3 +214,18 @@ pub(super) fn forget_unwanted(jobs: &mut Slab<Job>) {
     }
     forget_beside(jobs, &beside);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_counts_for_what_was_asked_all_that_time() {
+        let second = Duration::from_secs(1);
+        let waited = Waited(vec![(JobId(1), ClusterIndex(256), second), (JobId(2), ClusterIndex(3), 2 * second)]);
+        let of = |job, start, end| waited.of(JobId(job), ClusterRange::new(start, end));
+        assert_eq!([of(1, 0, 256), of(1, 200, 256), of(2, 0, 3)], [second, second, 2 * second]);
+        assert_eq!([of(1, 256, 300), of(1, 200, 300), of(2, 0, 4)], [Duration::ZERO; 3], "another piece");
+        assert_eq!(of(3, 0, 1), Duration::ZERO, "it was not asked");
+    }
+}

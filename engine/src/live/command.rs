@@ -10,7 +10,7 @@ use std::time::Duration;
 use crossbeam::queue::SegQueue;
 
 use super::DiskId;
-use super::ask::{Answer, Asked, Lost, ask_noting};
+use super::ask::{Answer, Lost};
 use super::asks::{Copied, Waited, Wish};
 use super::carrier::{IoOutcome, IoRequest};
 use super::controller::SweepDepth;
@@ -178,12 +178,9 @@ impl<F, S> Inbox<F, S> {
         })
     }
 
-    /// Have copied what somebody wishes, for whom jobs were asked before. Who goes before the answer is there does not want
-    /// them copied any more.
-    pub(super) fn ask_copy(&self, wish: Wish, waited: Waited) -> Asked<Copied> {
-        let (answer, asked) = ask_noting(&self.left);
-        self.send(Command::Copy { wish, waited, answer });
-        asked
+    /// Set by one who waits for a copy and goes before the answer is there: he does not want it any more.
+    pub(super) fn left(&self) -> &Arc<AtomicBool> {
+        &self.left
     }
 
     /// Whether somebody who waited for a copy has gone since the last call. Nobody is woken for that: what has not begun by the next turn

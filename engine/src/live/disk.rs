@@ -19,21 +19,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
 use nix::errno::Errno;
-use parking_lot::Mutex;
 
 use super::DiskId;
-use super::admission::{Attempt, Permit, attempt, attempt_unnested};
+use super::admission::{Attempt, Permit, attempt};
 use super::ask::{Answer, Asked, ask, ask_with, may_wait};
-use super::asks::Copied;
+use super::asks::{Copied, Waited, Wish};
+use super::begin_write::{Begin, Desk, begin_with};
 use super::carrier::{IoOutcome, IoRequest};
 use super::command::{Command, Inbox};
-use super::gate::{Gate, WaitTicket};
+use super::gate::Gate;
 use super::jobs::JobList;
 use super::latency::Latencies;
 use super::opened::Opened;
 use super::own_write::{OwnWrite, Step, Writer};
 use crate::error::{Error, ErrorKind, Operation, Refusal};
-use crate::interval_set::{Cancellation, Waiter};
 use crate::ring::Wake;
 use crate::storage::{OpenedSource, Storage};
 use crate::units::{ByteRange, Length};
@@ -135,6 +134,25 @@ impl fmt::Debug for LiveDisk {
     }
 }
 
+impl Desk for LiveDisk {
+    fn shared(&self) -> &Arc<DiskShared> {
+        &self.inner.shared
+    }
+
+    fn forget(&self, range: ByteRange, writer: Weak<Writer>, answer: Answer<Result<(), Arc<Error>>>) {
+        let disk = self.inner.shared.id;
+        self.inner.inbox.send(Command::ForgetDiscards { disk, range, writer, answer });
+    }
+
+    fn copy(&self, wish: Wish, waited: Waited, answer: Answer<Copied>) {
+        self.inner.inbox.send(Command::Copy { wish, waited, answer });
+    }
+
+    fn left(&self) -> &Arc<AtomicBool> {
+        self.inner.inbox.left()
+    }
+}
+
 impl LiveDisk {
     /// How messages name it.
     #[must_use]
@@ -201,7 +219,7 @@ impl LiveDisk {
         let shared = &*self.inner.shared;
         let mut write = self.own_write(range)?;
         loop {
-            match write.next(shared, attempt) {
+            match write.next(shared, |range| attempt(&shared.gate, &shared.jobs, range)) {
                 Step::Granted(permit) => return Ok(permit),
                 Step::AtBarrier => {
                     may_wait();
@@ -210,11 +228,15 @@ impl LiveDisk {
                 }
                 Step::Forget(writer) => {
                     may_wait();
-                    self.ask_to_forget(range, writer).wait().map_err(|error| Error::clone(&error))?;
+                    let (answer, asked) = ask();
+                    self.forget(range, writer, answer);
+                    asked.wait().map_err(|error| Error::clone(&error))?;
                 }
                 Step::Copy(wish, waited) => {
                     may_wait();
-                    write.copied(self.inner.inbox.ask_copy(wish, waited).wait())?;
+                    let (answer, asked) = ask();
+                    self.copy(wish, waited, answer);
+                    write.copied(asked.wait())?;
                 }
             }
         }
@@ -234,16 +256,9 @@ impl LiveDisk {
         Error::new(kind, operation, self.name().to_owned(), reason).at(range).because(Errno::EINVAL)
     }
 
-    fn ask_to_forget(&self, range: ByteRange, writer: Weak<Writer>) -> Asked<Result<(), Arc<Error>>> {
-        let (answer, asked) = ask();
-        let disk = self.inner.shared.id;
-        self.inner.inbox.send(Command::ForgetDiscards { disk, range, writer, answer });
-        asked
-    }
-
     /// As [`Self::begin_write`], as a future. It waits at a barrier whatever permits are out.
     pub fn begin_write_async(&self, range: ByteRange) -> BeginWrite {
-        BeginWrite { disk: self.clone(), write: self.own_write(range), waits: Waits::No }
+        BeginWrite(self.own_write(range).map(|write| Begin::new(self.clone(), write)))
     }
 
     /// As [`Self::begin_write`], with a callback: at once on this thread where nothing is to be waited for, else on the ring thread. It
@@ -253,11 +268,7 @@ impl LiveDisk {
         range: ByteRange,
         call: impl FnOnce(Result<Permit, Error>) + Send + 'static,
     ) {
-        let call: PermitCall = Arc::new(Mutex::new(Some(Box::new(call))));
-        match self.own_write(range) {
-            Ok(write) => step(self.clone(), write, call),
-            Err(error) => finish(&call, Err(error)),
-        }
+        begin_with(self.clone(), self.own_write(range), call);
     }
 
     /// Read `length` bytes from `offset` on.
@@ -402,126 +413,18 @@ impl Future for Io {
     }
 }
 
-/// What a [`BeginWrite`] waits for.
-enum Waits {
-    No,
-    Barrier(WaitTicket),
-    Forgotten(Asked<Result<(), Arc<Error>>>),
-    Copied(Asked<Copied>),
-}
-
-/// A permit to come. Dropped, nothing is left behind: copies for it that have not begun are not made.
+/// A permit to come. Dropped, nothing is left behind: copies for it that have not begun are not made. It may be polled whenever that suits: what
+/// it has not asked for yet uses up nobody's time.
 #[must_use = "a future does nothing unless it is polled"]
-pub struct BeginWrite {
-    disk: LiveDisk,
-    write: Result<OwnWrite, Error>,
-    waits: Waits,
-}
+pub struct BeginWrite(Result<Begin<LiveDisk>, Error>);
 
 impl Future for BeginWrite {
     type Output = Result<Permit, Error>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let this = &mut *self;
-        let shared = Arc::clone(&this.disk.inner.shared);
-        let write = match &mut this.write {
-            Ok(write) => write,
-            Err(error) => return Poll::Ready(Err(error.clone())),
-        };
-        loop {
-            match std::mem::replace(&mut this.waits, Waits::No) {
-                Waits::No => {}
-                Waits::Barrier(ticket) => {
-                    // Woken or not: a look costs little.
-                    let (Cancellation::Removed | Cancellation::AlreadyWoken) = shared.gate.cancel(ticket);
-                }
-                Waits::Forgotten(mut asked) => match Pin::new(&mut asked).poll(context) {
-                    Poll::Pending => {
-                        this.waits = Waits::Forgotten(asked);
-                        return Poll::Pending;
-                    }
-                    Poll::Ready(Ok(())) => {}
-                    Poll::Ready(Err(error)) => return Poll::Ready(Err(Error::clone(&error))),
-                },
-                Waits::Copied(mut asked) => match Pin::new(&mut asked).poll(context) {
-                    Poll::Pending => {
-                        this.waits = Waits::Copied(asked);
-                        return Poll::Pending;
-                    }
-                    Poll::Ready(copied) => {
-                        if let Err(error) = write.copied(copied) {
-                            return Poll::Ready(Err(error));
-                        }
-                    }
-                },
-            }
-            match write.next(&shared, attempt_unnested) {
-                Step::Granted(permit) => return Poll::Ready(Ok(permit)),
-                Step::AtBarrier => {
-                    if let Ok(ticket) = shared.gate.wait(Waiter::task(context.waker().clone())) {
-                        this.waits = Waits::Barrier(ticket);
-                        return Poll::Pending;
-                    }
-                }
-                Step::Forget(writer) => {
-                    this.waits = Waits::Forgotten(this.disk.ask_to_forget(write.range, writer));
-                }
-                Step::Copy(wish, waited) => {
-                    this.waits = Waits::Copied(this.disk.inner.inbox.ask_copy(wish, waited));
-                }
-            }
-        }
-    }
-}
-
-impl Drop for BeginWrite {
-    fn drop(&mut self) {
-        if let Waits::Barrier(ticket) = std::mem::replace(&mut self.waits, Waits::No) {
-            let (Cancellation::Removed | Cancellation::AlreadyWoken) =
-                self.disk.inner.shared.gate.cancel(ticket);
-        }
-    }
-}
-
-type PermitCall = Arc<Mutex<Option<Box<dyn FnOnce(Result<Permit, Error>) + Send>>>>;
-
-fn finish(call: &PermitCall, result: Result<Permit, Error>) {
-    let call = call.lock().take();
-    if let Some(call) = call {
-        crate::foreign::call("a callback", || call(result));
-    }
-}
-
-/// A step of [`LiveDisk::begin_write_with`]; the callback is behind a lock because a waiter that is not needed is handed back whole.
-fn step(disk: LiveDisk, mut write: OwnWrite, call: PermitCall) {
-    let shared = Arc::clone(&disk.inner.shared);
-    loop {
-        let next = write.next(&shared, attempt_unnested);
-        let (again, theirs) = (disk.clone(), Arc::clone(&call));
-        match next {
-            Step::Granted(permit) => return finish(&call, Ok(permit)),
-            Step::AtBarrier => {
-                let same = write.clone();
-                if shared.gate.wait(Waiter::callback(move || step(again, same, theirs))).is_ok() {
-                    return;
-                }
-            }
-            Step::Forget(writer) => {
-                let range = write.range;
-                let answer = ask_with(move |forgotten: Result<(), Arc<Error>>| match forgotten {
-                    Ok(()) => step(again, write, theirs),
-                    Err(error) => finish(&theirs, Err(Error::clone(&error))),
-                });
-                let command = Command::ForgetDiscards { disk: shared.id, range, writer, answer };
-                return disk.inner.inbox.send(command);
-            }
-            Step::Copy(wish, waited) => {
-                let answer = ask_with(move |copied: Copied| match write.copied(copied) {
-                    Ok(()) => step(again, write, theirs),
-                    Err(error) => finish(&theirs, Err(error)),
-                });
-                return disk.inner.inbox.send(Command::Copy { wish, waited, answer });
-            }
+        match &mut self.0 {
+            Ok(begin) => begin.poll(context),
+            Err(error) => Poll::Ready(Err(error.clone())),
         }
     }
 }

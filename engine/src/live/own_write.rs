@@ -24,13 +24,8 @@ use std::sync::{Arc, Weak};
 use super::admission::{Attempt, Permit};
 use super::asks::{Copied, Waited, Wish};
 use super::disk::DiskShared;
-use super::gate::Gate;
-use super::jobs::JobList;
 use crate::error::Error;
 use crate::units::ByteRange;
-
-/// How a permit is asked for: nested or not.
-pub(super) type Ask = fn(&Gate, &JobList, ByteRange) -> Attempt;
 
 /// What is to be done next.
 pub(super) enum Step {
@@ -62,8 +57,9 @@ impl OwnWrite {
         Self { range, writer: None, waited: Waited::default() }
     }
 
-    pub(super) fn next(&mut self, disk: &DiskShared, ask: Ask) -> Step {
-        match ask(disk.gate(), disk.jobs(), self.range) {
+    /// What is next; `attempt` tries to get a permit.
+    pub(super) fn next(&mut self, disk: &DiskShared, attempt: impl FnOnce(ByteRange) -> Attempt) -> Step {
+        match attempt(self.range) {
             Attempt::Granted(permit) if self.writer.is_none() && disk.has_discards_put_off() => {
                 drop(permit);
                 let writer = Arc::new(Writer);
@@ -108,6 +104,10 @@ mod tests {
         fn wake(&self) {}
     }
 
+    fn at(disk: &DiskShared) -> impl FnOnce(ByteRange) -> Attempt {
+        |range| attempt(disk.gate(), disk.jobs(), range)
+    }
+
     const LENGTH: u64 = 1 << 30;
 
     fn disk() -> Arc<DiskShared> {
@@ -126,15 +126,15 @@ mod tests {
     fn discards_that_were_put_off_are_forgotten_first_and_once() {
         let disk = disk();
         let mut write = OwnWrite::new(ByteRange::new(0, 10));
-        assert!(matches!(write.next(&disk, attempt), Step::Granted(_)));
+        assert!(matches!(write.next(&disk, at(&disk)), Step::Granted(_)));
         disk.set_discards_put_off(true);
         let mut write = OwnWrite::new(ByteRange::new(0, 10));
-        let Step::Forget(writer) = write.next(&disk, attempt) else { panic!("there are some") };
+        let Step::Forget(writer) = write.next(&disk, at(&disk)) else { panic!("there are some") };
         assert_eq!(writer.strong_count(), 1);
-        assert!(matches!(write.next(&disk, attempt), Step::Granted(_)));
+        assert!(matches!(write.next(&disk, at(&disk)), Step::Granted(_)));
         assert_eq!(writer.strong_count(), 0, "he has his permit");
         disk.set_discards_put_off(false);
-        assert!(matches!(OwnWrite::new(ByteRange::new(0, 10)).next(&disk, attempt), Step::Granted(_)));
+        assert!(matches!(OwnWrite::new(ByteRange::new(0, 10)).next(&disk, at(&disk)), Step::Granted(_)));
     }
 
     #[test]
@@ -142,17 +142,17 @@ mod tests {
         let disk = disk();
         let watch = watch(&disk, 1);
         let mut write = OwnWrite::new(ByteRange::new(0, 10));
-        assert!(matches!(write.next(&disk, attempt), Step::Copy(..)));
+        assert!(matches!(write.next(&disk, at(&disk)), Step::Copy(..)));
         watch.set().mark_done(ClusterRange::new(0, 1));
         disk.gate().raise();
-        assert!(matches!(write.next(&disk, attempt), Step::AtBarrier));
+        assert!(matches!(write.next(&disk, at(&disk)), Step::AtBarrier));
         disk.set_discards_put_off(true);
         assert!(disk.gate().is_drained());
         disk.gate().lower();
-        assert!(matches!(write.next(&disk, attempt), Step::Forget(_)));
+        assert!(matches!(write.next(&disk, at(&disk)), Step::Forget(_)));
         disk.gate().raise();
         assert!(disk.gate().is_drained(), "he has given his permit back");
         disk.gate().lower();
-        assert!(matches!(write.next(&disk, attempt), Step::Granted(_)));
+        assert!(matches!(write.next(&disk, at(&disk)), Step::Granted(_)));
     }
 }

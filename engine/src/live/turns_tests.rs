@@ -1,22 +1,23 @@
 //! The ring thread turn by turn, over the simulated ring: what must not keep it, and what must not be lost between two turns.
 
 use std::cell::RefCell;
+use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::RecvTimeoutError;
 
-use super::admission::{Attempt, Permit, attempt_unnested};
+use super::admission::{Attempt, Permit};
 use super::ask::{ask, ask_with};
 use super::carrier::{CarrierLimits, IoOutcome, IoRequest};
 use super::command::{Command, Inbox};
 use super::disk::read;
 use super::hosted::IoAsker;
 use super::jobs::JobId;
-use super::own_write::{OwnWrite, Step};
-use super::sim::{Pending, SimDisk, SimEngine, SimJob};
+use super::sim::{Pending, SimBeginWrite, SimDisk, SimEngine, SimJob};
 use super::{GroupFailure, NbdOptions, SweepDepth};
 use crate::copier::plan::{Limits, LivePlan, Plan, Side};
 use crate::error::Error;
@@ -498,22 +499,19 @@ fn when_the_ring_thread_dies_those_who_wait_for_jobs_wake_first() {
     assert_eq!(told.recv_timeout(PATIENCE), Ok([true; 3]));
 }
 
+/// What one who writes by himself has; he is not woken.
+fn poll(write: &mut SimBeginWrite) -> Option<Result<Permit, Error>> {
+    match std::pin::Pin::new(write).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(permit) => Some(permit),
+        Poll::Pending => None,
+    }
+}
+
 impl Bench {
-    /// One who writes by himself goes as far as he comes without a barrier's coming down; `None`: he waits at one.
-    fn goes_on(&mut self, write: &mut OwnWrite) -> Option<Permit> {
-        loop {
-            let (answer, asked) = ask();
-            match write.next(&self.disk.0, attempt_unnested) {
-                Step::Granted(permit) => return Some(permit),
-                Step::AtBarrier => return None,
-                Step::Copy(..) => panic!("it is copied"),
-                Step::Forget(writer) => {
-                    let (disk, range) = (self.disk.0.id(), write.range);
-                    self.engine.send(Command::ForgetDiscards { disk, range, writer, answer });
-                    assert!(self.turn_until(|_| asked.try_take()).is_ok());
-                }
-            }
-        }
+    /// Have a permit that was waited for long enough: all that it waits for has come.
+    fn permit(&mut self, mut write: SimBeginWrite) -> Permit {
+        let permit = self.turn_until(|_| poll(&mut write));
+        permit.expect("nothing fails")
     }
 
     fn discard(&mut self, cluster: u64) {
@@ -541,22 +539,19 @@ fn what_is_discarded_while_a_guest_waits_at_a_barrier_is_discarded_before_his_wr
         bench.discard(15);
         let range = ByteRange::new(10 * CLUSTER, CLUSTER);
         let Attempt::Granted(held) = bench.engine.attempt(&bench.disk, range) else { panic!("it is copied") };
-        let mut write = OwnWrite::new(range);
+        let mut write = bench.engine.begin_write(&bench.disk, range);
         if first {
-            let Step::Forget(writer) = write.next(&bench.disk.0, attempt_unnested) else { panic!("there is one") };
-            let (answer, asked) = ask();
-            let disk = bench.disk.0.id();
-            bench.engine.send(Command::ForgetDiscards { disk, range, writer, answer });
-            assert!(bench.turn_until(|_| asked.try_take()).is_ok());
+            assert!(poll(&mut write).is_none(), "one is put off");
+            bench.turn();
         }
         let timeout = Duration::from_millis(100);
         let (_, starts) = bench.ask_for(bench.job(ErrorPolicy::Report, None), timeout);
         bench.turn();
-        assert!(bench.goes_on(&mut write).is_none(), "the barrier is up");
+        assert!(poll(&mut write).is_none(), "the barrier is up");
         bench.discard(10);
         // What comes with the barrier's coming down is on the ring then, and has not happened.
         assert!(bench.turn_until_with(|bench| bench.engine.act().and_then(|_| starts.take())).is_err());
-        let permit = bench.goes_on(&mut write).expect("the barrier is down");
+        let permit = bench.permit(write);
         bench.world.borrow_mut().disk(0).fill(range.offset, &[9; 8192]);
         drop((permit, held));
         handle.cancel().unwrap();
@@ -564,4 +559,60 @@ fn what_is_discarded_while_a_guest_waits_at_a_barrier_is_discarded_before_his_wr
         assert!(bench.holds(10, 9), "first: {first}");
         assert!(bench.holds(15, 0), "first: {first}");
     }
+}
+
+/// Two jobs, of which the second could not copy while the first did; and a guest who is in no hurry.
+#[test]
+fn between_an_answer_and_the_next_question_nobodys_time_goes_by() {
+    for pause in [Duration::ZERO, Duration::from_secs(10)] {
+        let mut bench = Bench::new();
+        let target = Disk::sparse(usize::try_from(LENGTH).unwrap(), DiskTraits::default());
+        bench.world.borrow_mut().add_disk(target);
+        let timeout = Some(Duration::from_millis(500));
+        let second = SimJob { target: 2, ..bench.job(ErrorPolicy::Report, timeout) };
+        let jobs = vec![bench.job(ErrorPolicy::Report, timeout), second];
+        let (handles, started) = bench.engine.start(jobs, GroupFailure::GoOn, PATIENCE);
+        for handle in &handles {
+            handle.set_speed(std::num::NonZeroU64::new(1).map(Speed)).unwrap();
+        }
+        let ids = bench.turn_until(|_| started.take()).unwrap();
+        // All slots of the second are taken.
+        bench.world.borrow_mut().disk(2).set_stuck();
+        let many = bench.engine.copy(ids[1], ClusterRange::new(1, 9));
+        bench.turn_for(Duration::from_millis(5));
+        let range = ByteRange::new(15 * CLUSTER, 1);
+        let mut write = bench.engine.begin_write(&bench.disk, range);
+        assert!(poll(&mut write).is_none());
+        bench.turn_for(Duration::from_millis(100));
+        bench.world.borrow_mut().disk(2).set_free();
+        drop(many);
+        bench.turn_for(pause);
+        assert!(bench.engine.jobs().count() == 2 && poll(&mut write).is_none(), "the second has not copied");
+        drop(bench.permit(write));
+        assert!(bench.engine.jobs().all(|job| !job.fails), "{pause:?}");
+    }
+}
+
+/// The time for which they were asked together is that of both.
+#[test]
+fn time_for_which_jobs_were_asked_together_goes_by_for_both() {
+    let mut bench = Bench::new();
+    let target = Disk::sparse(usize::try_from(LENGTH).unwrap(), DiskTraits::default());
+    bench.world.borrow_mut().add_disk(target);
+    let timeout = |millis| Some(Duration::from_millis(millis));
+    let second = SimJob { target: 2, ..bench.job(ErrorPolicy::Report, timeout(500)) };
+    let jobs = vec![bench.job(ErrorPolicy::Report, timeout(400)), second];
+    let (handles, started) = bench.engine.start(jobs, GroupFailure::GoOn, PATIENCE);
+    for handle in &handles {
+        handle.set_speed(std::num::NonZeroU64::new(1).map(Speed)).unwrap();
+    }
+    bench.turn_until(|_| started.take()).unwrap();
+    bench.world.borrow_mut().disk(1).set_stuck();
+    bench.world.borrow_mut().disk(2).set_stuck();
+    let before = bench.engine.now();
+    let write = bench.engine.begin_write(&bench.disk, ByteRange::new(15 * CLUSTER, 1));
+    drop(bench.permit(write));
+    let waited = bench.engine.now().since(before);
+    assert!(waited >= Duration::from_millis(500) && waited < Duration::from_millis(550), "{waited:?}");
+    assert!(bench.engine.jobs().all(|job| job.fails));
 }
