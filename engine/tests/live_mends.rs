@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 use engine::copy::SyncMode;
 use engine::error::ErrorKind;
 use engine::job::{JobHandle, JobResult, Outcome};
-use engine::live::{Backup, DiskOptions, FleeceOptions, GroupFailure, IoRequest, LiveDisk, read};
+use engine::live::{
+    Backup, BackupOptions, DiskOptions, FleeceOptions, GroupFailure, IoRequest, LiveDisk, read,
+};
 use engine::units::{ByteRange, ClusterSize};
 use support::{Fixture, PATIENCE, block_on};
 
@@ -233,6 +235,29 @@ fn a_copy_whose_target_has_lost_its_name_is_none() {
         if replaced {
             assert_eq!(fs::read(fixture.path("backup")).unwrap(), b"other");
         }
+    }
+}
+
+/// The others of its group are not told that they are complete, and leave nothing behind.
+#[test]
+fn a_target_that_has_lost_its_name_is_the_end_of_its_group() {
+    for lost in [0, 1] {
+        let fixture = Fixture::new();
+        let disks = ["one", "two"].map(|name| fixture.disk_of(name, &[7; 1 << 20], false));
+        let targets = ["backup0", "backup1"];
+        let slow = |target| BackupOptions { speed: std::num::NonZeroU64::new(1), ..fixture.options(target) };
+        let group: Vec<_> = disks.into_iter().zip(targets.map(slow)).collect();
+        let backups = fixture.engine.start_group(&group, GroupFailure::FailAll, PATIENCE).unwrap();
+        fs::rename(fixture.path(targets[lost]), fixture.path("elsewhere")).unwrap();
+        for backup in &backups {
+            backup.job.set_speed(None).unwrap();
+        }
+        let result = end(&backups[lost].job);
+        let Outcome::Failed(error) = &result.outcome else { panic!("{result:?}") };
+        assert_eq!(error.kind(), ErrorKind::TargetLost);
+        let other = end(&backups[1 - lost].job);
+        assert!(matches!(other.outcome, Outcome::Cancelled), "{other:?}");
+        assert!(!fixture.path(targets[1 - lost]).exists());
     }
 }
 

@@ -222,7 +222,8 @@ mod tests {
     #[test]
     fn time_counts_for_what_was_asked_all_that_time() {
         let second = Duration::from_secs(1);
-        let waited = Waited(vec![(JobId(1), ClusterIndex(256), second), (JobId(2), ClusterIndex(3), 2 * second)]);
+        let waited =
+            Waited(vec![(JobId(1), ClusterIndex(256), second), (JobId(2), ClusterIndex(3), 2 * second)]);
         let of = |job, start, end| waited.of(JobId(job), ClusterRange::new(start, end));
         assert_eq!([of(1, 0, 256), of(1, 200, 256), of(2, 0, 3)], [second, second, 2 * second]);
         assert_eq!([of(1, 256, 300), of(1, 200, 300), of(2, 0, 4)], [Duration::ZERO; 3], "another piece");

@@ -12,7 +12,7 @@ use super::carrier::IoOutcome;
 use super::command::{Command, NewFleece, NewJob};
 use super::controller::SweepDepth;
 use super::disk::{File, Io, LiveDisk, LiveInbox};
-use super::ends::at_end;
+use super::ends::{at_end, last_look};
 use super::jobs::JobId;
 use super::room::{Room, Share};
 use crate::copier::fleece::{MAX_SLOTS, MIN_SLOTS as MIN_FLEECE_SLOTS};
@@ -427,6 +427,7 @@ fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
         planted: None,
     };
     let at_end = at_end(Arc::clone(&target), fleece.as_ref().map(OpenedFleece::storage), sync);
+    let last_look = Some(last_look(Arc::clone(&target)));
     let job = NewJob {
         disk: disk.inner.shared.id(),
         target: storage,
@@ -438,6 +439,7 @@ fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
         depth: sweep_depth,
         plan: Box::new(plan),
         at_end: Some(at_end),
+        last_look,
     };
     let length = geometry.length();
     let disk = job.disk;

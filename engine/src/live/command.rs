@@ -3,8 +3,8 @@
 //! A command that needs an answer carries one half of an [`super::ask`] cell. A box that is closed (the ring thread has gone) drops
 //! what is put into it, and dropping an [`Answer`] answers it, so nobody waits for a thread that does not exist.
 
-use std::sync::{Arc, Weak};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use crossbeam::queue::SegQueue;
@@ -15,7 +15,7 @@ use super::asks::{Copied, Waited, Wish};
 use super::carrier::{IoOutcome, IoRequest};
 use super::controller::SweepDepth;
 use super::disk::DiskShared;
-use super::ends::run_aside;
+use super::ends::{LastLook, run_aside};
 use super::exports::ExportCommand;
 use super::jobs::JobId;
 use super::latency::Latencies;
@@ -59,12 +59,16 @@ pub(super) struct NewJob<F> {
     pub(super) depth: SweepDepth,
     pub(super) plan: MakePlan,
     pub(super) at_end: Option<AtEnd>,
+    /// For groups that stand and fall together.
+    pub(super) last_look: Option<LastLook>,
 }
 
 /// What becomes of the others when a job of a group does not succeed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum GroupFailure {
-    /// They are cancelled: the group is worth something as a whole only.
+    /// They are cancelled: the group is worth something as a whole only. None is complete before the work of all is done and each target
+    /// was seen to be still there under its name. (One that is renamed or removed after that look, in the moment in which all end, is that job's
+    /// failure alone.)
     #[default]
     FailAll,
     /// They go on.

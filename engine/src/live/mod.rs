@@ -88,6 +88,8 @@ mod token;
 #[cfg(all(test, feature = "sim"))]
 mod turns_tests;
 mod waits;
+#[cfg(all(test, feature = "sim"))]
+mod writers_tests;
 
 pub use self::admission::Permit;
 pub(crate) use self::ask::may_wait;

@@ -231,6 +231,7 @@ impl SimEngine {
                 depth,
                 plan,
                 at_end,
+                last_look: None,
             })
         };
         let made: Vec<Result<_, Error>> = jobs.into_iter().map(make).collect();

@@ -91,14 +91,17 @@ impl Writers {
     }
 
     fn take_steps(&self) -> SimSteps {
-        let [at_barrier, copies, forgot] = [0, 1, 2].map(|step: usize| self.steps[step].swap(0, Ordering::Relaxed));
+        let [at_barrier, copies, forgot] =
+            [0, 1, 2].map(|step: usize| self.steps[step].swap(0, Ordering::Relaxed));
         SimSteps { at_barrier, copies, forgot }
     }
 
     /// What was asked since the last turn, as the ring thread takes it.
     pub(super) fn take(&self) -> Option<Command<usize, SimSocket>> {
         Some(match self.questions.pop()? {
-            Question::Forget(disk, range, writer, answer) => Command::ForgetDiscards { disk, range, writer, answer },
+            Question::Forget(disk, range, writer, answer) => {
+                Command::ForgetDiscards { disk, range, writer, answer }
+            }
             Question::Copy(wish, waited, answer) => Command::Copy { wish, waited, answer },
         })
     }

@@ -1,23 +1,21 @@
 //! The ring thread turn by turn, over the simulated ring: what must not keep it, and what must not be lost between two turns.
 
 use std::cell::RefCell;
-use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
-use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::RecvTimeoutError;
 
-use super::admission::{Attempt, Permit};
+use super::admission::Attempt;
 use super::ask::{ask, ask_with};
 use super::carrier::{CarrierLimits, IoOutcome, IoRequest};
 use super::command::{Command, Inbox};
 use super::disk::read;
 use super::hosted::IoAsker;
 use super::jobs::JobId;
-use super::sim::{Pending, SimBeginWrite, SimDisk, SimEngine, SimJob};
+use super::sim::{Pending, SimDisk, SimEngine, SimJob};
 use super::{GroupFailure, NbdOptions, SweepDepth};
 use crate::copier::plan::{Limits, LivePlan, Plan, Side};
 use crate::error::Error;
@@ -25,23 +23,23 @@ use crate::job::{IoStatus, JobHandle, Outcome, Status, TargetHolds, Verb};
 use crate::modes::{CbwErrorPolicy, ErrorPolicy, SyncMode};
 use crate::ring::sim::{Disk, DiskTraits, FaultPlan, SharedWorld, SimRing, SimSocket, World};
 use crate::ring::{BufferRange, FileId, Wait};
-use crate::units::{ByteRange, ClusterRange, ClusterSize, Geometry, Length, Speed};
+use crate::units::{ByteRange, ClusterRange, ClusterSize, Geometry, Length};
 
-const CLUSTER: u64 = 8192;
-const LENGTH: u64 = 20 * CLUSTER;
+pub(super) const CLUSTER: u64 = 8192;
+pub(super) const LENGTH: u64 = 20 * CLUSTER;
 const SLOTS: u32 = 4;
 /// How long anything may take that should take a moment.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A disk and a target.
-struct Bench {
-    world: SharedWorld,
-    engine: SimEngine,
-    disk: SimDisk,
+pub(super) struct Bench {
+    pub(super) world: SharedWorld,
+    pub(super) engine: SimEngine,
+    pub(super) disk: SimDisk,
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let world = World::shared();
         let length = usize::try_from(LENGTH).unwrap();
         let traits = DiskTraits { fixed_length: true, ..DiskTraits::default() };
@@ -65,7 +63,7 @@ impl Bench {
     }
 
     /// A turn that waits for a millisecond at most.
-    fn turn(&mut self) {
+    pub(super) fn turn(&mut self) {
         let wait = self.engine.act().expect("it has not ended");
         let soon = self.engine.now().after(Duration::from_millis(1));
         self.engine.wait(match wait {
@@ -75,7 +73,7 @@ impl Bench {
         });
     }
 
-    fn turn_until<T>(&mut self, mut found: impl FnMut(&mut Self) -> Option<T>) -> T {
+    pub(super) fn turn_until<T>(&mut self, mut found: impl FnMut(&mut Self) -> Option<T>) -> T {
         for _ in 0..100_000 {
             if let Some(found) = found(self) {
                 return found;
@@ -86,7 +84,7 @@ impl Bench {
     }
 
     /// The same with half a turn of one's own.
-    fn turn_until_with<T>(&mut self, mut act: impl FnMut(&mut Self) -> Option<T>) -> T {
+    pub(super) fn turn_until_with<T>(&mut self, mut act: impl FnMut(&mut Self) -> Option<T>) -> T {
         for _ in 0..100_000 {
             if let Some(found) = act(self) {
                 return found;
@@ -97,12 +95,12 @@ impl Bench {
         panic!("it never comes")
     }
 
-    fn turn_for(&mut self, time: Duration) {
+    pub(super) fn turn_for(&mut self, time: Duration) {
         let until = self.engine.now().after(time);
         self.turn_until(|bench| (bench.engine.now() >= until).then_some(()));
     }
 
-    fn job(&self, policy: ErrorPolicy, cbw_timeout: Option<Duration>) -> SimJob {
+    pub(super) fn job(&self, policy: ErrorPolicy, cbw_timeout: Option<Duration>) -> SimJob {
         let geometry = Geometry::new(Length(LENGTH), ClusterSize::new(CLUSTER).unwrap());
         let plan = move |source: Side, file: FileId, memory: BufferRange| Plan {
             geometry,
@@ -152,7 +150,11 @@ impl Bench {
         self.engine.reactor_mut().conclude_jobs(now);
     }
 
-    fn ask_for(&mut self, job: SimJob, timeout: Duration) -> (JobHandle, Pending<Result<Vec<JobId>, Error>>) {
+    pub(super) fn ask_for(
+        &mut self,
+        job: SimJob,
+        timeout: Duration,
+    ) -> (JobHandle, Pending<Result<Vec<JobId>, Error>>) {
         let (mut handles, started) = self.engine.start(vec![job], GroupFailure::GoOn, timeout);
         (handles.pop().unwrap(), started)
     }
@@ -497,122 +499,4 @@ fn when_the_ring_thread_dies_those_who_wait_for_jobs_wake_first() {
     }));
     bench.engine.die();
     assert_eq!(told.recv_timeout(PATIENCE), Ok([true; 3]));
-}
-
-/// What one who writes by himself has; he is not woken.
-fn poll(write: &mut SimBeginWrite) -> Option<Result<Permit, Error>> {
-    match std::pin::Pin::new(write).poll(&mut Context::from_waker(Waker::noop())) {
-        Poll::Ready(permit) => Some(permit),
-        Poll::Pending => None,
-    }
-}
-
-impl Bench {
-    /// Have a permit that was waited for long enough: all that it waits for has come.
-    fn permit(&mut self, mut write: SimBeginWrite) -> Permit {
-        let permit = self.turn_until(|_| poll(&mut write));
-        permit.expect("nothing fails")
-    }
-
-    fn discard(&mut self, cluster: u64) {
-        let range = ByteRange::new(cluster * CLUSTER, CLUSTER);
-        let discard = self.engine.io(&self.disk, IoRequest::Discard { range });
-        assert!(self.turn_until(|_| discard.take()).result.is_ok());
-    }
-
-    fn holds(&self, cluster: u64, byte: u8) -> bool {
-        let bytes = usize::try_from(cluster * CLUSTER).unwrap()..usize::try_from((cluster + 1) * CLUSTER).unwrap();
-        self.world.borrow_mut().disk(0).view()[bytes].iter().all(|&here| here == byte)
-    }
-}
-
-/// The barrier of a start that gives up. `first`: he had discards forgotten before it was up.
-#[test]
-fn what_is_discarded_while_a_guest_waits_at_a_barrier_is_discarded_before_his_write() {
-    for first in [true, false] {
-        let mut bench = Bench::new();
-        let (handle, started) = bench.ask_for(bench.job(ErrorPolicy::Report, None), PATIENCE);
-        handle.set_speed(std::num::NonZeroU64::new(1).map(Speed)).unwrap();
-        let id = bench.turn_until(|_| started.take()).unwrap()[0];
-        let copied = bench.engine.copy(id, ClusterRange::new(10, 11));
-        assert!(bench.turn_until(|_| copied.take()).is_ok());
-        bench.discard(15);
-        let range = ByteRange::new(10 * CLUSTER, CLUSTER);
-        let Attempt::Granted(held) = bench.engine.attempt(&bench.disk, range) else { panic!("it is copied") };
-        let mut write = bench.engine.begin_write(&bench.disk, range);
-        if first {
-            assert!(poll(&mut write).is_none(), "one is put off");
-            bench.turn();
-        }
-        let timeout = Duration::from_millis(100);
-        let (_, starts) = bench.ask_for(bench.job(ErrorPolicy::Report, None), timeout);
-        bench.turn();
-        assert!(poll(&mut write).is_none(), "the barrier is up");
-        bench.discard(10);
-        // What comes with the barrier's coming down is on the ring then, and has not happened.
-        assert!(bench.turn_until_with(|bench| bench.engine.act().and_then(|_| starts.take())).is_err());
-        let permit = bench.permit(write);
-        bench.world.borrow_mut().disk(0).fill(range.offset, &[9; 8192]);
-        drop((permit, held));
-        handle.cancel().unwrap();
-        bench.turn_for(timeout);
-        assert!(bench.holds(10, 9), "first: {first}");
-        assert!(bench.holds(15, 0), "first: {first}");
-    }
-}
-
-/// Two jobs, of which the second could not copy while the first did; and a guest who is in no hurry.
-#[test]
-fn between_an_answer_and_the_next_question_nobodys_time_goes_by() {
-    for pause in [Duration::ZERO, Duration::from_secs(10)] {
-        let mut bench = Bench::new();
-        let target = Disk::sparse(usize::try_from(LENGTH).unwrap(), DiskTraits::default());
-        bench.world.borrow_mut().add_disk(target);
-        let timeout = Some(Duration::from_millis(500));
-        let second = SimJob { target: 2, ..bench.job(ErrorPolicy::Report, timeout) };
-        let jobs = vec![bench.job(ErrorPolicy::Report, timeout), second];
-        let (handles, started) = bench.engine.start(jobs, GroupFailure::GoOn, PATIENCE);
-        for handle in &handles {
-            handle.set_speed(std::num::NonZeroU64::new(1).map(Speed)).unwrap();
-        }
-        let ids = bench.turn_until(|_| started.take()).unwrap();
-        // All slots of the second are taken.
-        bench.world.borrow_mut().disk(2).set_stuck();
-        let many = bench.engine.copy(ids[1], ClusterRange::new(1, 9));
-        bench.turn_for(Duration::from_millis(5));
-        let range = ByteRange::new(15 * CLUSTER, 1);
-        let mut write = bench.engine.begin_write(&bench.disk, range);
-        assert!(poll(&mut write).is_none());
-        bench.turn_for(Duration::from_millis(100));
-        bench.world.borrow_mut().disk(2).set_free();
-        drop(many);
-        bench.turn_for(pause);
-        assert!(bench.engine.jobs().count() == 2 && poll(&mut write).is_none(), "the second has not copied");
-        drop(bench.permit(write));
-        assert!(bench.engine.jobs().all(|job| !job.fails), "{pause:?}");
-    }
-}
-
-/// The time for which they were asked together is that of both.
-#[test]
-fn time_for_which_jobs_were_asked_together_goes_by_for_both() {
-    let mut bench = Bench::new();
-    let target = Disk::sparse(usize::try_from(LENGTH).unwrap(), DiskTraits::default());
-    bench.world.borrow_mut().add_disk(target);
-    let timeout = |millis| Some(Duration::from_millis(millis));
-    let second = SimJob { target: 2, ..bench.job(ErrorPolicy::Report, timeout(500)) };
-    let jobs = vec![bench.job(ErrorPolicy::Report, timeout(400)), second];
-    let (handles, started) = bench.engine.start(jobs, GroupFailure::GoOn, PATIENCE);
-    for handle in &handles {
-        handle.set_speed(std::num::NonZeroU64::new(1).map(Speed)).unwrap();
-    }
-    bench.turn_until(|_| started.take()).unwrap();
-    bench.world.borrow_mut().disk(1).set_stuck();
-    bench.world.borrow_mut().disk(2).set_stuck();
-    let before = bench.engine.now();
-    let write = bench.engine.begin_write(&bench.disk, ByteRange::new(15 * CLUSTER, 1));
-    drop(bench.permit(write));
-    let waited = bench.engine.now().since(before);
-    assert!(waited >= Duration::from_millis(500) && waited < Duration::from_millis(550), "{waited:?}");
-    assert!(bench.engine.jobs().all(|job| job.fails));
 }

@@ -53,12 +53,13 @@ impl<R: Ring> Reactor<R> {
         let disks = &mut self.disks;
         let mut over = Vec::new();
         self.forgetting.retain_mut(|wait| {
+            let alive = wait.writer.strong_count() > 0;
             let free = |disk: &mut HostedDisk| disk.carrier.forget_discards(wait.range);
-            if wait.writer.strong_count() > 0 && !disks.get_mut(&wait.disk).is_none_or(free) {
+            if alive && wait.answer.is_some() && !disks.get_mut(&wait.disk).is_none_or(free) {
                 return true;
             }
             over.extend(wait.answer.take());
-            wait.writer.strong_count() > 0
+            alive
         });
         over.into_iter().for_each(|answer| answer.give(Ok(())));
     }

@@ -321,7 +321,9 @@ impl Guests {
 
     /// One who is woken looks at once, or takes his time; now and then somebody looks for nothing.
     fn looks(&mut self, at: usize, now: Timestamp) -> bool {
-        let Stage::Waiting(Waiting::Future { woken, look_at, .. }) = &mut self.own[at].stage else { return false };
+        let Stage::Waiting(Waiting::Future { woken, look_at, .. }) = &mut self.own[at].stage else {
+            return false;
+        };
         if look_at.is_none() && woken.0.load(Ordering::Relaxed) {
             let most = match self.rng.u8(..16) {
                 0 if !self.spec.patient => 60_000,

@@ -357,9 +357,7 @@ fn a_copy_that_is_complete_is_not_late_however_late_that_is_seen() {
         copier.copy_before_write(CbwId(0), ClusterRange::new(30, 31), now);
         let write = loop {
             while copier.poll(now, Places::alone(usize::MAX), &mut ops) {}
-            let of_guest = |op: &Op| {
-                matches!(op, Op::Read { offset, .. } | Op::Write { offset, .. } if *offset == 30 * CLUSTER)
-            };
+            let of_guest = |op: &Op| matches!(op, Op::Read { offset, .. } | Op::Write { offset, .. } if *offset == 30 * CLUSTER);
             let (token, op) = ops.extract_if(.., |(_, op)| of_guest(op)).next().expect("he is served");
             let Op::Read { buffer, .. } = op else { break token };
             arena.slice_mut(buffer).fill(1);
