@@ -11,6 +11,7 @@ use std::time::Duration;
 use super::handle::Shared;
 use super::{IoStatus, JobEvent, JobResult, Lifecycle, Outcome, Progress, Status};
 use crate::copier::{Copier, Ending, Event, Places};
+use crate::error::Error;
 use crate::ring::{Arena, Completion, Op, Token};
 use crate::units::Timestamp;
 
@@ -110,6 +111,14 @@ impl Runner {
             self.shared.with_lifecycle(Lifecycle::abort);
         }
         cancelled
+    }
+
+    /// End the job with `error` although its work is done, as long as only the others of its group keep it.
+    pub(crate) fn fail(&mut self, error: Arc<Error>) {
+        if matches!(self.ending, Some(Ending::Complete)) && !self.over {
+            self.ending = Some(Ending::Failed(error));
+            self.shared.with_lifecycle(Lifecycle::abort);
+        }
     }
 
     /// Hand a completion to the copier.

@@ -353,6 +353,70 @@ fn the_rest_of_a_short_read_is_as_urgent_as_a_guest_has_made_it() {
     }
 }
 
+/// The ring thread stands still for longer than a guest may wait, while the last operation of his copy is on the ring.
+#[test]
+fn a_copy_that_is_complete_is_not_late_however_late_that_is_seen() {
+    let scenario = Scenario { length: 32 * CLUSTER, ..Scenario::plain(36) };
+    // What comes first when it goes on: what has completed, the next turn, or nothing ever.
+    for first in ["completion", "turn", "nothing"] {
+        let live = LivePlan {
+            on_cbw_error: CbwErrorPolicy::BreakSnapshot,
+            cbw_timeout: Some(Duration::from_secs(1)),
+            reserved_slots: 1,
+            space_reserved: false,
+        };
+        let set = Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap());
+        let mut copier = Copier::new(Plan { live: Some(live), ..scenario.plan(blank()) }, set);
+        let (mut arena, mut now, mut ops) = (Arena::new(1 << 20).unwrap(), Timestamp::default(), Vec::new());
+        copier.copy_before_write(CbwId(0), ClusterRange::new(30, 31), now);
+        let write = loop {
+            while copier.poll(now, Places::alone(usize::MAX), &mut ops) {}
+            let of_guest = |op: &Op| matches!(op, Op::Read { offset, .. } | Op::Write { offset, .. } if *offset == 30 * CLUSTER);
+            let (token, op) = ops.extract_if(.., |(_, op)| of_guest(op)).next().expect("he is served");
+            let Op::Read { buffer, .. } = op else { break token };
+            arena.slice_mut(buffer).fill(1);
+            copier.on_completion(Completion { token, result: Ok(Output::Bytes(8192)) }, &arena, now);
+        };
+        now = now.after(Duration::from_secs(60));
+        let written = Completion { token: write, result: Ok(Output::Bytes(8192)) };
+        if first == "completion" {
+            copier.on_completion(written, &arena, now);
+        } else {
+            copier.poll(now, Places::alone(usize::MAX), &mut ops);
+            assert!(copier.take_cbw_outcomes().is_empty() && !copier.is_ending(), "nobody has looked yet");
+            assert_eq!(copier.next_deadline(now), Some(Timestamp(Duration::from_secs(1))));
+            if first == "turn" {
+                copier.on_completion(written, &arena, now);
+            }
+        }
+        copier.poll(now, Places::alone(usize::MAX), &mut ops);
+        let outcomes = copier.take_cbw_outcomes();
+        assert!(matches!(outcomes[..], [(CbwId(0), Ok(()))]), "{outcomes:?}");
+        assert_eq!(copier.is_ending(), first == "nothing", "{first}");
+    }
+}
+
+/// He has asked elsewhere for longer than he may wait here, and the sweep has copied everything meanwhile.
+#[test]
+fn one_who_asks_late_for_what_is_done_is_not_refused() {
+    let scenario = Scenario { length: 32 * CLUSTER, ..Scenario::plain(36) };
+    let live = LivePlan {
+        on_cbw_error: CbwErrorPolicy::BreakGuestWrite,
+        cbw_timeout: Some(Duration::from_secs(1)),
+        reserved_slots: 1,
+        space_reserved: false,
+    };
+    let set = Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap());
+    let mut copier = Copier::new(Plan { live: Some(live), ..scenario.plan(blank()) }, Arc::clone(&set));
+    let now = Timestamp(Duration::from_secs(60));
+    copier.poll(now, Places::alone(0), &mut Vec::new());
+    set.mark_done(ClusterRange::new(30, 31));
+    copier.copy_before_write(CbwId(0), ClusterRange::new(30, 31), Timestamp::default());
+    copier.poll(now, Places::alone(0), &mut Vec::new());
+    let outcomes = copier.take_cbw_outcomes();
+    assert!(matches!(outcomes[..], [(CbwId(0), Ok(()))]), "{outcomes:?}");
+}
+
 /// The largest run of zeros, in bytes, of a live copy of a large hole to a target that takes so long over each, when guests have nothing to ask for.
 fn largest_zero_run(each: Duration) -> u64 {
     let scenario = Scenario { cluster: 65_536, slots: 4, ..Scenario::plain(37) };
