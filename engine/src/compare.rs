@@ -302,13 +302,14 @@ fn settle(
     let range = piece.range;
     match settle_whole(disks, piece, pair) {
         Err(_) if range.length > GRAIN => {
-            let grains = (range.offset..range.end()).step_by(GRAIN as usize);
-            for offset in grains {
-                let range = ByteRange::between(offset, range.end().min(offset + GRAIN));
-                let found = settle_whole(disks, Piece { range, ..piece }, pair);
+            let mut offset = range.offset;
+            while offset < range.end() {
+                let grain = ByteRange::between(offset, range.end().min(offset + GRAIN));
+                let found = settle_whole(disks, Piece { range: grain, ..piece }, pair);
                 if let Some(difference) = found.map_err(|error| (offset, error))? {
                     return Ok(Some(difference));
                 }
+                offset = grain.end();
             }
             Ok(None)
         }
