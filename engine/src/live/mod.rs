@@ -32,6 +32,7 @@
 //! | `own_write`, `waits` | What those who write by themselves wait for. |
 //! | `carrier` | Guest I/O that the engine carries: a state machine on the ring thread. |
 //! | `reactor`, `hosted`, `host` | The loop of the ring thread over many disks and jobs. |
+//! | `reads` | The reads of a job's snapshot, and whose turn it is. |
 //! | `disks`, `places` | The disks in turns; whose the places on the ring are. |
 //! | `starts`, `groups`, `ends` | How jobs start, stand, and end together; the last steps of each. |
 //! | `death` | What becomes of everybody when the ring thread dies. |
@@ -74,6 +75,7 @@ mod places;
 #[cfg(feature = "sim")]
 mod planted;
 mod reactor;
+mod reads;
 mod room;
 #[cfg(feature = "sim")]
 pub mod sim;

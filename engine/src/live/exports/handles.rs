@@ -29,7 +29,8 @@ pub(in crate::live) struct ExportId(pub(in crate::live) u64);
 /// Bounds of a server.
 #[derive(Clone, Debug)]
 pub struct NbdOptions {
-    /// Most clients at a time, 1 to 1,024. Whoever comes then waits in the listener's backlog until one leaves.
+    /// Most clients at a time, 1 to 1,024. Whoever comes then waits in the listener's backlog until one leaves. With 1 nobody is offered to come in
+    /// several times (`NBD_FLAG_CAN_MULTI_CONN`); with 2 or 3 a tool that does, as nbdcopy does four times, waits for itself.
     pub clients: usize,
     /// Bytes that the clients' payloads may take together, at least 256 KiB. Beyond that each has a little of its own, so that
     /// one who does not read what it asked for keeps nobody else waiting: see [`crate::nbd::ConnectionLimits`].

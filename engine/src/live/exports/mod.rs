@@ -179,7 +179,7 @@ impl Hub {
             accepting: false,
             closed,
             accept_after: Timestamp::default(),
-            table: Table::new(default_export),
+            table: Table::new(default_export, clients),
             clients: 0,
             most_clients: clients,
             shared: SharedBytes::new(usize::try_from(memory).unwrap_or(usize::MAX)),
