@@ -97,7 +97,9 @@ pub use self::command::GroupFailure;
 pub use self::controller::SweepDepth;
 pub use self::disk::{BeginWrite, Io, LiveDisk, read};
 pub use self::engine::{DiskOptions, Engine, EngineEnd, EngineOptions};
-pub use self::exports::{Export, ExportOptions, ExportSource, NbdListener, NbdOptions, NbdServer, Removal};
+pub use self::exports::{
+    Export, ExportOptions, ExportSource, NbdListener, NbdOptions, NbdServer, NotAccepted, Removal,
+};
 pub use self::latency::{GuestLatencies, Latencies};
 pub use self::listing::RunningJob;
 // Not for embedders: for the engine's own benches and model checks, which are crates of their own.
