@@ -66,7 +66,7 @@ use fleece::Fleece;
 use give_back::GiveBack;
 use guests::Guests;
 use operations::Task;
-use plan::Plan;
+use plan::{LivePlan, Plan};
 pub use queue::Places;
 use queue::Queue;
 use retry::RetryList;
@@ -288,11 +288,11 @@ impl Copier {
             holes: ExtentWindow::new(crate::ring::ExtentQuery::Data, length, plan.limits.extents),
             layers,
             uncovered,
-            give_back: plan
-                .live
-                .filter(|live| live.space_reserved)
-                .map(|_| GiveBack::new(geometry.clusters())),
-            zeroing: Zeroing::Operation(ZeroMethod::Unmap),
+            give_back: plan.live.filter(LivePlan::gives_back).map(|_| GiveBack::new(geometry.clusters())),
+            zeroing: Zeroing::Operation(match plan.live {
+                Some(LivePlan { may_unmap: false, .. }) => ZeroMethod::Keep,
+                _ => ZeroMethod::Unmap,
+            }),
             zeroing_failures: 0,
             blank_is_zero: plan.target_is_zero,
             zero_runs: ZeroRuns::new(plan.limits.zero_run_bytes, cluster_bytes, plan.live.is_some()),

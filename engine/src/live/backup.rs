@@ -87,6 +87,9 @@ pub struct BackupOptions {
     pub zero_detect: bool,
     /// The target reads as zeros.
     pub target_is_zero: bool,
+    /// Zeros may be made on the target by giving its space back, as a hole or an unmapped range. If not, they take the space that they are
+    /// written to: by an operation that keeps it, or as data. What reads as zeros already, and a hole is left alone either way.
+    pub may_unmap: bool,
     /// Overwrite an existing file: it is emptied before the start, and stays so should that find no instant without writes after all
     /// (it was tried before).
     pub force: bool,
@@ -122,6 +125,7 @@ impl BackupOptions {
             depth: SweepDepth::Auto,
             zero_detect: true,
             target_is_zero: false,
+            may_unmap: true,
             force: false,
             in_place: false,
             max_request: MAX_REQUEST_BYTES,
@@ -421,6 +425,7 @@ fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
             cbw_timeout: options.cbw_timeout,
             reserved_slots: (slots / u32::try_from(RESERVED_PART).expect("small")).max(1),
             space_reserved,
+            may_unmap: options.may_unmap,
         }),
         limits: Limits::default(),
         #[cfg(feature = "sim")]

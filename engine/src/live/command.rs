@@ -101,6 +101,8 @@ pub(super) enum Command<F, S> {
         file: F,
         /// Of direct I/O; `None`: buffered.
         direct_alignment: Option<u32>,
+        /// Whether zeros that keep their space are never written one by one.
+        keep_is_fast: bool,
         disk: Arc<DiskShared>,
         opened: Option<Arc<Opened>>,
         share: Share,

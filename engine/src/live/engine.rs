@@ -24,7 +24,7 @@ use crate::copy::IoEngine;
 use crate::error::{Error, Operation, Refusal};
 use crate::ring::select::{self, OpenedRing, RingConfig};
 use crate::ring::{Ring, Wake};
-use crate::storage::{LiveAccess, Locator, alignment_of, node_at, open_live};
+use crate::storage::{LiveAccess, Locator, alignment_of, keep_is_fast, node_at, open_live};
 
 /// How to set an engine up.
 #[derive(Clone, Debug)]
@@ -220,6 +220,7 @@ impl Engine {
         let (answer, asked) = ask();
         self.handle.inbox.send(Command::AddDisk {
             direct_alignment: alignment_of(storage.as_ref()),
+            keep_is_fast: keep_is_fast(storage.as_ref()),
             file: storage,
             disk: Arc::clone(&shared),
             opened: opened.clone(),

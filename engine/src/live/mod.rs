@@ -32,6 +32,7 @@
 //! | `own_write`, `begin_write`, `waits` | What those who write by themselves wait for, and how. |
 //! | `carrier` | Guest I/O that the engine carries: a state machine on the ring thread. |
 //! | `reactor`, `hosted`, `host` | The loop of the ring thread over many disks and jobs. |
+//! | `reads` | The reads of a job's snapshot, and whose turn it is. |
 //! | `disks`, `places` | The disks in turns; whose the places on the ring are. |
 //! | `starts`, `groups`, `ends` | How jobs start, stand, and end together; the last steps of each. |
 //! | `death` | What becomes of everybody when the ring thread dies. |
@@ -75,6 +76,7 @@ mod places;
 #[cfg(feature = "sim")]
 mod planted;
 mod reactor;
+mod reads;
 mod room;
 #[cfg(feature = "sim")]
 pub mod sim;
@@ -101,7 +103,9 @@ pub use self::command::GroupFailure;
 pub use self::controller::SweepDepth;
 pub use self::disk::{BeginWrite, Io, LiveDisk, read};
 pub use self::engine::{DiskOptions, Engine, EngineEnd, EngineOptions};
-pub use self::exports::{Export, ExportOptions, ExportSource, NbdListener, NbdOptions, NbdServer, Removal};
+pub use self::exports::{
+    Export, ExportOptions, ExportSource, NbdListener, NbdOptions, NbdServer, NotAccepted, Removal,
+};
 pub use self::latency::{GuestLatencies, Latencies};
 pub use self::listing::RunningJob;
 // Not for embedders: for the engine's own benches and model checks, which are crates of their own.

@@ -25,6 +25,7 @@ use super::asks::{Asker, Asks, forget_beside};
 use super::carrier::{CarrierLimits, IoOutcome, IoRequest};
 use super::command::{Command, GroupFailure, Inbox, NewGroup};
 use super::controller::Controller;
+use super::disks::Carried;
 use super::ends::End;
 use super::exports::{Backend, Hub, Wanted};
 use super::groups::{Look, Looked};
@@ -34,11 +35,11 @@ use super::latency::GuestLatencies;
 use super::places::Taken;
 #[cfg(feature = "sim")]
 use super::planted::Planted;
+use super::reads::{MAX_READ_BYTES, Reads, Refused};
 use super::room::{Room, Share};
 use super::starts::Raised;
 use super::token::{Owner, owner_of, token_of};
 use super::waits::ForgetWait;
-use crate::copier::snapshot::SnapshotId;
 use crate::error::{Error, ErrorKind, Operation};
 use crate::job::runner::Runner;
 use crate::ring::{Completion, FileId, Op, Ring, RingFailure, Token, Wait};
@@ -60,8 +61,7 @@ pub(super) struct Job {
     pub(super) on_failure: GroupFailure,
     pub(super) look: Look,
     pub(super) asks: Asks,
-    /// With how many bytes each asks for.
-    pub(super) reads: BTreeMap<SnapshotId, (u64, IoAsker)>,
+    pub(super) reads: Reads,
     pub(super) next_ask: u64,
 }
 
@@ -95,10 +95,6 @@ pub(super) struct Reactor<R: Ring> {
     #[cfg(feature = "sim")]
     pub(super) planted: Planted,
 }
-
-/// Most reads of a snapshot at a time, and most bytes of them together: what is read is kept until it is handed over.
-const MAX_READS: usize = 4096;
-const MAX_READ_BYTES: u64 = 256 << 20;
 
 /// Most commands taken in one turn: those who do not stop asking must not keep the others from the ring.
 const COMMANDS_A_TURN: usize = 512;
@@ -230,9 +226,9 @@ impl<R: Ring> Reactor<R> {
 
     fn take_command(&mut self, command: Command<R::File, R::Socket>, now: Timestamp) {
         match command {
-            Command::AddDisk { file, direct_alignment, disk, opened, share, answer } => {
-                let added = self.add_disk(file, direct_alignment, disk, opened, share);
-                answer.give(added);
+            Command::AddDisk { file, direct_alignment, keep_is_fast, disk, opened, share, answer } => {
+                let how = Carried { direct_alignment, keep_is_fast };
+                answer.give(self.add_disk(file, how, disk, opened, share));
             }
             Command::RemoveDisk { disk, source } => {
                 self.disks.get_mut(&disk).expect("it has had a handle until now").close(source);
@@ -287,30 +283,24 @@ impl<R: Ring> Reactor<R> {
         // One that is over answers nobody any more.
         let reads = |job: &Job| job.watch.id() == id && !job.runner.copier.is_finished();
         let Some(job) = self.jobs.iter_mut().map(|(_, job)| job).find(|job| reads(job)) else {
-            let error = Error::new(
-                ErrorKind::Io(Errno::ESTALE),
-                Operation::ReadSnapshot,
-                "the disk",
-                "the job has ended, and with it the snapshot",
-            );
-            return tell(asker, IoOutcome { result: Err(error.at(range)) }, &mut self.exports);
+            return tell(asker, has_ended(range), &mut self.exports);
         };
-        let bytes: u64 = job.reads.values().map(|(bytes, _)| bytes).sum();
-        if job.reads.len() >= MAX_READS || bytes.saturating_add(range.length) > MAX_READ_BYTES {
-            let name = self.disks[&job.disk].shared.name().to_string();
-            let error = if job.reads.is_empty() {
-                let reason = format!("{} bytes are more than are read at a time", range.length);
-                Error::new(ErrorKind::Io(Errno::EINVAL), Operation::ReadSnapshot, name, reason)
-                    .advise(format!("read at most {MAX_READ_BYTES} bytes at a time"))
-            } else {
-                too_many(Operation::ReadSnapshot, name, job.reads.len())
-            };
-            return tell(asker, IoOutcome { result: Err(error.at(range)) }, &mut self.exports);
+        match job.reads.add(range, asker) {
+            Ok(Some(read)) => job.runner.copier.read_snapshot(read, range),
+            Ok(None) => {}
+            Err((asker, refused)) => {
+                let name = self.disks[&job.disk].shared.name().to_string();
+                let error = match refused {
+                    Refused::TooLarge => {
+                        let reason = format!("{} bytes are more than are read at a time", range.length);
+                        Error::new(ErrorKind::Io(Errno::EINVAL), Operation::ReadSnapshot, name, reason)
+                            .advise(format!("read at most {MAX_READ_BYTES} bytes at a time"))
+                    }
+                    Refused::TooMany(most) => too_many(Operation::ReadSnapshot, name, most),
+                };
+                tell(asker, IoOutcome { result: Err(error.at(range)) }, &mut self.exports);
+            }
         }
-        let read = SnapshotId(job.next_ask);
-        job.next_ask += 1;
-        job.reads.insert(read, (range.length, asker));
-        job.runner.copier.read_snapshot(read, range);
     }
 
     /// Let the jobs act; `true`: there is more to do at once.
@@ -342,9 +332,9 @@ impl<R: Ring> Reactor<R> {
                 }
             }
             for (id, result) in job.runner.copier.take_snapshot_outcomes() {
-                let (_, asker) = job.reads.remove(&id).expect("every read has its asker");
-                tell(asker, IoOutcome { result }, &mut self.exports);
+                tell(job.reads.ended(id), IoOutcome { result }, &mut self.exports);
             }
+            more |= job.begin_reads(&mut self.exports);
             for (id, outcome) in job.runner.copier.take_cbw_outcomes() {
                 let ask = job.asks.answered(id, &mut beside);
                 match ask.asker {
@@ -464,7 +454,7 @@ impl<R: Ring> Reactor<R> {
             on_failure,
             look,
             asks: Asks::default(),
-            reads: BTreeMap::new(),
+            reads: Reads::default(),
             next_ask: 0,
         };
         self.jobs.insert(entry);
@@ -474,6 +464,32 @@ impl<R: Ring> Reactor<R> {
     pub(super) fn close(self) {
         self.inbox.close();
     }
+}
+
+impl Job {
+    /// Begin reads that have waited for their turn; whether there were any. Once the job is ending, there is nothing to wait for.
+    fn begin_reads(&mut self, exports: &mut Hub) -> bool {
+        let copier = &mut self.runner.copier;
+        if copier.is_ending() {
+            while let Some((range, asker)) = self.reads.give_up() {
+                tell(asker, has_ended(range), exports);
+            }
+            return false;
+        }
+        let mut any = false;
+        while let Some((read, range)) = self.reads.next() {
+            copier.read_snapshot(read, range);
+            any = true;
+        }
+        any
+    }
+}
+
+/// What becomes of a read of a snapshot that is gone.
+fn has_ended(range: ByteRange) -> IoOutcome {
+    let reason = "the job has ended, and with it the snapshot";
+    let error = Error::new(ErrorKind::Io(Errno::ESTALE), Operation::ReadSnapshot, "the disk", reason);
+    IoOutcome { result: Err(error.at(range)) }
 }
 
 /// Tell whoever waits for a request how it ended.

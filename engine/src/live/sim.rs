@@ -176,8 +176,16 @@ impl SimEngine {
         let bytes = self.carrier_bytes;
         match self.reactor().room().take(bytes, 1, Operation::OpenSource, &disk.name()) {
             Ok(share) => {
-                let (disk, opened) = (Arc::clone(&disk), None);
-                self.send(Command::AddDisk { file, direct_alignment, disk, opened, share, answer });
+                let (disk, opened, keep_is_fast) = (Arc::clone(&disk), None, true);
+                self.send(Command::AddDisk {
+                    file,
+                    direct_alignment,
+                    keep_is_fast,
+                    disk,
+                    opened,
+                    share,
+                    answer,
+                });
             }
             Err(error) => answer.give(Err(error)),
         }

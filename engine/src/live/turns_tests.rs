@@ -127,6 +127,7 @@ impl Bench {
                 cbw_timeout,
                 reserved_slots: 1,
                 space_reserved: false,
+                may_unmap: true,
             }),
             limits: Limits::default(),
             planted: None,

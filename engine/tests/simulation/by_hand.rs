@@ -330,6 +330,7 @@ fn the_rest_of_a_short_read_is_as_urgent_as_a_guest_has_made_it() {
             cbw_timeout: None,
             reserved_slots: 1,
             space_reserved: false,
+            may_unmap: true,
         };
         let set = Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap());
         let mut copier = Copier::new(Plan { live: Some(live), ..scenario.plan(blank()) }, set);
@@ -426,6 +427,7 @@ fn largest_zero_run(each: Duration) -> u64 {
         cbw_timeout: None,
         reserved_slots: 1,
         space_reserved: false,
+        may_unmap: true,
     };
     let plan = scenario.plan(blank());
     let limits = Limits { zero_run_bytes: 32 << 20, ..plan.limits };
@@ -456,6 +458,57 @@ fn runs_of_zeros_are_as_large_as_the_target_is_quick_with_them() {
     assert_eq!(largest_zero_run(Duration::from_micros(100)), 32 << 20);
     assert_eq!(largest_zero_run(Duration::from_millis(4)), 512 << 10, "it is not quick with the first");
     assert_eq!(largest_zero_run(Duration::from_millis(50)), 512 << 10);
+}
+
+/// How a live copy makes zeros on its target: of a hole, or of data that is zero.
+fn ways_of_zeros(may_unmap: bool, is_new: bool, hole: bool) -> Vec<ZeroMethod> {
+    let scenario = Scenario { length: 32 * CLUSTER, ..Scenario::plain(39) };
+    let live = LivePlan {
+        on_cbw_error: CbwErrorPolicy::BreakSnapshot,
+        cbw_timeout: None,
+        reserved_slots: 1,
+        space_reserved: is_new,
+        may_unmap,
+    };
+    let plan = Plan {
+        live: Some(live),
+        target_is_zero: is_new,
+        allocate_ahead: false,
+        zero_detect: true,
+        ..scenario.plan(blank())
+    };
+    let mut copier = Copier::new(plan, Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap()));
+    let (arena, now) = (Arena::new(1 << 20).unwrap(), Timestamp::default());
+    let (mut ops, mut ways) = (Vec::new(), Vec::new());
+    while !copier.is_finished() {
+        while copier.poll(now, Places::alone(usize::MAX), &mut ops) {}
+        for (token, op) in ops.drain(..) {
+            let output = match op {
+                Op::Extents { range, .. } => Output::Extents(vec![Extent { range, present: !hole }]),
+                Op::Read { buffer, .. } => Output::Bytes(buffer.length),
+                Op::Write { .. } => panic!("zeros as data"),
+                Op::WriteZeroes { method, .. } => {
+                    ways.push(method);
+                    Output::Done
+                }
+                _ => Output::Done,
+            };
+            copier.on_completion(Completion { token, result: Ok(output) }, &arena, now);
+        }
+    }
+    ways.dedup();
+    ways
+}
+
+#[test]
+fn space_of_a_target_that_may_not_be_given_back_is_kept() {
+    for hole in [true, false] {
+        assert_eq!(ways_of_zeros(true, false, hole), [ZeroMethod::Unmap]);
+        assert_eq!(ways_of_zeros(false, false, hole), [ZeroMethod::Keep]);
+        // What was reserved, and nothing was written to.
+        assert_eq!(ways_of_zeros(true, true, hole), [ZeroMethod::Unmap]);
+        assert_eq!(ways_of_zeros(false, true, hole), []);
+    }
 }
 
 /// A cancel that was accepted while the last checkpoint was on its way: the map stays, and the next run has nothing left to copy.

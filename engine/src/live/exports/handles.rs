@@ -29,7 +29,8 @@ pub(in crate::live) struct ExportId(pub(in crate::live) u64);
 /// Bounds of a server.
 #[derive(Clone, Debug)]
 pub struct NbdOptions {
-    /// Most clients at a time, 1 to 1,024. Whoever comes then waits in the listener's backlog until one leaves.
+    /// Most clients at a time, 1 to 1,024. Whoever comes then waits in the listener's backlog until one leaves. With 1 nobody is offered to come in
+    /// several times (`NBD_FLAG_CAN_MULTI_CONN`); with 2 or 3 a tool that does, as nbdcopy does four times, waits for itself.
     pub clients: usize,
     /// Bytes that the clients' payloads may take together, at least 256 KiB. Beyond that each has a little of its own, so that
     /// one who does not read what it asked for keeps nobody else waiting: see [`crate::nbd::ConnectionLimits`].
@@ -38,12 +39,36 @@ pub struct NbdOptions {
     pub default_export: Option<String>,
     /// Take no clients before [`NbdServer::open`]: whoever comes earlier waits, rather than miss the exports that are still to be added.
     pub closed: bool,
+    /// Who hears of it when a client cannot be accepted, as where the host has no descriptor left: he waits then, or is closed.
+    pub on_not_accepted: Option<NotAccepted>,
+}
+
+/// Called on the ring thread when a client cannot be accepted; once, until one is accepted again.
+#[derive(Clone)]
+pub struct NotAccepted(Arc<dyn Fn(&Error) + Send + Sync>);
+
+impl NotAccepted {
+    /// `call` must not block.
+    #[must_use]
+    pub fn new(call: impl Fn(&Error) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(call))
+    }
+
+    pub(super) fn tell(&self, error: &Error) {
+        crate::foreign::call("a callback", || (self.0)(error));
+    }
+}
+
+impl fmt::Debug for NotAccepted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NotAccepted").finish_non_exhaustive()
+    }
 }
 
 impl Default for NbdOptions {
     /// 1,024 clients, 64 MiB.
     fn default() -> Self {
-        Self { clients: 1024, memory: 64 << 20, default_export: None, closed: false }
+        Self { clients: 1024, memory: 64 << 20, default_export: None, closed: false, on_not_accepted: None }
     }
 }
 
