@@ -12,6 +12,7 @@ use engine::ring::sim::SharedWorld;
 use engine::units::{ByteRange, Timestamp};
 use fastrand::Rng;
 
+use crate::blame::Blame;
 use crate::oracle::Job;
 use crate::scenario::{BLOCK, DiskSpec, Path};
 use crate::seen::Seen;
@@ -317,12 +318,12 @@ impl Guests {
         }
     }
 
-    /// Take in the answers that the engine has given by `now`. `may_fail`: whether anything was made to fail.
+    /// Take in the answers that the engine has given by `now`.
     pub(crate) fn take_answers(
         &mut self,
         world: &SharedWorld,
         now: Timestamp,
-        may_fail: bool,
+        (blame, jobs): (&Blame<'_>, &[Job]),
         seen: &mut Seen,
     ) -> Result<(), String> {
         let ids: Vec<IoId> = self.carried.keys().copied().collect();
@@ -330,21 +331,27 @@ impl Guests {
             let Some(outcome) = self.carried[&id].pending.take() else { continue };
             let Carried { kind, since, .. } = self.carried.remove(&id).expect("just seen");
             self.longest = self.longest.max(now.since(since));
-            self.take_outcome(id, kind, outcome, world, may_fail, seen)
+            let changes = kind == Kind::Write;
+            seen.answer(blame.is_sure_of_request(jobs, self.number, changes, since));
+            let judged = outcome.result.as_ref().err().map_or(Ok(()), |error| {
+                blame.request(jobs, (self.number, true, changes), (since, now), error)
+            });
+            judged
+                .and_then(|()| self.take_outcome(id, kind, outcome, world, seen))
                 .map_err(|wrong| format!("disk {}, {kind:?} {id:?}: {wrong}", self.number))?;
         }
         for own in &mut self.own {
             let (Stage::Copying(pending) | Stage::Forgetting(pending)) = &own.stage else { continue };
-            match pending.take() {
-                None => {}
-                Some(Ok(())) => own.stage = Stage::Trying(now),
-                Some(Err(_)) if may_fail => {
-                    seen.refused += 1;
-                    // He does without.
-                    own.stage = Stage::Trying(now);
-                    own.range = ByteRange::new(own.range.offset, 0);
-                }
-                Some(Err(error)) => return Err(format!("a copy for {} failed: {error}", own.range)),
+            let Some(answer) = pending.take() else { continue };
+            seen.answer(blame.is_sure_of_request(jobs, self.number, true, own.since));
+            own.stage = Stage::Trying(now);
+            if let Err(error) = answer {
+                blame
+                    .request(jobs, (self.number, false, true), (own.since, now), &error)
+                    .map_err(|wrong| format!("disk {}, a copy for {}: {wrong}", self.number, own.range))?;
+                seen.refused += 1;
+                // He does without.
+                own.range = ByteRange::new(own.range.offset, 0);
             }
         }
         self.own.retain(|own| !own.range.is_empty());
@@ -357,16 +364,10 @@ impl Guests {
         kind: Kind,
         outcome: IoOutcome,
         world: &SharedWorld,
-        may_fail: bool,
         seen: &mut Seen,
     ) -> Result<(), String> {
         let result = outcome.result;
-        if let Err(error) = &result {
-            seen.failed += 1;
-            if !may_fail {
-                return Err(format!("failed for no reason: {error}"));
-            }
-        }
+        seen.failed += u64::from(result.is_err());
         match kind {
             Kind::Write | Kind::Discard => self.shadow.changed(id, Some(result.is_ok())),
             Kind::Read => {
@@ -389,6 +390,7 @@ impl Guests {
         engine: &mut SimEngine,
         world: &SharedWorld,
         now: Timestamp,
+        judges: (&Blame<'_>, &[Job]),
         seen: &mut Seen,
     ) -> Result<(), String> {
         let copying = self
@@ -400,10 +402,10 @@ impl Guests {
         for (id, Carried { kind, pending, .. }) in std::mem::take(&mut self.carried) {
             let outcome = pending.take().ok_or_else(|| format!("{kind:?} {id:?} waits for the dead"))?;
             // What had ended before may be told yet.
-            self.take_outcome(id, kind, outcome, world, true, seen)?;
+            self.take_outcome(id, kind, outcome, world, seen)?;
         }
         let own_before = self.own.len();
-        self.take_answers(world, now, true, seen)?;
+        self.take_answers(world, now, judges, seen)?;
         if self.own.iter().any(|own| matches!(own.stage, Stage::Copying(_) | Stage::Forgetting(_))) {
             return Err("a copy waits for the dead".into());
         }
@@ -421,6 +423,15 @@ impl Guests {
             self.write(world, own.id, own.range, own.act);
         }
         Ok(())
+    }
+
+    /// Longest time for which one of them has waited by now; `None`: some have gone, and nobody knows how long what they asked for waits.
+    pub(crate) fn waits(&self, now: Timestamp) -> Option<Duration> {
+        let waits = |own: &&Own| !matches!(own.stage, Stage::Holding { .. });
+        let own = self.own.iter().filter(waits).map(|own| own.since);
+        let since = self.carried.values().map(|carried| carried.since).chain(own);
+        let longest = since.map(|since| now.since(since)).max().unwrap_or_default();
+        self.spec.patient.then_some(longest)
     }
 
     /// Whether the disk holds what the guests left there.

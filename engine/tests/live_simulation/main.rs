@@ -9,12 +9,14 @@
 //! failure names its seed, and `LIVE_SIM_FIRST=<seed> LIVE_SIM_SEEDS=1` repeats it.
 
 mod beside;
+mod blame;
 mod by_hand;
 mod directed;
 mod exhaustive;
 mod guests;
 mod oracle;
 mod planted;
+mod random;
 mod readers;
 mod run;
 mod scenario;

@@ -27,12 +27,24 @@ pub(crate) struct Seen {
     pub(crate) uncovered: u64,
     /// Discards that were put off, and forgotten for a guest who writes by himself.
     pub(crate) forgot: u64,
+    /// Clusters that were seen in a fleece file, and not on the target.
+    pub(crate) fleeced: u64,
+    /// Jobs whose fleece file was full.
+    pub(crate) fleece_full: u64,
+    /// Answers to guests.
+    pub(crate) answers: u64,
+    /// Of these, to requests that nothing can have made to fail.
+    pub(crate) sure_answers: u64,
+    /// Jobs whose end was told.
+    pub(crate) jobs: u64,
+    /// Of these, those that nothing can have made to fail.
+    pub(crate) sure_jobs: u64,
     /// What was left out, and then tried by a guest.
     pub(crate) unskipped: u64,
 }
 
 impl Seen {
-    fn counts(&mut self) -> [&mut u64; 22] {
+    fn counts(&mut self) -> [&mut u64; 28] {
         [
             &mut self.granted,
             &mut self.at_barrier,
@@ -55,8 +67,20 @@ impl Seen {
             &mut self.snapshot,
             &mut self.uncovered,
             &mut self.forgot,
+            &mut self.fleeced,
+            &mut self.fleece_full,
+            &mut self.answers,
+            &mut self.sure_answers,
+            &mut self.jobs,
+            &mut self.sure_jobs,
             &mut self.unskipped,
         ]
+    }
+
+    /// A guest was answered, and nothing can have made his request fail, or something can.
+    pub(crate) fn answer(&mut self, is_sure: bool) {
+        self.answers += 1;
+        self.sure_answers += u64::from(is_sure);
     }
 
     pub(crate) fn add(&mut self, mut other: Self) {
