@@ -76,8 +76,7 @@ impl JobSpec {
     /// Whether it ends for that, met at its source by the sweep or by a guest's copy.
     fn ends_for_source(&self, matter: Matter) -> bool {
         let for_guests = !self.breaks_guests() && self.source_policy != ErrorPolicy::Ignore;
-        matches!(matter, Matter::Io | Matter::Short)
-            && (for_guests || Self::ends_for(self.source_policy, matter))
+        matter != Matter::Flush && (for_guests || Self::ends_for(self.source_policy, matter))
     }
 
     /// The same of its target, of which no flush may fail.
@@ -89,7 +88,7 @@ impl JobSpec {
 impl Blame<'_> {
     /// Whether `matter` was made to happen to operations from `since` on, to those on file `file` of the world.
     fn happens(&self, matter: Matter, file: usize, since: Timestamp) -> bool {
-        if self.quiet_since.is_some_and(|quiet| quiet <= since) {
+        if self.quiet_since.is_some_and(|quiet| quiet < since) {
             return false;
         }
         let faults = &self.scenario.faults;
@@ -195,8 +194,8 @@ impl Blame<'_> {
         if may { Ok(()) } else { Err(format!("it failed for no reason: {error}")) }
     }
 
-    /// Whether a request of a guest of disk `disk`, submitted at `since`, which changes it or not, can fail.
-    pub(crate) fn is_sure_of_request(
+    /// Whether a request of a guest of disk `disk`, submitted at `since`, which changes it or not, may fail.
+    pub(crate) fn may_fail_request(
         &self,
         jobs: &[Job],
         disk: usize,
@@ -207,7 +206,7 @@ impl Blame<'_> {
             job.breaks(disk, since)
                 && (job.spec.times_out() || self.is_troubled(job, since) || self.may_be_full(job))
         };
-        !self.dead && !self.anything_happens(disk, since) && !(changes && jobs.iter().any(breaks))
+        self.dead || self.anything_happens(disk, since) || (changes && jobs.iter().any(breaks))
     }
 
     fn may_be_full(&self, job: &Job) -> bool {

@@ -8,7 +8,7 @@ use engine::ring::sim::{Fault, FaultPlan};
 use nix::errno::Errno;
 
 use crate::run::{Ended, Script, run, run_script};
-use crate::scenario::{Layers, Path, Scenario};
+use crate::scenario::{FleeceSpec, Layers, Path, Scenario};
 
 const FAULTS: [Fault; 7] = [
     Fault::Short,
@@ -31,8 +31,11 @@ fn small(path: Path, seed: u64) -> Scenario {
 }
 
 fn scenarios() -> Vec<Scenario> {
-    let mut all =
-        vec![small(Path::Carried, 31), small(Path::Own, 32), small(Path::Both, 33), small(Path::Both, 34)];
+    let mut all = [Path::Carried, Path::Own, Path::Both, Path::Both, Path::Both]
+        .into_iter()
+        .zip(31..)
+        .map(|(path, seed)| small(path, seed))
+        .collect::<Vec<_>>();
     all[0].starts[0].jobs[0].target_is_zero = false;
     all[0].starts[0].jobs[0].target.fixed_length = true;
     all[1].starts[0].jobs[0].target.direct_alignment = None;
@@ -40,6 +43,7 @@ fn scenarios() -> Vec<Scenario> {
     all[2].starts[0].jobs.push(second);
     all[3].disks[0].layers = Layers::Some;
     all[3].starts[0].jobs[0].sync = SyncMode::Top;
+    all[4].starts[0].jobs[0].fleece = Some(FleeceSpec::plain(4));
     all
 }
 

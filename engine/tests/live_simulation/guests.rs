@@ -332,7 +332,7 @@ impl Guests {
             let Carried { kind, since, .. } = self.carried.remove(&id).expect("just seen");
             self.longest = self.longest.max(now.since(since));
             let changes = kind == Kind::Write;
-            seen.answer(blame.is_sure_of_request(jobs, self.number, changes, since));
+            seen.answer(!blame.may_fail_request(jobs, self.number, changes, since));
             let judged = outcome.result.as_ref().err().map_or(Ok(()), |error| {
                 blame.request(jobs, (self.number, true, changes), (since, now), error)
             });
@@ -343,7 +343,7 @@ impl Guests {
         for own in &mut self.own {
             let (Stage::Copying(pending) | Stage::Forgetting(pending)) = &own.stage else { continue };
             let Some(answer) = pending.take() else { continue };
-            seen.answer(blame.is_sure_of_request(jobs, self.number, true, own.since));
+            seen.answer(!blame.may_fail_request(jobs, self.number, true, own.since));
             own.stage = Stage::Trying(now);
             if let Err(error) = answer {
                 blame
@@ -368,6 +368,8 @@ impl Guests {
     ) -> Result<(), String> {
         let result = outcome.result;
         seen.failed += u64::from(result.is_err());
+        let is_full = |error: &Error| error.reason().contains("fleece file is full");
+        seen.fleece_refused += u64::from(result.as_ref().err().is_some_and(is_full));
         match kind {
             Kind::Write | Kind::Discard => self.shadow.changed(id, Some(result.is_ok())),
             Kind::Read => {

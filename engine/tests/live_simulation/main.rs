@@ -13,6 +13,7 @@ mod blame;
 mod by_hand;
 mod directed;
 mod exhaustive;
+mod fleeced;
 mod guests;
 mod oracle;
 mod planted;

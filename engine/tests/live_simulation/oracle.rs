@@ -233,6 +233,7 @@ impl Job {
             Outcome::Failed(error) => {
                 blame.job(self, error, now)?;
                 seen.failed_jobs += 1;
+                seen.fleece_refused += u64::from(error.reason().contains("fleece file is full"));
             }
             Outcome::Cancelled if self.cancel_asked || self.may_be_taken_along => {
                 seen.cancelled += 1;

@@ -111,7 +111,7 @@ impl JobSpec {
             cancel_at = cancel_at.or(Some(micros(rng, 400_000)));
         }
         let cluster = 4096 << rng.u32(0..5);
-        Self {
+        let mut job = Self {
             disk,
             cluster,
             fleece: (rng.u8(..3) == 0).then(|| FleeceSpec::random(rng, cluster, faulty)),
@@ -139,7 +139,13 @@ impl JobSpec {
             cancel_at,
             sync,
             reads: if rng.u8(..3) == 0 { rng.u64(1..40) } else { 0 },
+        };
+        if faulty && job.fleece.is_some() && rng.bool() {
+            // It stops, perhaps for long enough to have its fleece file filled.
+            job.target_policy = ErrorPolicy::Stop;
+            job.bad_target = some_bad(rng, disks[disk].length);
         }
+        job
     }
 }
 
@@ -214,8 +220,9 @@ fn random_faults(rng: &mut Rng) -> FaultPlan {
 }
 
 fn bad(rng: &mut Rng, length: u64) -> Vec<ByteRange> {
-    if rng.u8(0..3) > 0 {
-        return Vec::new();
-    }
+    if rng.u8(0..3) > 0 { Vec::new() } else { some_bad(rng, length) }
+}
+
+fn some_bad(rng: &mut Rng, length: u64) -> Vec<ByteRange> {
     (0..rng.usize(1..4)).map(|_| ByteRange::new(rng.u64(0..length), rng.u64(1..5000))).collect()
 }

@@ -204,6 +204,12 @@ impl DiskSpec {
     }
 }
 
+impl FleeceSpec {
+    pub(crate) fn plain(slots: u32) -> Self {
+        Self { slots, direct_alignment: Some(512), slowness: 1, stuck: None, bad: Vec::new() }
+    }
+}
+
 impl JobSpec {
     pub(crate) fn plain(disk: usize, cluster: u64) -> Self {
         Self {

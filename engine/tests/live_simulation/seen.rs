@@ -31,6 +31,8 @@ pub(crate) struct Seen {
     pub(crate) fleeced: u64,
     /// Jobs whose fleece file was full.
     pub(crate) fleece_full: u64,
+    /// Of those that have failed, or their guests, because it was full while they were stopped.
+    pub(crate) fleece_refused: u64,
     /// Answers to guests.
     pub(crate) answers: u64,
     /// Of these, to requests that nothing can have made to fail.
@@ -44,7 +46,7 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
-    fn counts(&mut self) -> [&mut u64; 28] {
+    fn counts(&mut self) -> [&mut u64; 29] {
         [
             &mut self.granted,
             &mut self.at_barrier,
@@ -69,6 +71,7 @@ impl Seen {
             &mut self.forgot,
             &mut self.fleeced,
             &mut self.fleece_full,
+            &mut self.fleece_refused,
             &mut self.answers,
             &mut self.sure_answers,
             &mut self.jobs,
