@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
+use engine::copy::ErrorPolicy;
 use engine::live::{CbwErrorPolicy, GroupFailure};
+use engine::units::ByteRange;
 
 use crate::run::run;
 use crate::scenario::{FleeceSpec, JobSpec, Path, Scenario, Stuck};
@@ -64,4 +66,30 @@ fn a_fleece_file_serves_its_own_job_only() {
         fleeced += ended.seen.fleeced;
     }
     assert!(fleeced > 20, "{fleeced}");
+}
+
+/// Whatever the sweep writes fails until the operator comes, long after guests have filled the fleece file.
+#[test]
+fn a_full_fleece_file_of_a_job_that_is_stopped_breaks_what_it_is_to_break() {
+    for on_cbw_error in [CbwErrorPolicy::BreakGuestWrite, CbwErrorPolicy::BreakSnapshot] {
+        let (mut failed, mut refused) = (0, 0);
+        for seed in 0..30 {
+            let mut scenario = Scenario::plain(seed, Path::Carried);
+            scenario.disks[0].requests = 100;
+            scenario.mends_after = Duration::from_millis(20);
+            scenario.mended_at = Duration::from_secs(100);
+            let job = &mut scenario.starts[0].jobs[0];
+            job.on_cbw_error = on_cbw_error;
+            job.bad_target = vec![ByteRange::new(0, scenario.disks[0].length)];
+            job.target_policy = ErrorPolicy::Stop;
+            job.fleece = Some(FleeceSpec::plain(3));
+            let ended = run(&scenario).unwrap_or_else(|wrong| panic!("{wrong}"));
+            assert_eq!(ended.seen.complete + ended.seen.failed_jobs, 1, "{:?}", ended.seen);
+            assert!(ended.longest < PROMPT, "{:?}", ended.longest);
+            failed += ended.seen.failed_jobs;
+            refused += ended.seen.fleece_refused;
+        }
+        assert!(refused > 20, "{refused}");
+        assert_eq!(failed > 20, on_cbw_error == CbwErrorPolicy::BreakSnapshot, "{failed}");
+    }
 }

@@ -143,6 +143,7 @@ impl JobSpec {
         if faulty && job.fleece.is_some() && rng.bool() {
             // It stops, perhaps for long enough to have its fleece file filled.
             job.target_policy = ErrorPolicy::Stop;
+            job.fleece.as_mut().expect("just seen").slots = rng.u32(1..5);
             job.bad_target = some_bad(rng, disks[disk].length);
         }
         job

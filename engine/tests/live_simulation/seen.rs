@@ -71,11 +71,11 @@ impl Seen {
             &mut self.forgot,
             &mut self.fleeced,
             &mut self.fleece_full,
-            &mut self.fleece_refused,
             &mut self.answers,
             &mut self.sure_answers,
             &mut self.jobs,
             &mut self.sure_jobs,
+            &mut self.fleece_refused,
             &mut self.unskipped,
         ]
     }
@@ -92,9 +92,9 @@ impl Seen {
         }
     }
 
-    /// The least of all counts but the last, for which there are runs of their own.
+    /// The least of all counts but the last two, for which there are runs of their own.
     pub(crate) fn least(&mut self) -> u64 {
-        let [counts @ .., _] = self.counts();
+        let [counts @ .., _, _] = self.counts();
         counts.into_iter().map(|count| *count).min().expect("there are some")
     }
 }
