@@ -42,14 +42,14 @@ fn roomy(seed: u64) -> Option<Scenario> {
 #[test]
 fn guests_do_not_wait_for_a_target_while_there_is_room() {
     let (mut runs, mut fleeced) = (0, 0);
-    for scenario in (0..300).filter_map(roomy) {
+    for scenario in (0..150).filter_map(roomy) {
         let ended = run(&scenario).unwrap_or_else(|wrong| panic!("{wrong}"));
         assert!(ended.longest < PROMPT, "{:?}: {scenario:?}", ended.longest);
         assert_eq!(ended.seen.failed_jobs, 0, "{scenario:?}");
         runs += 1;
         fleeced += ended.seen.fleeced;
     }
-    assert!(runs > 100 && fleeced > 100, "{fleeced} clusters in {runs} runs");
+    assert!(runs > 60 && fleeced > 50, "{fleeced} clusters in {runs} runs");
 }
 
 /// The old contents of all that guests change, beside a copy without a fleece file, whose target is slow.

@@ -12,7 +12,7 @@ use crate::run::run;
 use crate::scenario::{Layers, Path, Scenario};
 
 /// Those that `seeded` runs by default.
-const SEEDS: u64 = 1300;
+const SEEDS: u64 = 1000;
 
 /// What was changed by a guest was not copied before.
 const NOT_COPIED: [&str; 3] =

@@ -140,10 +140,10 @@ impl JobSpec {
             sync,
             reads: if rng.u8(..3) == 0 { rng.u64(1..40) } else { 0 },
         };
-        if faulty && job.fleece.is_some() && rng.bool() {
+        if let Some(fleece) = job.fleece.as_mut().filter(|_| faulty && rng.bool()) {
             // It stops, perhaps for long enough to have its fleece file filled.
+            fleece.slots = rng.u32(1..5);
             job.target_policy = ErrorPolicy::Stop;
-            job.fleece.as_mut().expect("just seen").slots = rng.u32(1..5);
             job.bad_target = some_bad(rng, disks[disk].length);
         }
         job

@@ -10,7 +10,7 @@ const TOLD: usize = 5;
 
 #[test]
 fn seeded() {
-    let chosen = seeds("LIVE_SIM_", 1300);
+    let chosen = seeds("LIVE_SIM_", 1000);
     let mut all = Seen::default();
     let mut failed = Vec::new();
     for seed in chosen.clone() {
