@@ -332,7 +332,8 @@ impl Copier {
         }
     }
 
-    /// Do what can be done at `now`, and give the operations to push that find `places`. `true`: there is more to do at once.
+    /// Do what can be done at `now`, and give the operations to push that find `places`. `true`: there is more to do at once. What completes up to
+    /// `now` is handed in ([`Self::on_completion`]) before the next call.
     pub fn poll(&mut self, now: Timestamp, places: Places, out: &mut Vec<(Token, Op)>) -> bool {
         self.places = places;
         let mut more = self.fleece.as_mut().is_some_and(Fleece::free_some);
@@ -350,6 +351,7 @@ impl Copier {
             self.serve_guests(now);
             self.serve_snapshots();
         }
+        self.end_guests_turn(now);
         self.queue.take(places, out);
         (more || self.guests.has_looks_left() || self.counted_to.0 > 0 || self.asks_to_complete())
             && !self.finished
@@ -510,6 +512,12 @@ impl Copier {
     #[must_use]
     pub fn is_resumable(&self) -> bool {
         self.plan.map.is_some() && self.checkpoints.map_written
+    }
+
+    /// Whether the map was removed, at the end of a complete copy.
+    #[must_use]
+    pub fn map_was_removed(&self) -> bool {
+        self.plan.map.is_some() && self.map_removed && !self.checkpoints.map_written
     }
 
     /// Bytes that the map calls done, as it stands.

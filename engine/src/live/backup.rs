@@ -7,12 +7,12 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::DiskId;
-use super::ask::{Answer, ask, ask_with};
+use super::ask::{Answer, ask, ask_with, may_wait};
 use super::carrier::IoOutcome;
 use super::command::{Command, NewFleece, NewJob};
 use super::controller::SweepDepth;
 use super::disk::{File, Io, LiveDisk, LiveInbox};
-use super::ends::at_end;
+use super::ends::{at_end, last_look};
 use super::jobs::JobId;
 use super::room::{Room, Share};
 use crate::copier::fleece::{MAX_SLOTS, MIN_SLOTS as MIN_FLEECE_SLOTS};
@@ -182,7 +182,11 @@ impl Snapshot {
     ///
     /// # Errors
     /// An I/O error of either side, a range beyond the end or left out of the copy, a job that has ended.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>, Error> {
+        may_wait();
         let (answer, asked) = ask();
         self.send(offset, length, answer);
         asked.wait().result
@@ -423,6 +427,7 @@ fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
         planted: None,
     };
     let at_end = at_end(Arc::clone(&target), fleece.as_ref().map(OpenedFleece::storage), sync);
+    let last_look = Some(last_look(Arc::clone(&target)));
     let job = NewJob {
         disk: disk.inner.shared.id(),
         target: storage,
@@ -434,6 +439,7 @@ fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
         depth: sweep_depth,
         plan: Box::new(plan),
         at_end: Some(at_end),
+        last_look,
     };
     let length = geometry.length();
     let disk = job.disk;

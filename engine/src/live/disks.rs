@@ -116,6 +116,9 @@ impl<R: Ring> Reactor<R> {
             };
             more |= disk.carrier.poll(now, room, self.ring.arena_mut(), &mut host, &mut self.ops);
             // Before anybody is told that his discard is done.
+            if disk.carrier.has_discards_put_off() {
+                self.forgetting.iter().for_each(|wait| wait.forget(disk));
+            }
             disk.shared.set_discards_put_off(disk.carrier.has_discards_put_off());
             disk.in_flight += self.ops.len();
             taken.of_guests += division.beyond_own(disk.in_flight);

@@ -29,7 +29,7 @@
 //! | `gate`, `slot` | Permits are counted; guests are held back while t0 is taken. |
 //! | `jobs` | The list of the disk's jobs, which tells a guest what is still to be copied. |
 //! | `admission` | Asks the two in the order that makes t0 an instant. |
-//! | `own_write`, `waits` | What those who write by themselves wait for. |
+//! | `own_write`, `begin_write`, `waits` | What those who write by themselves wait for, and how. |
 //! | `carrier` | Guest I/O that the engine carries: a state machine on the ring thread. |
 //! | `reactor`, `hosted`, `host` | The loop of the ring thread over many disks and jobs. |
 //! | `disks`, `places` | The disks in turns; whose the places on the ring are. |
@@ -46,6 +46,7 @@ mod admission;
 mod ask;
 mod asks;
 mod backup;
+mod begin_write;
 pub mod carrier;
 mod command;
 mod controller;
@@ -77,6 +78,8 @@ mod reactor;
 mod room;
 #[cfg(feature = "sim")]
 pub mod sim;
+#[cfg(feature = "sim")]
+mod sim_writers;
 mod slot;
 mod starts;
 #[cfg(test)]
@@ -85,8 +88,11 @@ mod token;
 #[cfg(all(test, feature = "sim"))]
 mod turns_tests;
 mod waits;
+#[cfg(all(test, feature = "sim"))]
+mod writers_tests;
 
 pub use self::admission::Permit;
+pub(crate) use self::ask::may_wait;
 pub use crate::modes::CbwErrorPolicy;
 
 pub use self::backup::{Backup, BackupOptions, FleeceOptions, Snapshot};

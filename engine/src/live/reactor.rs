@@ -16,6 +16,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use crossbeam::channel::Sender;
+use crossbeam::queue::SegQueue;
 use nix::errno::Errno;
 use slab::Slab;
 
@@ -26,6 +27,7 @@ use super::command::{Command, GroupFailure, Inbox, NewGroup};
 use super::controller::Controller;
 use super::ends::End;
 use super::exports::{Backend, Hub, Wanted};
+use super::groups::{Look, Looked};
 use super::hosted::{HostedDisk, IoAsker, too_many};
 use super::jobs::{JobId, Watch};
 use super::latency::GuestLatencies;
@@ -56,6 +58,7 @@ pub(super) struct Job {
     pub(super) guests: Box<GuestLatencies>,
     pub(super) group: u64,
     pub(super) on_failure: GroupFailure,
+    pub(super) look: Look,
     pub(super) asks: Asks,
     /// With how many bytes each asks for.
     pub(super) reads: BTreeMap<SnapshotId, (u64, IoAsker)>,
@@ -77,6 +80,8 @@ pub(super) struct Reactor<R: Ring> {
     pub(super) rests: BTreeMap<DiskId, Timestamp>,
     pub(super) forgetting: Vec<ForgetWait>,
     pub(super) next_group: u64,
+    /// What last looks at targets have found.
+    pub(super) looked: Arc<SegQueue<Looked>>,
     pub(super) next_job: u64,
     pub(super) exports: Hub,
     completions: Vec<Completion>,
@@ -118,6 +123,7 @@ impl<R: Ring> Reactor<R> {
             rests: BTreeMap::new(),
             forgetting: Vec::new(),
             next_group: 0,
+            looked: Arc::default(),
             next_job: 0,
             exports: Hub::default(),
             completions: Vec::new(),
@@ -235,11 +241,10 @@ impl<R: Ring> Reactor<R> {
                 self.submit(disk, request, IoAsker::Caller(answer), now);
             }
             Command::Copy { wish, waited, answer } => {
-                let since = Timestamp(now.0.saturating_sub(waited));
-                self.copy_before_write(wish, answer, since);
+                self.copy_before_write(wish, waited, answer, now);
             }
-            Command::ForgetDiscards { disk, range, answer } => {
-                self.forget_discards(disk, range, answer);
+            Command::ForgetDiscards { disk, range, writer, answer } => {
+                self.forget_discards(disk, range, writer, answer);
             }
             Command::Snapshot { job, range, answer } => {
                 self.read_snapshot(job, range, IoAsker::Caller(answer));
@@ -341,8 +346,9 @@ impl<R: Ring> Reactor<R> {
                 tell(asker, IoOutcome { result }, &mut self.exports);
             }
             for (id, outcome) in job.runner.copier.take_cbw_outcomes() {
-                match job.asks.answered(id, &mut beside) {
-                    Asker::Guest(answer) => answer.give(outcome),
+                let ask = job.asks.answered(id, &mut beside);
+                match ask.asker {
+                    Asker::Guest(_) => ask.answer(outcome, now),
                     Asker::Beside => {}
                     Asker::Carrier(wait) => {
                         disk.carrier.copied(wait, outcome);
@@ -439,6 +445,7 @@ impl<R: Ring> Reactor<R> {
             watch,
             group,
             on_failure,
+            look,
         } = job;
         let before = self.disks.get_mut(&disk).expect("it was found at the start").felt.recent(now);
         let guests = Box::new(GuestLatencies { before, ..GuestLatencies::default() });
@@ -455,6 +462,7 @@ impl<R: Ring> Reactor<R> {
             guests,
             group,
             on_failure,
+            look,
             asks: Asks::default(),
             reads: BTreeMap::new(),
             next_ask: 0,
@@ -488,4 +496,5 @@ pub(super) struct NewlyMade {
     pub(super) watch: Arc<Watch>,
     pub(super) group: u64,
     pub(super) on_failure: GroupFailure,
+    pub(super) look: Look,
 }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::super::DiskId;
-use super::super::ask::{Answer, ask};
+use super::super::ask::{Answer, ask, may_wait};
 use super::super::backup::Snapshot;
 use super::super::command::Command;
 use super::super::disk::{LiveDisk, LiveInbox};
@@ -151,6 +151,7 @@ impl Handle {
         &self,
         command: impl FnOnce(Answer<Result<(), Error>>) -> ExportCommand<OwnedFd>,
     ) -> Result<(), Error> {
+        may_wait();
         let (answer, asked) = ask();
         self.inbox.send(Command::Exports(command(answer)));
         asked.wait()
@@ -192,7 +193,11 @@ impl NbdServer {
     ///
     /// # Errors
     /// Refusals: a name that is taken or too long, a writable export of something that takes no writes.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn add_export(&self, options: ExportOptions) -> Result<Export, Error> {
+        may_wait();
         let ExportOptions { name, description, source, writable, trim, on_gone } = options;
         super::check(&name, &source, writable)?;
         let id = ExportId(self.0.next_export.fetch_add(1, Ordering::Relaxed));
@@ -213,6 +218,9 @@ impl NbdServer {
     ///
     /// # Errors
     /// When it was stopped, or the engine has died.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn open(&self) -> Result<(), Error> {
         self.0.ask(|answer| ExportCommand::Open { server: self.0.server, answer })
     }
@@ -222,6 +230,9 @@ impl NbdServer {
     ///
     /// # Errors
     /// When the engine has died.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn stop(&self) -> Result<(), Error> {
         self.0.ask(|answer| ExportCommand::Stop { server: self.0.server, answer })
     }
@@ -231,7 +242,11 @@ impl NbdServer {
     ///
     /// # Errors
     /// When the engine has died.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn stop_within(&self, limit: Duration) -> Result<bool, Error> {
+        may_wait();
         let (answer, asked) = ask();
         let server = self.0.server;
         self.0.inbox.send(Command::Exports(ExportCommand::Stop { server, answer }));
@@ -252,6 +267,9 @@ impl Export {
     ///
     /// # Errors
     /// With [`Removal::IfUnused`], when it has clients.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn remove(&self, removal: Removal) -> Result<(), Error> {
         self.server.0.ask(|answer| ExportCommand::Remove { export: self.id, removal, answer })
     }
