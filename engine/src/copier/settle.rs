@@ -31,9 +31,7 @@ impl Copier {
             return self.settle_ending(now);
         }
         let idle = self.is_idle();
-        let all_settled = self.tally.settled_clusters == self.plan.geometry.clusters().0;
-        // What is for guests alone goes on until it is cancelled, also where they have changed everything.
-        let completes = all_settled && self.plan.sync != SyncMode::None;
+        let completes = self.all_is_settled();
         // Once all is settled, the last checkpoint covers them. A pause may be long, and guests need the slots.
         let frees_slots = !completes && self.fleece.as_ref().is_some_and(Fleece::has_unflushed);
         let still = match self.plan.live {
@@ -71,6 +69,13 @@ impl Copier {
         if !self.paused() {
             self.drop_cache();
         }
+    }
+
+    /// Whether nothing is left to do but the last checkpoint. What is for guests alone goes on until it is cancelled, also where they have
+    /// changed everything.
+    fn all_is_settled(&self) -> bool {
+        let all = self.tally.settled_clusters == self.plan.geometry.clusters().0;
+        all && self.plan.sync != SyncMode::None
     }
 
     /// Whether there is something new for the map before a pause, which may be long, and which the host may not outlive. (What is to be read back
@@ -171,7 +176,8 @@ impl Copier {
         // Without checkpoints nothing is ever taken back to this.
         let ranges: Vec<ClusterRange> =
             if self.keeps_checkpoints() { self.set.done_ranges().collect() } else { Vec::new() };
-        let complete = self.tally.settled_clusters == self.plan.geometry.clusters().0;
+        // A flush that only frees slots of the fleece file is not the last of a copy of changes.
+        let complete = self.all_is_settled();
         Captured { done: subtract(&ranges, &self.skipped.ranges()), tally, complete }
     }
 

@@ -382,6 +382,21 @@ fn changes_that_are_held_at_a_cancel_are_kept() {
     }
 }
 
+/// Everything is on the target by then, and the flushes that free slots find nothing left to copy.
+#[test]
+fn a_copy_of_changes_goes_on_when_all_was_changed() {
+    for fleece_slots in [4, 64] {
+        let mut bench = Bench::start(&Setup { fleece_slots, ..Setup::of_changes(15) });
+        for cluster in bench.shuffled() {
+            bench.write(cluster);
+        }
+        bench.pass(Duration::from_secs(10));
+        assert_eq!(bench.job.progress().fleeced, 0);
+        assert!(bench.job.wait_timeout(Duration::ZERO).is_none(), "nobody has cancelled it");
+        bench.end_complete();
+    }
+}
+
 #[test]
 fn changes_that_cannot_be_kept_at_a_cancel_are_listed() {
     let setup = Setup { room: 25, on_target_error: ErrorPolicy::Stop, ..Setup::of_changes(13) };

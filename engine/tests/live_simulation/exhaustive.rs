@@ -8,7 +8,7 @@ use engine::ring::sim::{Fault, FaultPlan};
 use nix::errno::Errno;
 
 use crate::run::{Ended, Script, run, run_script};
-use crate::scenario::{Layers, Path, Scenario};
+use crate::scenario::{FleeceSpec, Layers, Path, Scenario};
 
 const FAULTS: [Fault; 7] = [
     Fault::Short,
@@ -43,42 +43,58 @@ fn scenarios() -> Vec<Scenario> {
     all
 }
 
+/// With a fleece file that is full now and then. A test of its own, which runs beside the others.
+fn fleeced() -> Scenario {
+    let mut scenario = small(Path::Both, 35);
+    scenario.disks[0].length = 10 * 8192 + 7;
+    scenario.disks[0].requests = 10;
+    scenario.starts[0].jobs[0].fleece = Some(FleeceSpec::plain(3));
+    scenario
+}
+
 fn calm(scenario: &Scenario) -> Ended {
     let ended = run(scenario).unwrap_or_else(|wrong| panic!("{wrong}"));
     assert!(ended.operations > 20 && ended.seen.complete_late > 0, "a run of some substance: {ended:?}");
     ended
 }
 
-#[test]
-fn every_single_fault_at_every_operation() {
-    for scenario in scenarios() {
-        let operations = calm(&scenario).operations;
-        let policies = [
-            (ErrorPolicy::Report, CbwErrorPolicy::BreakSnapshot),
-            (ErrorPolicy::Stop, CbwErrorPolicy::BreakGuestWrite),
-            (ErrorPolicy::Ignore, CbwErrorPolicy::BreakGuestWrite),
-        ];
-        for (policy, on_cbw_error) in policies {
-            for (operation, fault) in (0..operations).flat_map(|at| FAULTS.map(|fault| (at, fault))) {
-                let mut scenario = scenario.clone();
-                for job in &mut scenario.starts[0].jobs {
-                    job.source_policy = policy;
-                    job.target_policy = policy;
-                    job.on_cbw_error = on_cbw_error;
-                }
-                scenario.faults = FaultPlan::single(operation, fault);
-                let ended = run(&scenario);
-                let ended = ended.unwrap_or_else(|wrong| panic!("{fault:?} at {operation}: {wrong}"));
-                let failed = ended.seen.failed_jobs + ended.seen.failed + ended.seen.refused;
-                assert!(failed <= 2, "{fault:?} at {operation}: one fault, {:?}", ended.seen);
+fn every_single_fault(scenario: &Scenario) {
+    let operations = calm(scenario).operations;
+    let policies = [
+        (ErrorPolicy::Report, CbwErrorPolicy::BreakSnapshot),
+        (ErrorPolicy::Stop, CbwErrorPolicy::BreakGuestWrite),
+        (ErrorPolicy::Ignore, CbwErrorPolicy::BreakGuestWrite),
+    ];
+    for (policy, on_cbw_error) in policies {
+        for (operation, fault) in (0..operations).flat_map(|at| FAULTS.map(|fault| (at, fault))) {
+            let mut scenario = scenario.clone();
+            for job in &mut scenario.starts[0].jobs {
+                job.source_policy = policy;
+                job.target_policy = policy;
+                job.on_cbw_error = on_cbw_error;
             }
+            scenario.faults = FaultPlan::single(operation, fault);
+            let ended = run(&scenario);
+            let ended = ended.unwrap_or_else(|wrong| panic!("{fault:?} at {operation}: {wrong}"));
+            let failed = ended.seen.failed_jobs + ended.seen.failed + ended.seen.refused;
+            assert!(failed <= 2, "{fault:?} at {operation}: one fault, {:?}", ended.seen);
         }
     }
 }
 
 #[test]
+fn every_single_fault_at_every_operation() {
+    scenarios().iter().for_each(every_single_fault);
+}
+
+#[test]
+fn every_single_fault_with_a_fleece_file() {
+    every_single_fault(&fleeced());
+}
+
+#[test]
 fn a_cancel_at_every_turn() {
-    for scenario in scenarios() {
+    for scenario in scenarios().into_iter().chain([fleeced()]) {
         let turns = calm(&scenario).turns;
         let mut cancelled = 0;
         for turn in 0..turns {
@@ -92,7 +108,7 @@ fn a_cancel_at_every_turn() {
 
 #[test]
 fn a_death_at_every_turn() {
-    for scenario in scenarios() {
+    for scenario in scenarios().into_iter().chain([fleeced()]) {
         let turns = calm(&scenario).turns;
         for turn in 0..turns {
             let script = Script { die_at: Some(turn), ..Script::default() };

@@ -16,6 +16,7 @@ use engine::ring::sim::SharedWorld;
 use engine::units::{ByteRange, Timestamp};
 use fastrand::Rng;
 
+use crate::blame::Blame;
 use crate::oracle::Job;
 use crate::scenario::{BLOCK, DiskSpec, Path};
 use crate::seen::Seen;
@@ -383,12 +384,12 @@ impl Guests {
         }
     }
 
-    /// Take in the answers that the engine has given by `now`. `may_fail`: whether anything was made to fail.
+    /// Take in the answers that the engine has given by `now`.
     pub(crate) fn take_answers(
         &mut self,
         world: &SharedWorld,
         now: Timestamp,
-        may_fail: bool,
+        (blame, jobs): (&Blame<'_>, &[Job]),
         seen: &mut Seen,
     ) -> Result<(), String> {
         // Who has got his permit in this turn may have got it before others were told what ends in it.
@@ -400,14 +401,21 @@ impl Guests {
             let Some(outcome) = self.carried[&id].pending.take() else { continue };
             let Carried { kind, since, .. } = self.carried.remove(&id).expect("just seen");
             self.longest = self.longest.max(now.since(since));
-            self.take_outcome(id, kind, outcome, world, may_fail, seen)
+            let changes = kind == Kind::Write;
+            seen.answer(!blame.may_fail_request(jobs, self.number, changes, since));
+            let judged = outcome.result.as_ref().err().map_or(Ok(()), |error| {
+                blame.request(jobs, (self.number, true, changes), (since, now), error)
+            });
+            judged
+                .and_then(|()| self.take_outcome(id, kind, outcome, world, seen))
                 .map_err(|wrong| format!("disk {}, {kind:?} {id:?}: {wrong}", self.number))?;
         }
         for own in self.own.extract_if(.., |own| matches!(own.stage, Stage::Refused(_))) {
             let Stage::Refused(error) = own.stage else { unreachable!("just seen") };
-            if !may_fail {
-                return Err(format!("a copy for {} failed: {error}", own.range));
-            }
+            seen.answer(!blame.may_fail_request(jobs, self.number, true, own.since));
+            blame
+                .request(jobs, (self.number, false, true), (own.since, now), &error)
+                .map_err(|wrong| format!("disk {}, a copy for {}: {wrong}", self.number, own.range))?;
             seen.refused += 1;
         }
         Ok(())
@@ -419,16 +427,12 @@ impl Guests {
         kind: Kind,
         outcome: IoOutcome,
         world: &SharedWorld,
-        may_fail: bool,
         seen: &mut Seen,
     ) -> Result<(), String> {
         let result = outcome.result;
-        if let Err(error) = &result {
-            seen.failed += 1;
-            if !may_fail {
-                return Err(format!("failed for no reason: {error}"));
-            }
-        }
+        seen.failed += u64::from(result.is_err());
+        let is_full = |error: &Error| error.reason().contains("fleece file is full");
+        seen.fleece_refused += u64::from(result.as_ref().err().is_some_and(is_full));
         match kind {
             Kind::Write | Kind::Discard => self.shadow.changed(id, Some(result.is_ok())),
             Kind::Read => {
@@ -451,6 +455,7 @@ impl Guests {
         engine: &mut SimEngine,
         world: &SharedWorld,
         now: Timestamp,
+        judges: (&Blame<'_>, &[Job]),
         seen: &mut Seen,
     ) -> Result<(), String> {
         let waits = |own: &&Own| matches!(own.stage, Stage::Waiting(_));
@@ -459,15 +464,15 @@ impl Guests {
         for (id, Carried { kind, pending, .. }) in std::mem::take(&mut self.carried) {
             let outcome = pending.take().ok_or_else(|| format!("{kind:?} {id:?} waits for the dead"))?;
             // What had ended before may be told yet.
-            self.take_outcome(id, kind, outcome, world, true, seen)?;
+            self.take_outcome(id, kind, outcome, world, seen)?;
         }
         // One may have been refused before.
-        self.take_answers(world, now, true, seen)?;
+        self.take_answers(world, now, judges, seen)?;
         seen.orphaned += (carried + waiting) as u64;
         for at in 0..self.own.len() {
             self.take_permit(at, true, now, seen);
         }
-        self.take_answers(world, now, true, seen)?;
+        self.take_answers(world, now, judges, seen)?;
         if let Some(own) = self.own.iter().find(waits) {
             return Err(format!("{} waits for the dead", own.range));
         }
@@ -482,6 +487,15 @@ impl Guests {
             Some(Err(error)) => Err(format!("nobody writes beside the dead: {error}")),
             None => Err("one who comes after its death waits for the engine".into()),
         }
+    }
+
+    /// Longest time for which one of them has waited by now; `None`: some have gone, and nobody knows how long what they asked for waits.
+    pub(crate) fn waits(&self, now: Timestamp) -> Option<Duration> {
+        let waits = |own: &&Own| !matches!(own.stage, Stage::Holding { .. });
+        let own = self.own.iter().filter(waits).map(|own| own.since);
+        let since = self.carried.values().map(|carried| carried.since).chain(own);
+        let longest = since.map(|since| now.since(since)).max().unwrap_or_default();
+        self.spec.patient.then_some(longest)
     }
 
     /// Whether the disk holds what the guests left there.

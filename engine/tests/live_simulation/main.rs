@@ -9,12 +9,15 @@
 //! failure names its seed, and `LIVE_SIM_FIRST=<seed> LIVE_SIM_SEEDS=1` repeats it.
 
 mod beside;
+mod blame;
 mod by_hand;
 mod directed;
 mod exhaustive;
+mod fleeced;
 mod guests;
 mod oracle;
 mod planted;
+mod random;
 mod readers;
 mod run;
 mod scenario;

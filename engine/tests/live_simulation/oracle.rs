@@ -1,14 +1,18 @@
 //! Whether a job's word is true.
 
+mod kept;
+
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use engine::copy::SyncMode;
 use engine::job::{JobHandle, JobResult, Outcome, Status};
 use engine::live::sim::SimJobState;
 use engine::live::{JobId, SweepDepth};
-use engine::ring::sim::{SharedWorld, World};
+use engine::ring::sim::SharedWorld;
 use engine::units::{ByteRange, Timestamp};
 
+use crate::blame::Blame;
 use crate::scenario::{BLOCK, JobSpec, Scenario};
 use crate::seen::Seen;
 
@@ -18,6 +22,8 @@ pub(crate) struct Job {
     pub(crate) handle: JobHandle,
     /// Its target's number in the world.
     pub(crate) target: usize,
+    /// That of its fleece file, used or not.
+    pub(crate) fleece: usize,
     /// What the target held before.
     before: Vec<u8>,
     /// The disk at t0, once that was taken.
@@ -33,6 +39,14 @@ pub(crate) struct Job {
     pub(crate) attached: bool,
     /// Its number on the engine, once it has started.
     pub(crate) id: Option<JobId>,
+    /// When that was.
+    pub(crate) started_at: Timestamp,
+    /// When its end was told.
+    pub(crate) ended_at: Option<Timestamp>,
+    /// When it was decided that it ends: for how long guests of its disk had waited at most, if that is known.
+    pub(crate) guests_waited: Option<Option<Duration>>,
+    /// When an error was found to have paused it.
+    pub(crate) stopped_at: Option<Timestamp>,
     /// Never starts: its start was refused.
     pub(crate) refused: bool,
     /// Somebody has asked for its end, or for that of its group.
@@ -43,14 +57,24 @@ pub(crate) struct Job {
     skipped: u64,
     /// How often something was taken off the list of what was left out.
     unskipped: u64,
+    /// Where clusters begin that were in the fleece file, and not on the target.
+    fleeced: BTreeSet<usize>,
+    /// The disk when guests ceased to copy for it.
+    at_detach: Option<Vec<u8>>,
 }
 
 impl Job {
-    pub(crate) fn new(spec: JobSpec, handle: JobHandle, target: usize, before: Vec<u8>) -> Self {
+    pub(crate) fn new(
+        spec: JobSpec,
+        handle: JobHandle,
+        (target, fleece): (usize, usize),
+        before: Vec<u8>,
+    ) -> Self {
         Self {
             spec,
             handle,
             target,
+            fleece,
             before,
             t0: None,
             covered: Vec::new(),
@@ -59,12 +83,18 @@ impl Job {
             ends: false,
             attached: false,
             id: None,
+            started_at: Timestamp::default(),
+            ended_at: None,
+            guests_waited: None,
+            stopped_at: None,
             refused: false,
             cancel_asked: false,
             may_be_taken_along: false,
             done: 0,
             skipped: 0,
             unskipped: 0,
+            fleeced: BTreeSet::new(),
+            at_detach: None,
         }
     }
 
@@ -118,13 +148,22 @@ impl Job {
         if same { Ok(()) } else { Err("a start that failed has changed its target".into()) }
     }
 
-    /// While it runs; with the `world` to look at all of it.
+    /// While it runs. `looks`: at all of it.
     pub(crate) fn check_running(
         &mut self,
         state: SimJobState,
-        world: Option<&SharedWorld>,
+        looks: bool,
+        guests_wait: Option<Duration>,
+        world: &SharedWorld,
+        seen: &mut Seen,
     ) -> Result<(), String> {
         let sweep = state.sweep;
+        if state.ends {
+            self.guests_waited.get_or_insert(guests_wait);
+        }
+        if self.attached && !state.attached {
+            self.at_detach = Some(world.borrow_mut().disk(self.spec.disk).view().to_vec());
+        }
         self.attached = state.attached;
         self.ends = state.ends;
         if let SweepDepth::Fixed(limit) = self.spec.depth
@@ -148,100 +187,58 @@ impl Job {
         self.done = progress.done;
         self.unskipped += u64::from(progress.skipped < self.skipped);
         self.skipped = progress.skipped;
-        match (&self.t0, world) {
-            (Some(t0), Some(world)) if state.attached && progress.skipped == 0 => {
-                self.check_kept(t0, &mut world.borrow_mut())
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Whatever of the disk is not as it was at t0 is on the target already.
-    fn check_kept(&self, t0: &[u8], world: &mut World) -> Result<(), String> {
-        let size = usize::try_from(self.spec.cluster).unwrap();
-        let changed = |at: &usize| {
-            let now = &world.disk(self.spec.disk).view()[*at..];
-            now[..now.len().min(size)] != t0[*at..t0.len().min(*at + size)]
-        };
-        let covered = |at: &usize| self.covers(*at as u64);
-        let changed: Vec<usize> = (0..t0.len()).step_by(size).filter(covered).filter(changed).collect();
-        let target = world.disk(self.target).view();
-        let lost = changed.into_iter().find(|&at| {
-            let bytes = at..t0.len().min(at + size);
-            target.get(bytes.clone()) != Some(&t0[bytes])
-        });
-        match lost {
-            None => Ok(()),
-            Some(at) => Err(format!("cluster {} has changed and is not on the target", at / size)),
-        }
-    }
-
-    /// A guest changes `range` of the disk now: its old contents are on the target, or nobody needs them.
-    pub(crate) fn check_copied(
-        &self,
-        disk: usize,
-        range: ByteRange,
-        world: &SharedWorld,
-    ) -> Result<(), String> {
-        let progress = self.handle.progress();
-        let Some(t0) = self.t0.as_ref().filter(|_| self.spec.disk == disk && self.runs() && self.attached)
-        else {
-            return Ok(());
-        };
-        if progress.skipped > 0 || range.is_empty() {
+        if !looks || !state.attached || progress.skipped > 0 || self.t0.is_none() {
             return Ok(());
         }
-        let cluster = self.spec.cluster;
-        let mut world = world.borrow_mut();
-        let target = world.disk(self.target).view();
-        let first = range.offset / cluster * cluster;
-        let starts = (first..range.end().min(t0.len() as u64)).step_by(usize::try_from(cluster).unwrap());
-        let kept = |&at: &u64| {
-            let end = (at + cluster).min(t0.len() as u64);
-            let bytes = usize::try_from(at).unwrap()..usize::try_from(end).unwrap();
-            target.get(bytes.clone()) == Some(&t0[bytes])
-        };
-        if starts.filter(|&at| self.covers(at)).all(|at| kept(&at)) {
-            return Ok(());
-        }
-        Err(format!("{range} is changed before it is on target {}", self.target))
+        self.check_kept(&mut world.borrow_mut(), seen)
     }
 
     /// Take its result, if it has ended.
     pub(crate) fn check_ended(
         &mut self,
-        scenario: &Scenario,
+        blame: &Blame<'_>,
+        now: Timestamp,
+        guests_wait: Option<Duration>,
         world: &SharedWorld,
-        may_fail: bool,
         seen: &mut Seen,
     ) -> Result<(), String> {
         if !self.runs() {
             return Ok(());
         }
         let Some(result) = self.handle.wait_timeout(Duration::ZERO) else { return Ok(()) };
+        self.guests_waited.get_or_insert(guests_wait);
         self.ended = true;
+        self.ended_at = Some(now);
         self.ended_as = Some(result.outcome.clone());
-        self.check_result(scenario, world, &result, may_fail, seen)
+        self.check_result(blame, now, world, &result, seen)
             .map_err(|wrong| format!("{wrong}\n{result:?}\n{:?}", self.spec))
     }
 
     fn check_result(
         &self,
-        scenario: &Scenario,
+        blame: &Blame<'_>,
+        now: Timestamp,
         world: &SharedWorld,
         result: &JobResult,
-        may_fail: bool,
         seen: &mut Seen,
     ) -> Result<(), String> {
+        let scenario = blame.scenario;
         let listed: u64 = result.skipped.iter().map(|skipped| skipped.range.length).sum();
+        if !blame.dead {
+            seen.jobs += 1;
+            seen.sure_jobs += u64::from(!blame.may_fail(self, self.started_at));
+        }
+        seen.fleece_full += u64::from(result.notices.iter().any(|notice| notice.contains("was full")));
         match &result.outcome {
-            Outcome::Failed(_) if may_fail => seen.failed_jobs += 1,
-            Outcome::Failed(error) => return Err(format!("it failed for no reason: {error}")),
+            Outcome::Failed(error) => {
+                blame.job(self, error, now)?;
+                seen.failed_jobs += 1;
+                seen.fleece_refused += u64::from(error.reason().contains("fleece file is full"));
+            }
             Outcome::Cancelled if self.cancel_asked || self.may_be_taken_along => {
                 seen.cancelled += 1;
-                let flushed = world.borrow_mut().disk(self.target).is_flushed();
-                if self.spec.sync == SyncMode::None && result.notices.is_empty() && !flushed {
-                    return Err("what guests had copied is not on the medium".into());
+                if self.spec.sync == SyncMode::None && !blame.dead {
+                    self.check_changes(world, result)?;
                 }
             }
             Outcome::Cancelled => return Err("cancelled, and nobody asked for it".into()),

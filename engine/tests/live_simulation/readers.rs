@@ -7,6 +7,7 @@ use engine::live::sim::{Pending, SimEngine};
 use engine::units::{ByteRange, Timestamp};
 use fastrand::Rng;
 
+use crate::blame::Blame;
 use crate::oracle::Job;
 use crate::seen::Seen;
 
@@ -62,12 +63,17 @@ impl Readers {
         }
     }
 
-    /// Take in answers. `may_fail`: whether anything was made to fail.
-    pub(crate) fn take_answers(&mut self, job: &Job, may_fail: bool, seen: &mut Seen) -> Result<(), String> {
+    /// Take in answers.
+    pub(crate) fn take_answers(
+        &mut self,
+        job: &Job,
+        blame: &Blame<'_>,
+        seen: &mut Seen,
+    ) -> Result<(), String> {
         let mut wrong = None;
         self.reads.retain(|read| {
             let Some(outcome) = read.pending.take() else { return true };
-            let result = check(read.range, outcome, job, may_fail, seen);
+            let result = check(read.range, outcome, job, blame, seen);
             wrong = wrong.take().or(result.err());
             false
         });
@@ -79,7 +85,7 @@ fn check(
     range: ByteRange,
     outcome: IoOutcome,
     job: &Job,
-    may_fail: bool,
+    blame: &Blame<'_>,
     seen: &mut Seen,
 ) -> Result<(), String> {
     let over = !job.runs() || !job.attached;
@@ -90,7 +96,8 @@ fn check(
             let wanted = usize::try_from(range.offset).unwrap()..usize::try_from(range.end()).unwrap();
             if bytes == t0[wanted] { Ok(()) } else { Err(format!("{range} is not as it was at t0")) }
         }
-        Err(_) if over || may_fail || job.handle.progress().skipped > 0 => Ok(()),
+        Err(_) if over || job.handle.progress().skipped > 0 => Ok(()),
+        Err(error) if blame.snapshot(job, &error) => Ok(()),
         Err(_) if (range.offset..range.end()).any(|at| !job.covers(at)) => Ok(()),
         Err(error) => Err(format!("{range} as of t0 cannot be read: {error}")),
     }

@@ -1,10 +1,12 @@
 //! Running a scenario: the engine's turns, and between them guests, starts, and the operator at the console.
 
+mod observe;
+
 use std::num::NonZeroU64;
 use std::time::Duration;
 
 use engine::error::Error;
-use engine::job::{IoStatus, Outcome, Refusal, Status};
+use engine::job::{IoStatus, Refusal, Status};
 use engine::live::sim::{Pending, SimEngine};
 use engine::live::{GroupFailure, JobId};
 use engine::ring::Wait;
@@ -12,10 +14,11 @@ use engine::ring::sim::{SharedWorld, SimRing};
 use engine::units::{Length, Speed, Timestamp};
 use fastrand::Rng;
 
+use crate::blame::Blame;
 use crate::guests::Guests;
 use crate::oracle::Job;
 use crate::readers::Readers;
-use crate::scenario::{JobSpec, Operator, Scenario};
+use crate::scenario::{Operator, Scenario};
 use crate::seen::Seen;
 
 /// More turns than any run takes.
@@ -25,7 +28,7 @@ const MAX_IDLE_TURNS: u64 = 200;
 /// More than any run takes in the engine's time.
 const MAX_TIME: Duration = Duration::from_secs(600);
 /// More than anything makes a guest wait that is made to happen here: slow disks, stuck targets, starts.
-const MAX_WAIT: Duration = Duration::from_secs(3);
+pub(crate) const MAX_WAIT: Duration = Duration::from_secs(3);
 /// One in so many turns all of a job is looked at.
 const LOOKS: u8 = 12;
 /// How late the ring thread may be.
@@ -75,6 +78,8 @@ struct Run<'a> {
     removed: Vec<bool>,
     fidget_at: Timestamp,
     mended: bool,
+    /// Since when no operation is made to fail.
+    quiet_since: Option<Timestamp>,
     seen: Seen,
     turns: u64,
     /// Since which turn nothing has happened, and how it stood then: the time, operations pushed.
@@ -140,6 +145,7 @@ impl<'a> Run<'a> {
             readers: Vec::new(),
             fidget_at: Timestamp::default(),
             mended: false,
+            quiet_since: None,
             seen: Seen::default(),
             turns: 0,
             idle: (0, Timestamp::default(), 0),
@@ -174,6 +180,10 @@ impl<'a> Run<'a> {
         Ok(Ended { seen: self.seen, operations: self.operations, turns: self.turns, longest, waits })
     }
 
+    fn blame(&self) -> Blame<'a> {
+        Blame { scenario: self.scenario, quiet_since: self.quiet_since, dead: false }
+    }
+
     fn guests_are_gone(&self) -> bool {
         self.guests.iter().all(Guests::are_gone)
     }
@@ -191,6 +201,9 @@ impl<'a> Run<'a> {
         if !self.mended && now.0 >= self.scenario.mended_at {
             self.mended = true;
             self.mend();
+        }
+        if self.quiet_since.is_none() && self.is_quiet() {
+            self.quiet_since = Some(now);
         }
         self.stick(now);
         self.start(now);
@@ -220,21 +233,32 @@ impl<'a> Run<'a> {
     /// Nothing is broken any more.
     fn mend(&mut self) {
         let mut world = self.world.borrow_mut();
-        for disk in 0..self.scenario.disks.len() + self.scenario.jobs().count() {
+        for disk in 0..self.scenario.files() {
             world.disk(disk).repair();
         }
     }
 
-    /// Targets get stuck and come free.
+    /// Whether no operation is made to fail any more.
+    fn is_quiet(&self) -> bool {
+        let faults = &self.scenario.faults;
+        let pushed = self.engine.pushed();
+        let random = faults.quiet_from.is_none_or(|from| from > pushed);
+        let exact = faults.exact.keys().any(|&number| number >= pushed);
+        self.scenario.is_sound() || (self.mended && !random && !exact)
+    }
+
+    /// Targets and fleece files get stuck and come free.
     fn stick(&mut self, now: Timestamp) {
-        let disks = self.scenario.disks.len();
-        for (number, job) in self.scenario.jobs().enumerate() {
-            let Some(stuck) = job.stuck else { continue };
-            let mut world = self.world.borrow_mut();
+        let scenario = self.scenario;
+        let targets = scenario.jobs().map(|job| job.stuck);
+        let fleeces = scenario.jobs().map(|job| job.fleece.as_ref().and_then(|fleece| fleece.stuck));
+        let mut world = self.world.borrow_mut();
+        for (file, stuck) in (scenario.target_of(0)..).zip(targets.chain(fleeces)) {
+            let Some(stuck) = stuck else { continue };
             if stuck.until.is_some_and(|until| until <= now.0) {
-                world.disk(disks + number).set_free();
+                world.disk(file).set_free();
             } else if stuck.from <= now.0 {
-                world.disk(disks + number).set_stuck();
+                world.disk(file).set_stuck();
             }
         }
     }
@@ -245,19 +269,22 @@ impl<'a> Run<'a> {
             let mut asked = Vec::new();
             let mut befores = Vec::new();
             for (number, job) in spec.jobs.iter().enumerate() {
-                let target = self.scenario.disks.len() + first + number;
-                befores.push((target, self.world.borrow_mut().disk(target).view().to_vec()));
-                asked.push(job.job(self.scenario, self.guests[job.disk].disk.clone(), target));
+                let target = self.scenario.target_of(first + number);
+                let fleece = self.scenario.fleece_of(first + number);
+                befores.push(((target, fleece), self.world.borrow_mut().disk(target).view().to_vec()));
+                let disk = self.guests[job.disk].disk.clone();
+                asked.push((job.job(self.scenario, disk, target), job.fleece(fleece)));
             }
-            let (handles, pending) = self.engine.start(asked, spec.on_failure, spec.timeout);
-            let together = spec.on_failure == GroupFailure::FailAll;
-            let one_fails = !self.scenario.is_sound() || spec.jobs.iter().any(JobSpec::is_impatient);
-            for ((job, handle), (target, before)) in spec.jobs.iter().zip(handles).zip(befores) {
+            let (handles, pending) = self.engine.start_fleeced(asked, spec.on_failure, spec.timeout);
+            for ((job, handle), (files, before)) in spec.jobs.iter().zip(handles).zip(befores) {
                 handle.set_speed(job.speed()).expect("not started yet");
-                let mut job = Job::new(job.clone(), handle, target, before);
-                job.may_be_taken_along = together && one_fails;
-                self.readers.push(Readers::new(job.spec.reads, &mut self.rng));
-                self.jobs.push(job);
+                self.readers.push(Readers::new(job.reads, &mut self.rng));
+                self.jobs.push(Job::new(job.clone(), handle, files, before));
+            }
+            if spec.on_failure == GroupFailure::FailAll {
+                let blame = self.blame();
+                let one_fails = self.jobs[first..].iter().any(|job| blame.may_fail(job, now));
+                self.jobs[first..].iter_mut().for_each(|job| job.may_be_taken_along = one_fails);
             }
             // One after the other.
             let waits =
@@ -287,9 +314,13 @@ impl<'a> Run<'a> {
             }
             let progress = job.handle.progress();
             if progress.status == Status::Paused && progress.io_status != IoStatus::Ok {
-                // The operator mends what is broken before going on.
-                self.mend();
-                perhaps(self.jobs[number].handle.resume());
+                let since = *self.jobs[number].stopped_at.get_or_insert(now);
+                if since.after(self.scenario.mends_after) <= now {
+                    // The operator mends what is broken before going on.
+                    self.jobs[number].stopped_at = None;
+                    self.mend();
+                    perhaps(self.jobs[number].handle.resume());
+                }
             } else if gone {
                 perhaps(job.handle.resume());
             } else if fidgets {
@@ -334,8 +365,10 @@ impl<'a> Run<'a> {
         let mend = (!self.mended).then_some(scenario.mended_at);
         let now = self.engine.now();
         let jobs = scenario.jobs().flat_map(|job| {
-            let stuck = job.stuck.map(|stuck| [Some(stuck.from), stuck.until]);
-            stuck.into_iter().flatten().flatten().chain(job.cancel_at)
+            let fleece = job.fleece.as_ref().and_then(|fleece| fleece.stuck);
+            let stuck = job.stuck.into_iter().chain(fleece);
+            let stuck = stuck.flat_map(|stuck| [Some(stuck.from), stuck.until]);
+            stuck.flatten().chain(job.cancel_at)
         });
         let fixed = start.into_iter().chain(mend).chain(scenario.die_at).chain(jobs);
         let fixed = fixed.filter(|&at| at > now.0).map(Timestamp);
@@ -344,7 +377,9 @@ impl<'a> Run<'a> {
         let guests = self.guests.iter().filter_map(Guests::next_event);
         let readers =
             self.readers.iter().zip(&self.jobs).filter_map(|(readers, job)| readers.next_event(job));
-        fixed.chain(fidget).chain(guests).chain(readers).min()
+        let stopped = self.jobs.iter().filter(|job| job.runs()).filter_map(|job| job.stopped_at);
+        let mended = stopped.map(|at| at.after(scenario.mends_after)).filter(|&at| at > now);
+        fixed.chain(fidget).chain(guests).chain(readers).chain(mended).min()
     }
 
     fn turn(&mut self) -> Result<(), String> {
@@ -374,114 +409,13 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Whether anything of job `number` was made to fail, or may.
-    fn job_may_fail(&self, number: usize) -> bool {
-        let job = &self.jobs[number].spec;
-        !self.scenario.is_sound() || job.is_impatient()
-    }
-
-    /// Look at everything after the first half of a turn. What is seen of a disk then is what t0 was, if that was taken just now.
-    fn observe(&mut self) -> Result<(), String> {
-        let now = self.engine.now();
-        for added in &self.added {
-            if let Some(Err(error)) = added.take() {
-                return Err(format!("a disk was refused: {error}"));
-            }
-        }
-        self.observe_starts(now)?;
-        for state in self.engine.jobs() {
-            let job =
-                self.jobs.iter_mut().find(|job| job.target == state.target).expect("a job has its target");
-            let looks = self.rng.u8(..LOOKS) == 0;
-            job.check_running(state, looks.then_some(&self.world))
-                .map_err(|wrong| format!("{wrong}: {:?}", job.spec))?;
-        }
-        let may_fail: Vec<bool> = (0..self.jobs.len()).map(|number| self.job_may_fail(number)).collect();
-        for (number, job) in self.jobs.iter_mut().enumerate() {
-            job.check_ended(self.scenario, &self.world, may_fail[number], &mut self.seen)?;
-        }
-        self.check_groups()?;
-        self.observe_reads()?;
-        let any = may_fail.iter().any(|&may| may) || !self.scenario.is_sound();
-        for guests in &mut self.guests {
-            guests.take_answers(&self.world, now, any, &mut self.seen)?;
-        }
-        Ok(())
-    }
-
-    fn observe_reads(&mut self) -> Result<(), String> {
-        for (readers, job) in self.readers.iter_mut().zip(&self.jobs) {
-            readers.take_answers(job, !self.scenario.is_sound(), &mut self.seen)?;
-        }
-        Ok(())
-    }
-
-    /// Of a group that is worth something as a whole only, no job goes on to its end when another has failed.
-    fn check_groups(&self) -> Result<(), String> {
-        for (start, spec) in self.starts.iter().zip(&self.scenario.starts) {
-            let jobs = &self.jobs[start.jobs.clone()];
-            if spec.on_failure == GroupFailure::GoOn || jobs.len() < 2 {
-                continue;
-            }
-            let failed = |job: &Job| matches!(job.ended_as, Some(Outcome::Failed(_) | Outcome::Cancelled));
-            if jobs.iter().any(failed)
-                && let Some(other) = jobs.iter().find(|job| job.runs() && !job.ends)
-            {
-                return Err(format!("another has failed, and this goes on: {:?}", other.spec));
-            }
-        }
-        Ok(())
-    }
-
-    fn observe_starts(&mut self, now: Timestamp) -> Result<(), String> {
-        for (number, start) in self.starts.iter_mut().enumerate() {
-            let Some(pending) = &start.pending else { continue };
-            let Some(answer) = pending.take() else {
-                if now > start.answer_by {
-                    return Err(format!(
-                        "start {number} waits since before {:?}, now {now:?}",
-                        start.answer_by
-                    ));
-                }
-                continue;
-            };
-            start.pending = None;
-            match answer {
-                Ok(ids) => {
-                    self.seen.started += 1;
-                    for (job, id) in self.jobs[start.jobs.clone()].iter_mut().zip(ids) {
-                        job.id = Some(id);
-                        job.attached = true;
-                        job.take_t0(&self.world);
-                        if self.scenario.operator == Operator::Pauses {
-                            perhaps(job.handle.pause());
-                        }
-                    }
-                }
-                Err(error) => {
-                    self.seen.not_started += 1;
-                    let refused = error.is_refusal() && self.scenario.tight;
-                    let late = error.to_string().contains("no point in time");
-                    let left =
-                        error.to_string().contains("has left") && self.removed.iter().any(|&left| left);
-                    if !refused && !late && !left {
-                        return Err(format!("start {number} failed for no reason: {error}"));
-                    }
-                    for job in &mut self.jobs[start.jobs.clone()] {
-                        job.check_refused(&self.world)?;
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// All is over but what never ends: close everything.
     fn finish(&mut self) -> Result<(), String> {
         if self.jobs.iter().any(|job| !job.refused && !job.ended) {
             self.seen.lost += 1;
             return self.die();
         }
+        self.check_taken_along()?;
         for (number, guests) in self.guests.iter().enumerate() {
             if !self.removed[number] {
                 self.engine.remove_disk(&guests.disk);
@@ -510,18 +444,20 @@ impl<'a> Run<'a> {
                 return Err(format!("start {number} does not know that the engine has died"));
             }
         }
+        let blame = Blame { dead: true, ..self.blame() };
         for job in &mut self.jobs {
-            job.check_ended(self.scenario, &self.world, true, &mut self.seen)?;
+            job.check_ended(&blame, now, None, &self.world, &mut self.seen)?;
             if job.runs() {
                 return Err("a job does not know that the engine has died".into());
             }
         }
-        self.observe_reads()?;
+        self.observe_reads(&blame)?;
         if !self.readers.iter().all(Readers::are_gone) {
             return Err("a read of a snapshot waits for the dead".into());
         }
         for guests in &mut self.guests {
-            guests.outlive(&mut self.engine, &self.world, now, &mut self.seen)?;
+            let judges = (&blame, &self.jobs[..]);
+            guests.outlive(&mut self.engine, &self.world, now, judges, &mut self.seen)?;
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Which disks, which guests, which jobs, and what goes wrong: chosen by a seed, or by hand.
+//! Which disks, which guests, which jobs, and what goes wrong: chosen by a seed (`random`), or by hand.
 
 use std::num::NonZeroU64;
 use std::sync::Arc;
@@ -8,10 +8,10 @@ use engine::copier::plan::{Limits, LivePlan, Plan, PlantedBug, Side};
 use engine::copy::{ErrorPolicy, SyncMode};
 use engine::job::TargetHolds;
 use engine::live::carrier::CarrierLimits;
-use engine::live::sim::{SimDisk, SimJob};
+use engine::live::sim::{SimDisk, SimFleece, SimJob};
 use engine::live::{GroupFailure, SweepDepth};
 use engine::modes::CbwErrorPolicy;
-use engine::ring::sim::{Disk, DiskTraits, FaultPlan, Rates, SharedWorld, World};
+use engine::ring::sim::{Disk, DiskTraits, FaultPlan, SharedWorld, World};
 use engine::ring::{BufferRange, FileId};
 use engine::units::{ByteRange, ClusterSize, Geometry, Length, Speed};
 use fastrand::Rng;
@@ -74,6 +74,18 @@ pub(crate) struct Stuck {
     pub(crate) until: Option<Duration>,
 }
 
+/// A fleece file of a copy.
+#[derive(Clone, Debug)]
+pub(crate) struct FleeceSpec {
+    /// Clusters that it takes.
+    pub(crate) slots: u32,
+    pub(crate) direct_alignment: Option<u32>,
+    pub(crate) slowness: u64,
+    /// It comes free again.
+    pub(crate) stuck: Option<Stuck>,
+    pub(crate) bad: Vec<ByteRange>,
+}
+
 /// A copy.
 #[derive(Clone, Debug)]
 pub(crate) struct JobSpec {
@@ -92,6 +104,7 @@ pub(crate) struct JobSpec {
     pub(crate) slowness: u64,
     pub(crate) stuck: Option<Stuck>,
     pub(crate) bad_target: Vec<ByteRange>,
+    pub(crate) fleece: Option<FleeceSpec>,
     pub(crate) source_policy: ErrorPolicy,
     pub(crate) target_policy: ErrorPolicy,
     pub(crate) on_cbw_error: CbwErrorPolicy,
@@ -132,6 +145,8 @@ pub(crate) struct Scenario {
     pub(crate) disks: Vec<DiskSpec>,
     pub(crate) starts: Vec<StartSpec>,
     pub(crate) operator: Operator,
+    /// How long an error has paused a job before the operator mends everything and lets it go on.
+    pub(crate) mends_after: Duration,
     pub(crate) capacity: usize,
     /// Not everything fits in the arena.
     pub(crate) tight: bool,
@@ -142,14 +157,6 @@ pub(crate) struct Scenario {
     pub(crate) mended_at: Duration,
     pub(crate) die_at: Option<Duration>,
     pub(crate) planted: Option<PlantedBug>,
-}
-
-fn micros(rng: &mut Rng, most: u64) -> Duration {
-    Duration::from_micros(rng.u64(0..most.max(1)))
-}
-
-fn pick<T: Copy>(rng: &mut Rng, from: &[T]) -> T {
-    from[rng.usize(..from.len())]
 }
 
 impl DiskSpec {
@@ -167,37 +174,6 @@ impl DiskSpec {
             layers: Layers::One,
             patient: true,
             leaves_early: false,
-        }
-    }
-
-    fn random(rng: &mut Rng, faulty: bool) -> Self {
-        let odd = pick(rng, &[0, 0, 0, 1, 511, 512, 513, 4095, 4097, 9000]);
-        let blocks = pick(rng, &[3, 20, 60, 120]);
-        let length = rng.u64(0..blocks) * BLOCK + odd;
-        let length = if length == 0 { BLOCK } else { length };
-        let mut pace = pick(rng, &[30, 300, 3000]);
-        if faulty && rng.bool() {
-            // Some are there when the sweep has given up.
-            pace = 20_000;
-        }
-        Self {
-            length,
-            traits: DiskTraits {
-                direct_alignment: pick(rng, &[None, Some(512), Some(512), Some(4096)]),
-                unmaps: rng.u8(..4) > 0,
-                zeroes: rng.u8(..4) > 0,
-                fixed_length: rng.bool(),
-            },
-            bad: if faulty { bad(rng, length) } else { Vec::new() },
-            path: pick(rng, &[Path::Carried, Path::Carried, Path::Own, Path::Both, Path::Mixed]),
-            requests: if rng.u8(..10) == 0 { 0 } else { rng.u64(5..60) },
-            at_a_time: rng.usize(1..10),
-            pace: Duration::from_micros(rng.u64(1..pace)),
-            hold: Duration::from_micros(pick(rng, &[1, 100, 1000, 30_000])),
-            crumbled: rng.u8(..8) == 0,
-            layers: pick(rng, &[Layers::One, Layers::Some, Layers::Some, Layers::Empty]),
-            patient: rng.bool(),
-            leaves_early: rng.u8(..4) == 0,
         }
     }
 
@@ -228,6 +204,12 @@ impl DiskSpec {
     }
 }
 
+impl FleeceSpec {
+    pub(crate) fn plain(slots: u32) -> Self {
+        Self { slots, direct_alignment: Some(512), slowness: 1, stuck: None, bad: Vec::new() }
+    }
+}
+
 impl JobSpec {
     pub(crate) fn plain(disk: usize, cluster: u64) -> Self {
         Self {
@@ -244,6 +226,7 @@ impl JobSpec {
             slowness: 1,
             stuck: None,
             bad_target: Vec::new(),
+            fleece: None,
             source_policy: ErrorPolicy::Report,
             target_policy: ErrorPolicy::Report,
             on_cbw_error: CbwErrorPolicy::BreakSnapshot,
@@ -255,76 +238,13 @@ impl JobSpec {
         }
     }
 
-    fn random(rng: &mut Rng, disks: &[DiskSpec], faulty: bool) -> Self {
-        let policies = [
-            ErrorPolicy::Report,
-            ErrorPolicy::Stop,
-            ErrorPolicy::Enospc,
-            ErrorPolicy::Auto,
-            ErrorPolicy::Ignore,
-        ];
-        let ignores = faulty && rng.u8(..3) == 0;
-        let disk = rng.usize(..disks.len());
-        let most_slots = pick(rng, &[3, 5, 12]);
-        let slots = rng.u32(2..most_slots);
-        let target_is_zero = rng.bool();
-        let stuck = (rng.u8(..8) == 0).then(|| {
-            let from = micros(rng, 20_000);
-            Stuck { from, until: (rng.u8(..3) > 0).then(|| from + micros(rng, 500_000)) }
-        });
-        let forever = stuck.is_some_and(|stuck| stuck.until.is_none());
-        let timeouts = [None, Some(500_000), Some(100_000), Some(10_000), Some(300)];
-        let sync = match rng.u8(..8) {
-            0 => SyncMode::None,
-            1..4 => SyncMode::Top,
-            _ => SyncMode::Full,
-        };
-        let mut cancel_at = (rng.u8(..8) == 0).then(|| micros(rng, 60_000));
-        if forever || sync == SyncMode::None {
-            cancel_at = cancel_at.or(Some(micros(rng, 400_000)));
-        }
-        Self {
-            disk,
-            cluster: 4096 << rng.u32(0..5),
-            slots,
-            reserved: rng.u32(1..slots),
-            max_run: rng.u32(1..=slots),
-            depth: if rng.bool() { SweepDepth::Auto } else { SweepDepth::Fixed(rng.u32(0..6)) },
-            zero_detect: rng.u8(0..4) > 0,
-            target_is_zero,
-            space_reserved: target_is_zero && rng.bool(),
-            target: DiskTraits {
-                direct_alignment: pick(rng, &[None, Some(512), Some(4096)]),
-                unmaps: rng.u8(..4) > 0,
-                zeroes: rng.u8(..4) > 0,
-                fixed_length: !target_is_zero,
-            },
-            slowness: if rng.u8(..5) == 0 { rng.u64(2..40) } else { 1 },
-            stuck,
-            bad_target: if faulty { bad(rng, disks[disk].length) } else { Vec::new() },
-            source_policy: if ignores { ErrorPolicy::Ignore } else { pick(rng, &policies) },
-            target_policy: if ignores { ErrorPolicy::Ignore } else { pick(rng, &policies) },
-            on_cbw_error: pick(rng, &[CbwErrorPolicy::BreakGuestWrite, CbwErrorPolicy::BreakSnapshot]),
-            cbw_timeout: pick(rng, &timeouts).map(Duration::from_micros),
-            speed: (rng.u8(..4) == 0).then(|| rng.u64(100_000..50_000_000)),
-            cancel_at,
-            sync,
-            reads: if rng.u8(..3) == 0 { rng.u64(1..40) } else { 0 },
-        }
-    }
-
     pub(crate) fn geometry(&self, disks: &[DiskSpec]) -> Geometry {
         Geometry::new(Length(disks[self.disk].length), ClusterSize::new(self.cluster).unwrap())
     }
 
     /// Whether it goes on without what cannot be copied.
-    fn leaves_out(&self) -> bool {
+    pub(crate) fn leaves_out(&self) -> bool {
         self.source_policy == ErrorPolicy::Ignore || self.target_policy == ErrorPolicy::Ignore
-    }
-
-    /// Whether it may fail, or fail its guests, although no disk does.
-    pub(crate) fn is_impatient(&self) -> bool {
-        self.cbw_timeout.is_some()
     }
 
     pub(crate) fn target_disk(&self, rng: &mut Rng, length: u64) -> Disk {
@@ -345,6 +265,26 @@ impl JobSpec {
         }
         target.set_slowness(self.slowness);
         target
+    }
+
+    /// Its fleece file, of no bytes if it has none. Old data is in it that is nobody's.
+    fn fleece_disk(&self) -> Disk {
+        let bytes = self.fleece.as_ref().map_or(0, |fleece| u64::from(fleece.slots) * self.cluster);
+        let direct_alignment = self.fleece.as_ref().and_then(|fleece| fleece.direct_alignment);
+        let traits = DiskTraits { direct_alignment, fixed_length: true, ..DiskTraits::default() };
+        let mut disk = Disk::new(vec![0xFE; usize::try_from(bytes).unwrap()], traits);
+        if let Some(fleece) = &self.fleece {
+            fleece.bad.iter().for_each(|&range| disk.set_bad(range));
+            disk.set_slowness(fleece.slowness);
+        }
+        disk
+    }
+
+    /// The same for the engine, as file `file`.
+    pub(crate) fn fleece(&self, file: usize) -> Option<SimFleece> {
+        let fleece = self.fleece.as_ref()?;
+        let FleeceSpec { slots, direct_alignment, .. } = *fleece;
+        Some(SimFleece { file, direct_alignment, slots })
     }
 
     /// What the engine is asked for.
@@ -415,6 +355,7 @@ impl Scenario {
             disks: vec![DiskSpec::plain(20 * 8192 + 1536 + 7, path)],
             starts: vec![start],
             operator: Operator::Watches,
+            mends_after: Duration::ZERO,
             capacity: 32,
             tight: false,
             carrier: CarrierLimits {
@@ -432,46 +373,6 @@ impl Scenario {
             faults: FaultPlan::default(),
             mended_at: Duration::ZERO,
             die_at: None,
-            planted: None,
-        }
-    }
-
-    /// Anything.
-    pub(crate) fn random(seed: u64) -> Self {
-        let mut rng = Rng::with_seed(seed ^ 0x11FE);
-        let rng = &mut rng;
-        let faulty = rng.u8(..5) < 2;
-        let disks: Vec<_> = (0..rng.usize(1..3)).map(|_| DiskSpec::random(rng, faulty)).collect();
-        let starts: Vec<_> = (0..rng.usize(1..4)).map(|_| random_start(rng, &disks, faulty)).collect();
-        let window = 4096 << rng.u32(0..3);
-        let mut operators = vec![Operator::Watches, Operator::Fidgets, Operator::Fidgets, Operator::Pauses];
-        if starts.iter().flat_map(|start| &start.jobs).any(JobSpec::leaves_out) {
-            operators.extend([Operator::PausesWithout(1); 4]);
-        }
-        let stuck = starts.iter().flat_map(|start| &start.jobs).any(|job| job.stuck.is_some());
-        Self {
-            seed,
-            operator: pick(rng, &operators),
-            // What never ends must leave room for the rest.
-            capacity: if stuck { 1024 } else { pick(rng, &[2, 7, 30, 100, 500]) },
-            tight: rng.u8(..20) == 0,
-            carrier: CarrierLimits {
-                requests: rng.usize(1..12),
-                slot_bytes: 4096,
-                window_bytes: window,
-                wide_window_bytes: window * 4,
-                deferred_ranges: pick(rng, &[1, 3, 100]),
-                deferred_grain: 4096,
-                discard_checks: rng.u32(1..4),
-                discard_pause: Duration::from_micros(rng.u64(100..3000)),
-                steps_a_poll: rng.usize(1..8),
-            },
-            carrier_bytes: 65_536,
-            faults: if faulty { random_faults(rng) } else { FaultPlan::default() },
-            mended_at: micros(rng, 100_000),
-            die_at: (rng.u8(..12) == 0).then(|| micros(rng, 60_000)),
-            disks,
-            starts,
             planted: None,
         }
     }
@@ -495,10 +396,28 @@ impl Scenario {
             + rates.flush
             + rates.unsupported
             + rates.drop_cache;
+        let bad = |job: &JobSpec| {
+            !job.bad_target.is_empty() || job.fleece.as_ref().is_some_and(|fleece| !fleece.bad.is_empty())
+        };
         sums == 0
             && self.faults.exact.is_empty()
             && self.disks.iter().all(|disk| disk.bad.is_empty())
-            && self.jobs().all(|job| job.bad_target.is_empty())
+            && !self.jobs().any(bad)
+    }
+
+    /// Number of the target of the job `number` in the world.
+    pub(crate) fn target_of(&self, number: usize) -> usize {
+        self.disks.len() + number
+    }
+
+    /// Number of its fleece file.
+    pub(crate) fn fleece_of(&self, number: usize) -> usize {
+        self.disks.len() + self.jobs().count() + number
+    }
+
+    /// How many disks the world has.
+    pub(crate) fn files(&self) -> usize {
+        self.fleece_of(self.jobs().count())
     }
 
     /// Bytes of the arena.
@@ -509,7 +428,7 @@ impl Scenario {
         if self.tight { all - 65_536 } else { all }
     }
 
-    /// The disks at the start: the live ones, then the targets in the order of the jobs.
+    /// The disks at the start: the live ones, then the targets in the order of the jobs, then their fleece files.
     pub(crate) fn world(&self) -> SharedWorld {
         let mut rng = Rng::with_seed(self.seed ^ 0xD15C);
         let world = World::shared();
@@ -520,41 +439,12 @@ impl Scenario {
         for job in self.jobs() {
             inner.add_disk(job.target_disk(&mut rng, self.disks[job.disk].length));
         }
+        for job in self.jobs() {
+            inner.add_disk(job.fleece_disk());
+        }
         drop(inner);
         world
     }
-}
-
-fn random_start(rng: &mut Rng, disks: &[DiskSpec], faulty: bool) -> StartSpec {
-    let jobs = pick(rng, &[1, 1, 1, 2, 2, 3]);
-    StartSpec {
-        at: micros(rng, 20_000),
-        timeout: Duration::from_micros(pick(rng, &[200, 5_000, 200_000, 200_000])),
-        on_failure: pick(rng, &[GroupFailure::FailAll, GroupFailure::GoOn]),
-        jobs: (0..jobs).map(|_| JobSpec::random(rng, disks, faulty)).collect(),
-    }
-}
-
-fn random_faults(rng: &mut Rng) -> FaultPlan {
-    let mut rate = |most: u16| if rng.bool() { rng.u16(0..most) } else { 0 };
-    let rates = Rates {
-        short: rate(200),
-        passing: rate(60),
-        eio: rate(40),
-        nospace: rate(30),
-        flush: rate(200),
-        unsupported: rate(300),
-        drop_cache: rate(100),
-        publish: 0,
-    };
-    FaultPlan { rates, quiet_from: Some(rng.u64(0..600)), ..FaultPlan::default() }
-}
-
-fn bad(rng: &mut Rng, length: u64) -> Vec<ByteRange> {
-    if rng.u8(0..3) > 0 {
-        return Vec::new();
-    }
-    (0..rng.usize(1..4)).map(|_| ByteRange::new(rng.u64(0..length), rng.u64(1..5000))).collect()
 }
 
 /// Some runs of numbers below `end`, about a third of them.

@@ -27,12 +27,26 @@ pub(crate) struct Seen {
     pub(crate) uncovered: u64,
     /// Discards that were put off, and forgotten for a guest who writes by himself.
     pub(crate) forgot: u64,
+    /// Clusters that were seen in a fleece file, and not on the target.
+    pub(crate) fleeced: u64,
+    /// Jobs whose fleece file was full.
+    pub(crate) fleece_full: u64,
+    /// Of those that have failed, or their guests, because it was full while they were stopped.
+    pub(crate) fleece_refused: u64,
+    /// Answers to guests.
+    pub(crate) answers: u64,
+    /// Of these, to requests that nothing can have made to fail.
+    pub(crate) sure_answers: u64,
+    /// Jobs whose end was told.
+    pub(crate) jobs: u64,
+    /// Of these, those that nothing can have made to fail.
+    pub(crate) sure_jobs: u64,
     /// What was left out, and then tried by a guest.
     pub(crate) unskipped: u64,
 }
 
 impl Seen {
-    fn counts(&mut self) -> [&mut u64; 22] {
+    fn counts(&mut self) -> [&mut u64; 29] {
         [
             &mut self.granted,
             &mut self.at_barrier,
@@ -55,8 +69,21 @@ impl Seen {
             &mut self.snapshot,
             &mut self.uncovered,
             &mut self.forgot,
+            &mut self.fleeced,
+            &mut self.fleece_full,
+            &mut self.answers,
+            &mut self.sure_answers,
+            &mut self.jobs,
+            &mut self.sure_jobs,
+            &mut self.fleece_refused,
             &mut self.unskipped,
         ]
+    }
+
+    /// A guest was answered, and nothing can have made his request fail, or something can.
+    pub(crate) fn answer(&mut self, is_sure: bool) {
+        self.answers += 1;
+        self.sure_answers += u64::from(is_sure);
     }
 
     pub(crate) fn add(&mut self, mut other: Self) {
@@ -65,9 +92,9 @@ impl Seen {
         }
     }
 
-    /// The least of all counts but the last, for which there are runs of their own.
+    /// The least of all counts but the last two, for which there are runs of their own.
     pub(crate) fn least(&mut self) -> u64 {
-        let [counts @ .., _] = self.counts();
+        let [counts @ .., _, _] = self.counts();
         counts.into_iter().map(|count| *count).min().expect("there are some")
     }
 }
