@@ -364,6 +364,7 @@ fn a_copy_that_is_complete_is_not_late_however_late_that_is_seen() {
             on_cbw_error: CbwErrorPolicy::BreakSnapshot,
             cbw_timeout: Some(Duration::from_secs(1)),
             reserved_slots: 1,
+            may_unmap: true,
             space_reserved: false,
         };
         let set = Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap());
@@ -405,6 +406,7 @@ fn one_who_asks_late_for_what_is_done_is_not_refused() {
         on_cbw_error: CbwErrorPolicy::BreakGuestWrite,
         cbw_timeout: Some(Duration::from_secs(1)),
         reserved_slots: 1,
+        may_unmap: true,
         space_reserved: false,
     };
     let set = Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap());
