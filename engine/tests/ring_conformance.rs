@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use engine::ring::select::RingConfig;
 use engine::ring::threads::ThreadsRing;
 use engine::ring::uring::UringRing;
-use engine::ring::{ExtentQuery, IoPath, Op, Output, Ring, Token, Wait, ZeroMethod};
+use engine::ring::{ExtentQuery, IoPath, Op, Output, Token, Wait, ZeroMethod};
 use engine::storage::Storage;
 use engine::units::ByteRange;
 use nix::errno::Errno;

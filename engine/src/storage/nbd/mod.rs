@@ -328,8 +328,10 @@ impl Storage for NbdStorage {
         if range.end() > self.length() {
             return Err(Errno::EINVAL);
         }
-        let blocks = self.blocks_within(range).into_iter().flat_map(pieces);
-        blocks.map(|range| self.call(Request::Trim(range), &[], &mut []).map(|_| ())).collect()
+        for range in self.blocks_within(range).into_iter().flat_map(pieces) {
+            self.call(Request::Trim(range), &[], &mut [])?;
+        }
+        Ok(())
     }
 
     fn allocate(&self, _: &[ByteRange]) -> Result<(), Errno> {
