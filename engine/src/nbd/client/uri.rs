@@ -66,7 +66,7 @@ impl NbdUri {
             "nbds" | "nbds+unix" | "nbds+vsock" => {
                 return unsupported(
                     "NBD over TLS is not supported by this version",
-                    "reach the server through a tunnel, or on a unix socket, and write nbd: or nbd+unix:",
+                    "reach the server on a unix socket or through a tunnel, and leave out the s of nbds",
                 );
             }
             "nbd+vsock" => {

@@ -245,3 +245,49 @@ fn identity(locator: &Locator, uri: &NbdUri, storage: &NbdStorage) -> Identity {
     let disk = DiskId::Nbd { server, export: uri.export.clone() };
     Identity { path: locator.as_str().to_owned(), length: storage.limits().length.0, disk }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+    use crate::storage::{LiveAccess, open_live};
+
+    #[test]
+    fn an_export_is_no_live_disk() {
+        let export = Locator::parse("nbd+unix:///x?socket=nowhere").unwrap();
+        for access in [LiveAccess::Carried, LiveAccess::Permits, LiveAccess::PermitsAndLocks] {
+            let error = open_live(&export, access).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Refused(Refusal::Unsupported), "{error}");
+        }
+    }
+
+    #[test]
+    fn why_nobody_is_reached() {
+        let fails = |text: &str| {
+            let Ok(uri) = NbdUri::parse(text) else { panic!("{text}") };
+            let why = reach(&uri, Instant::now() + Duration::from_secs(5)).unwrap_err();
+            refusal(Operation::OpenSource, text, &uri, &why)
+        };
+        let nowhere = fails("nbd+unix:///x?socket=/nowhere/at/all");
+        assert_eq!(nowhere.kind(), ErrorKind::Refused(Refusal::NotFound));
+        assert!(nowhere.to_string().contains("there is no socket /nowhere/at/all"), "{nowhere}");
+        let hidden = fails("nbd+unix:///x?socket=%00nobody-listens-here");
+        assert!(hidden.to_string().contains("ECONNREFUSED"), "{hidden}");
+    }
+
+    /// A server that accepts and is silent is given up in time.
+    #[test]
+    fn a_server_that_is_silent_is_not_waited_for() {
+        let there = tempfile::tempdir().unwrap();
+        let socket = there.path().join("socket");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let uri = NbdUri { address: Address::Unix(socket), export: String::new() };
+        let start = Instant::now();
+        let why = reach(&uri, start + Duration::from_millis(200)).unwrap_err();
+        assert_eq!(why, Unreachable::Connect(ConnectError::System(Errno::ETIMEDOUT)));
+        assert!(start.elapsed() >= Duration::from_millis(200));
+        let error = refusal(Operation::OpenSource, "x", &uri, &why);
+        assert!(error.to_string().contains("does not answer within 30 s"), "{error}");
+        drop(listener);
+    }
+}
