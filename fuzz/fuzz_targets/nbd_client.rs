@@ -54,5 +54,9 @@ fuzz_target!(|input: &[u8]| {
     let mut whole = session.clone();
     session.feed(stream, pieces(*size));
     whole.feed(stream, || usize::MAX / 2);
-    assert_eq!((session.asked, session.broken), (whole.asked, whole.broken), "how it is cut makes no difference");
+    assert_eq!(
+        (session.asked, session.broken),
+        (whole.asked, whole.broken),
+        "how it is cut makes no difference"
+    );
 });
