@@ -234,9 +234,7 @@ impl Control {
 
     /// What the engine cannot know of a target's path.
     fn check_path(&self, path: &str) -> Result<(), QmpError> {
-        if !Path::new(path).is_absolute() {
-            return refuse(format!("Parameter 'path' expects an absolute path, not '{path}'"));
-        }
+        check_absolute("path", path)?;
         self.check_no_claim(path, "target")
     }
 
@@ -266,6 +264,7 @@ impl Control {
         let fleece = match &asked.x_fleece {
             None => None,
             Some(fleece) => {
+                check_absolute("x-fleece.path", &fleece.path)?;
                 self.check_no_claim(&fleece.path, "fleece file")?;
                 let mut options = FleeceOptions::new(fleece.path.clone());
                 if let Some(size) = fleece.size {
@@ -296,6 +295,8 @@ impl Control {
             },
             cbw_timeout: (asked.cbw_timeout > 0).then(|| Duration::from_secs(asked.cbw_timeout.into())),
             start_timeout: START_TIMEOUT,
+            // As for guests: where a node on the way to the disk ignores discards, its space stays taken.
+            may_unmap: asked.path.is_some() || self.nodes.may_trim(&asked.target)?,
             in_place: asked.path.is_none(),
             force: asked.force,
             auto_finalize: asked.auto_finalize,
@@ -380,6 +381,14 @@ impl Control {
 fn decode<T: for<'a> Deserialize<'a>>(arguments: &Arguments) -> Result<T, QmpError> {
     serde_json::from_value(Value::Object(arguments.clone()))
         .map_err(|error| QmpError::generic(error.to_string()))
+}
+
+/// A path that a client gives is no matter of the daemon's directory, of which the client knows nothing.
+fn check_absolute(parameter: &str, path: &str) -> Result<(), QmpError> {
+    if !Path::new(path).is_absolute() {
+        return refuse(format!("Parameter '{parameter}' expects an absolute path, not '{path}'"));
+    }
+    Ok(())
 }
 
 fn policy_of(word: &str) -> ErrorPolicy {

@@ -44,12 +44,17 @@ pub(super) struct Control {
 }
 
 impl Control {
-    pub(super) fn new(engine: Engine, exports: Box<dyn Exports>) -> std::io::Result<Self> {
+    /// `most_connections`: how many clients of NBD the engine has places for.
+    pub(super) fn new(
+        engine: Engine,
+        exports: Box<dyn Exports>,
+        most_connections: u32,
+    ) -> std::io::Result<Self> {
         Ok(Self {
             engine,
             nodes: Nodes::default(),
             jobs: Jobs::default(),
-            serving: Serving::new(exports),
+            serving: Serving::new(exports, most_connections),
             mailbox: Mailbox::new()?,
             events: Vec::new(),
             quitting: false,
@@ -235,6 +240,11 @@ impl Control {
                 if let Some(id) = self.forget_export(serial) {
                     self.push(at, "BLOCK_EXPORT_DELETED", json!({ "id": id }));
                 }
+            }
+            Happening::NotAccepted(why) => {
+                out::say(format_args!(
+                    "cannot accept an NBD client: {why}; who comes waits until that is over"
+                ));
             }
             Happening::EngineDied(why) => self.death = Some(why),
         }

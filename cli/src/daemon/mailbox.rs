@@ -35,6 +35,8 @@ pub(super) enum Happening {
     Ended(JobSerial, Box<JobResult>),
     /// An export is gone.
     ExportGone(ExportSerial),
+    /// An NBD client could not be accepted, for this reason; told once until one is accepted again.
+    NotAccepted(String),
     /// The engine has died, for this reason: it carries nothing any more. Its jobs and exports are told of besides, then or later.
     EngineDied(String),
 }
@@ -54,7 +56,7 @@ struct Shared {
 
 /// Where other threads put what has happened.
 #[derive(Clone)]
-pub(super) struct Post(Arc<Shared>);
+pub(crate) struct Post(Arc<Shared>);
 
 impl Post {
     pub(super) fn send(&self, what: Happening) {

@@ -31,8 +31,8 @@ const NULL_LENGTH: u64 = 1 << 30;
 /// Lengths are told apart in these units.
 pub(super) const SECTOR: u64 = 512;
 
-/// What `blockdev-add` takes; checked before.
-#[derive(Clone, Debug, Deserialize)]
+/// What `blockdev-add` takes; checked before, its depth too: each level is put aside as a whole before it is decoded.
+#[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct NodeOptions {
     driver: String,
@@ -56,7 +56,7 @@ struct CacheOptions {
     direct: bool,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum FileReference {
     Name(String),
@@ -131,7 +131,7 @@ impl Nodes {
             return generic("'node-name' must be specified for the root node");
         }
         let before = self.nodes.len();
-        let added = self.add_node(&options, false);
+        let added = self.add_node(options, false);
         if added.is_err() {
             // Those made along with it go, too.
             self.nodes.truncate(before);
@@ -147,7 +147,7 @@ impl Nodes {
         self.add(node.as_object().expect("an object"))
     }
 
-    fn add_node(&mut self, options: &NodeOptions, implicit: bool) -> Result<String, QmpError> {
+    fn add_node(&mut self, mut options: NodeOptions, implicit: bool) -> Result<String, QmpError> {
         if self.nodes.len() >= MAX_NODES {
             return generic(format!("{MAX_NODES} nodes are the most; delete some"));
         }
@@ -155,8 +155,8 @@ impl Nodes {
         let mut read_only = options.read_only;
         let (driver, kind) = match options.driver.as_str() {
             "raw" => {
-                let file = options.file.as_ref().ok_or_else(|| missing("file"))?;
-                let below = self.add_below(file, options)?;
+                let file = options.file.take().ok_or_else(|| missing("file"))?;
+                let below = self.add_below(file, &options)?;
                 read_only |= self.get(&below)?.read_only;
                 ("raw", Kind::Raw(below))
             }
@@ -172,7 +172,7 @@ impl Nodes {
                 }
                 let filename = options.filename.as_deref().ok_or_else(|| missing("filename"))?;
                 let is_device = driver == "host_device";
-                let (disk, opened_read_only) = open_disk(filename, is_device, options)?;
+                let (disk, opened_read_only) = open_disk(filename, is_device, &options)?;
                 read_only |= opened_read_only;
                 (if is_device { "host_device" } else { "file" }, Kind::Disk(disk))
             }
@@ -187,25 +187,25 @@ impl Nodes {
         Ok(name)
     }
 
-    fn add_below(&mut self, file: &FileReference, above: &NodeOptions) -> Result<String, QmpError> {
+    fn add_below(&mut self, file: FileReference, above: &NodeOptions) -> Result<String, QmpError> {
         match file {
             FileReference::Name(name) => {
-                let found = self.get(name)?;
+                let found = self.get(&name)?;
                 if matches!(found.kind, Kind::Filter(_)) {
-                    return Err(busy(name));
+                    return Err(busy(&name));
                 }
                 if !above.read_only && found.read_only && !above.auto_read_only {
                     return generic("Block node is read-only");
                 }
-                Ok(name.clone())
+                Ok(name)
             }
-            FileReference::Options(options) => {
+            FileReference::Options(mut options) => {
                 // Unless it says otherwise, what holds for the one above holds for the one below.
-                let mut options = (**options).clone();
                 options.read_only |= above.read_only;
                 options.auto_read_only |= above.auto_read_only;
-                options.cache = options.cache.or_else(|| above.cache.clone());
-                self.add_node(&options, options.node_name.is_none())
+                options.cache = options.cache.take().or_else(|| above.cache.clone());
+                let implicit = options.node_name.is_none();
+                self.add_node(*options, implicit)
             }
         }
     }

@@ -111,7 +111,7 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
     };
     let found = map.as_ref().and_then(|map| map.map().map(|found| (found.header(), map.path())));
     if let Some((header, path)) = found {
-        // First of all: of another pair nothing else that differs matters, and its map is not to be removed.
+        // First of all, as for the target below: of another pair nothing else that differs matters, and its map is not to be removed.
         let now = source.identity();
         if let Some(difference) = header.source.difference_as_source(now) {
             if header.source.path == now.path && difference.is_modification() {
@@ -119,7 +119,6 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
             }
             return Err(map_of_another(path, &header.source, now, &difference));
         }
-        header.check_options(geometry, options.sync, options.verify, path)?;
     }
     let resume = found.map(|(header, map_path)| Resume { header, map_path });
     let target_options = TargetOptions {
@@ -135,6 +134,9 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
         Place::Nbd(uri) => plan_nbd(&target_locator, uri, &source, &target_options)?,
         Place::Path(_) | Place::Null { .. } => plan_target(&target_locator, &source, &target_options)?,
     };
+    if let Some((header, path)) = found {
+        header.check_options(geometry, options.sync, options.verify, path)?;
+    }
     let uncompared = match &map {
         Some(map) => sample::compare(map, &source, &target)?,
         None => None,
