@@ -35,9 +35,14 @@ Exit codes:
        interrupted by SIGHUP, SIGINT (Ctrl-C), SIGTERM; with --map a later run goes on";
 
 const COPY_EXAMPLES: &str = "\
+An NBD export is written nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH. As a target it is treated like a
+device: it exists, and must be large enough.
+
 Examples:
   engine-cli copy disk.img backup.img
   engine-cli copy --verify --map backup.map /dev/vg0/data /mnt/backup/data.img
+  engine-cli copy nbd://backup.example/vm1 vm1.img
+  engine-cli copy --map up.map disk.img 'nbd+unix:///disk?socket=/run/nbd.sock'
   engine-cli copy --speed 200M --on-source-error ignore --json failing.img rescued.img";
 
 const COMPARE_HELP: &str = "\
@@ -188,9 +193,9 @@ impl Command {
 #[derive(Args, Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is an independent switch of the command line")]
 pub(crate) struct CopyArgs {
-    /// What to copy: a file, a block device, or null:SIZE
+    /// What to copy: a file, a block device, an NBD export, or null:SIZE
     pub(crate) source: String,
-    /// Where to: a file (new, or with --force an existing one), a block device, or null:
+    /// Where to: a file (new, or with --force an existing one), a block device, an NBD export, or null:
     pub(crate) target: String,
 
     /// What is covered: the whole disk, or what the top layer of the source holds
@@ -221,7 +226,7 @@ pub(crate) struct CopyArgs {
     /// Write clusters of zeros as they are instead of making holes of them
     #[arg(long)]
     no_zero_detect: bool,
-    /// The target device reads as zeros already: do not write any (a file is empty at the start in any case)
+    /// The target device or export reads as zeros already: do not write any (a file is empty at the start in any case)
     #[arg(long)]
     target_is_zero: bool,
     /// Overwrite a target file that exists
@@ -248,7 +253,7 @@ pub(crate) struct CopyArgs {
 /// `compare`.
 #[derive(Args, Debug)]
 pub(crate) struct CompareArgs {
-    /// One disk: a file or a block device
+    /// One disk: a file, a block device, or an NBD export
     #[arg(value_name = "A")]
     pub(crate) a: String,
     /// The other
@@ -265,7 +270,7 @@ pub(crate) struct CompareArgs {
 /// `info`.
 #[derive(Args, Debug)]
 pub(crate) struct InfoArgs {
-    /// A file or a block device
+    /// A file, a block device, or an NBD export
     pub(crate) path: String,
     /// Its image format; never guessed from its contents
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t = ImageFormat::Raw)]

@@ -90,7 +90,7 @@ fn refusals() {
     let there = directory();
     dense(&there.path().join("a"), 10, 0);
     for (other, expected) in
-        [("missing", "missing"), (".", "directory"), ("/dev/zero", "character device"), ("nbd://h/x", "NBD")]
+        [("missing", "missing"), (".", "directory"), ("/dev/zero", "character device"), ("nbds://h/x", "NBD")]
     {
         let output = run_in(there.path(), &["compare", "a", other]);
         assert_eq!(code(&output), 2, "{other}");

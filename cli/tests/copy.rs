@@ -110,7 +110,7 @@ fn mistakes_are_refused() {
     }
     refused(there.path(), &["--source-format", "qcow2", "a", "b"], "qcow2");
     refused(there.path(), &["--target-format", "qcow2", "a", "b"], "qcow2");
-    refused(there.path(), &["a", "nbd://host/x"], "NBD");
+    refused(there.path(), &["a", "nbds://host/x"], "NBD");
     refused(there.path(), &["--queue-depth", "4000000000", "a", "b"], "");
     refused(there.path(), &["--map", "a", "a", "b"], "");
     assert!(!there.path().join("b").exists());

@@ -285,6 +285,12 @@ impl Error {
             Errno::EFBIG => Some("raise the limit on file sizes (ulimit -f), or choose another file system"),
             Errno::EIO => Some("the device or its connection is failing: see the kernel's log"),
             Errno::EROFS => Some("the file system has gone read-only: see the kernel's log"),
+            Errno::ECONNRESET | Errno::EPIPE | Errno::ETIMEDOUT | Errno::ESHUTDOWN => {
+                Some("the server, or the way to it, is gone: see that it runs, then copy again")
+            }
+            Errno::EPROTO => {
+                Some("the server does not keep to the protocol: use another, or see the log (-v)")
+            }
             _ => None,
         };
         let mut error = Self::new(kind, operation, path, describe(errno)).because(errno);

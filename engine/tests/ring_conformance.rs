@@ -4,12 +4,16 @@ mod support;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
-use engine::ring::Op;
+use engine::ring::select::RingConfig;
 use engine::ring::threads::ThreadsRing;
 use engine::ring::uring::UringRing;
+use engine::ring::{ExtentQuery, IoPath, Op, Output, Token, Wait, ZeroMethod};
 use engine::storage::Storage;
+use engine::units::ByteRange;
 use nix::errno::Errno;
+use parking_lot::{Condvar, Mutex};
 use support::real::{Real, RealRing, config};
 use support::simulated::Simulated;
 use support::storage::Odd;
@@ -104,6 +108,52 @@ fn flushes_of_storages_on_uring() {
 #[test]
 fn flushes_of_storages_on_threads() {
     a_flush_that_is_more_than_one_call_is_the_storages_own::<ThreadsRing>();
+}
+
+/// All that is done with a remote storage is done by helper threads, of which there are as many as the ring was made for; the ring's own thread goes on.
+fn a_remote_storage_is_waited_for_by_helpers<R: RealRing>() {
+    if let Some(reason) = <Real<R> as support::Fixture>::unavailable() {
+        return support::skip("remote storages", &reason);
+    }
+    let mut ring = R::open(&RingConfig { threads: 8, ..config(16 * 4096, 16, 0) }).unwrap();
+    let gate = Arc::new((Mutex::new(false), Condvar::new()));
+    let storage = Arc::new(Odd::Remote(Arc::clone(&gate), AtomicU32::new(0)));
+    let Odd::Remote(_, begun) = &*storage else { unreachable!("made so") };
+    let file = ring.add_file(Arc::clone(&storage) as Arc<dyn Storage>).unwrap();
+    for number in 0..12 {
+        let op = Op::Read { file, offset: 0, buffer: support::buffer(number, 4096), path: IoPath::Direct };
+        ring.push(Token(u64::from(number)), op);
+    }
+    let (start, mut completions) = (Instant::now(), Vec::new());
+    while begun.load(Ordering::SeqCst) < 6 {
+        assert!(start.elapsed() < support::PATIENCE, "{begun:?} at a time");
+        ring.wait(Wait::Until(ring.now().after(Duration::from_millis(1))), &mut completions).unwrap();
+    }
+    assert!(completions.is_empty(), "{completions:?}");
+    *gate.0.lock() = true;
+    gate.1.notify_all();
+    let completions = support::complete(&mut ring, 12);
+    assert!(completions.iter().all(|one| one.result == Ok(Output::Bytes(4096))), "{completions:?}");
+    let buffer = support::buffer(0, 4096);
+    let write = Op::Write { file, offset: 0, buffer, path: IoPath::Direct };
+    assert_eq!(support::run(&mut ring, write), Ok(Output::Bytes(4096)));
+    assert_eq!(support::run(&mut ring, Op::Flush { file }), Ok(Output::Done));
+    let range = ByteRange::new(0, 4096);
+    let zeroes = Op::WriteZeroes { file, range, method: ZeroMethod::Unmap };
+    assert_eq!(support::run(&mut ring, zeroes), Ok(Output::Done));
+    let extents = Op::Extents { file, range, query: ExtentQuery::Data, limit: 1 };
+    assert!(matches!(support::run(&mut ring, extents), Ok(Output::Extents(_))));
+    assert_eq!(support::run(&mut ring, Op::Discard { file, range }), Ok(Output::Done));
+}
+
+#[test]
+fn remote_storages_on_uring() {
+    a_remote_storage_is_waited_for_by_helpers::<UringRing>();
+}
+
+#[test]
+fn remote_storages_on_threads() {
+    a_remote_storage_is_waited_for_by_helpers::<ThreadsRing>();
 }
 
 // In virtual time: without the checks that need other threads, signals, no time at all, or an operation that panics.

@@ -23,6 +23,7 @@ fuzz_target!(|text: &str| {
         assert_eq!(locator.as_str(), text);
         match locator.place() {
             Place::Path(path) => assert_eq!(path.as_os_str(), text),
+            Place::Nbd(uri) => assert!(uri.export.len() <= 4096 && !text.starts_with("nbds")),
             Place::Null { length } => assert!(length.is_none_or(|length| length.0 <= MAX_LENGTH)),
         }
     }

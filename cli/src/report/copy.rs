@@ -5,6 +5,7 @@ use std::path::Path;
 
 use engine::error::{Error, ErrorKind};
 use engine::job::{JobResult, Outcome, Progress, SkippedRange, TargetHolds};
+use engine::storage::locator::{Locator, Place};
 use serde_json::{Map, Value, json};
 
 use super::units::{average, bytes, rate, span};
@@ -252,8 +253,10 @@ fn head(args: &CopyArgs, result: &str) -> Map<String, Value> {
     }
 }
 
+/// Whether there is no file of that name; what is no name of a file is not missing.
 fn is_missing(path: &str) -> bool {
-    Path::new(path).symlink_metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+    let is_path = Locator::parse(path).is_ok_and(|locator| matches!(locator.place(), Place::Path(_)));
+    is_path && Path::new(path).symlink_metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 fn how_far(progress: &Progress) -> String {

@@ -2,7 +2,7 @@
 
 use engine::error::Error;
 use engine::ring::uring::UringTraits;
-use engine::storage::{DiskInfo, DiskKind, Permission};
+use engine::storage::{DiskInfo, DiskKind, NbdInfo, Permission};
 use serde_json::{Value, json};
 
 use super::units::bytes;
@@ -33,13 +33,15 @@ pub(crate) fn lines(args: &InfoArgs, disk: &DiskInfo, offer: &Offer) -> String {
     if let Some(size) = disk.physical_block_bytes {
         rows.push(("physical block", block(size)));
     }
-    let alignment = disk.direct_io_alignment;
-    rows.push((
-        "direct I/O",
-        alignment.map_or("no: copies go through the page cache".into(), |size| {
-            format!("yes, aligned to {}", block(size))
-        }),
-    ));
+    match &disk.nbd {
+        Some(nbd) => rows.extend(export_rows(nbd, disk.finds_holes)),
+        None => rows.push((
+            "direct I/O",
+            disk.direct_io_alignment.map_or("no: copies go through the page cache".into(), |size| {
+                format!("yes, aligned to {}", block(size))
+            }),
+        )),
+    }
     let flags = [("discards", disk.discards), ("read-only", disk.read_only), ("mounted", disk.mounted)];
     rows.extend(flags.into_iter().filter_map(|(name, flag)| Some((name, yes_no(flag?).to_owned()))));
     if let Some(serial) = &disk.serial {
@@ -56,6 +58,30 @@ pub(crate) fn lines(args: &InfoArgs, disk: &DiskInfo, offer: &Offer) -> String {
         },
     ));
     rows.iter().map(|(name, value)| format!("{:<20}{value}\n", format!("{name}:"))).collect()
+}
+
+/// What is told of an export alone.
+fn export_rows(nbd: &NbdInfo, finds_holes: bool) -> Vec<(&'static str, String)> {
+    let size = |size: u32| bytes(u64::from(size));
+    let offered: Vec<_> = [
+        (nbd.structured_replies, "structured replies"),
+        (nbd.block_status, "block status"),
+        (nbd.flush, "flush"),
+        (nbd.fua, "FUA"),
+        (nbd.write_zeroes, "zeroes"),
+        (nbd.multi_conn, "several connections"),
+    ]
+    .into_iter()
+    .filter_map(|(offered, name)| offered.then_some(name))
+    .collect();
+    let offered = if offered.is_empty() { "nothing".to_owned() } else { offered.join(", ") };
+    let (least, good, most) = (nbd.minimum_block, nbd.preferred_block, nbd.maximum_payload);
+    vec![
+        ("export", format!("'{}'", out::one_line(&nbd.export))),
+        ("holes can be found", if finds_holes { "yes" } else { "no" }.to_owned()),
+        ("requests", format!("in blocks of {}, better {}, up to {}", size(least), size(good), size(most))),
+        ("server offers", offered),
+    ]
 }
 
 /// The object for `--json`.
@@ -78,6 +104,7 @@ pub(crate) fn json(args: &InfoArgs, disk: &DiskInfo, offer: &Offer) -> Value {
         "serial": disk.serial,
         "used_by_others": disk.used_by_others,
         "not_shared_by_others": disk.not_shared_by_others,
+        "nbd": disk.nbd,
         "io_uring": {
             "available": offer.is_ok(),
             "reason": offer.as_ref().err(),
@@ -105,6 +132,7 @@ fn kind(kind: DiskKind) -> &'static str {
     match kind {
         DiskKind::File => "file",
         DiskKind::BlockDevice => "block_device",
+        DiskKind::Nbd => "nbd",
     }
 }
 

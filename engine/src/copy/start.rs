@@ -30,7 +30,7 @@ use crate::ring::{Arena, DocumentId, FileId, Ring};
 use crate::storage::locator::Place;
 use crate::storage::{
     Document, Identity, Locator, OpenedSource, OpenedTarget, Resume, SourceOptions, Storage, TargetOptions,
-    TargetPlan, alignment_of, open_source, plan_target,
+    TargetPlan, alignment_of, open_source, plan_nbd, plan_target,
 };
 use crate::units::{ClusterRange, Geometry, Length};
 
@@ -39,6 +39,8 @@ use crate::units::{ClusterRange, Geometry, Length};
 const DEFAULT_BYTES_IN_FLIGHT: u64 = 7 << 20;
 /// Largest request, in bytes, unless one cluster is larger.
 const MAX_REQUEST_BYTES: u64 = 1 << 20;
+/// Largest request where a side is remote, unless one cluster is larger: so that there are as many at a time as helper threads to wait for them.
+const MAX_REMOTE_REQUEST_BYTES: u64 = 512 << 10;
 /// Fewest slots unless a depth is asked for.
 const MIN_SLOTS: u64 = 4;
 /// Most slots.
@@ -128,7 +130,10 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
         take_over_blank: map.is_some(),
         resume,
     };
-    let target = plan_target(&target_locator, &source, &target_options)?;
+    let target = match target_locator.place() {
+        Place::Nbd(uri) => plan_nbd(&target_locator, uri, &source, &target_options)?,
+        Place::Path(_) | Place::Null { .. } => plan_target(&target_locator, &source, &target_options)?,
+    };
     if let Some((header, path)) = found {
         header.check_options(geometry, options.sync, options.verify, path)?;
     }
@@ -325,6 +330,7 @@ where
             notices.push(verified_through_cache(&to.name));
         }
         let target_is_file = target.storage().descriptors().is_some_and(|fds| !fds.block_device);
+        let remote = source.storage().is_remote() || target.storage().is_remote();
         let plan = Plan {
             source: from,
             target: to,
@@ -335,7 +341,7 @@ where
             map: document.zip(map.as_deref()).map(|(document, map)| map_plan(document, map, header)),
             resumed,
             postponed,
-            ..plan_of(&options, geometry, slots)
+            ..plan_of(&options, geometry, slots, remote)
         };
         let copier = Copier::new(plan, Arc::new(set));
         let shared =
@@ -351,9 +357,10 @@ where
 }
 
 /// The parts of the plan that are just options; the rest is a placeholder that the caller fills in.
-fn plan_of(options: &CopyOptions, geometry: Geometry, slots: u32) -> Plan {
+fn plan_of(options: &CopyOptions, geometry: Geometry, slots: u32, remote: bool) -> Plan {
     let nowhere = || Side { file: FileId(0), name: Arc::from(""), direct_alignment: None };
     let cluster = options.cluster_size.bytes();
+    let most = if remote { MAX_REMOTE_REQUEST_BYTES } else { MAX_REQUEST_BYTES };
     Plan {
         geometry,
         source: nowhere(),
@@ -366,7 +373,7 @@ fn plan_of(options: &CopyOptions, geometry: Geometry, slots: u32) -> Plan {
         target_before: TargetHolds::Unknown,
         slots,
         arena_start: 0,
-        max_run: u32::try_from((MAX_REQUEST_BYTES / cluster).max(1)).expect("small").min(slots.div_ceil(2)),
+        max_run: u32::try_from((most / cluster).max(1)).expect("small").min(slots.div_ceil(2)),
         on_source_error: options.on_source_error,
         on_target_error: options.on_target_error,
         speed: options.speed,

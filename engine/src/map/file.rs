@@ -290,7 +290,7 @@ impl Disks<'_> {
     fn in_file(&self, metadata: &Metadata) -> Option<&'static str> {
         let target = match self.target.place() {
             Place::Path(target) => std::fs::metadata(target).ok().map(|metadata| Node::of(&metadata)),
-            Place::Null { .. } => None,
+            Place::Null { .. } | Place::Nbd(_) => None,
         };
         let file = Node::of(metadata);
         let lies_in = |disk: Option<Node>| disk.is_some_and(|disk| topology::overlap(disk, file));

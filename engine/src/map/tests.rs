@@ -40,6 +40,7 @@ fn maps() -> impl Strategy<Value = Map> {
     let runs = proptest::collection::vec((1_u64..1000, 0_u8..3), 0..60);
     let disk = prop_oneof![
         Just(DiskId::Null),
+        ("\\PC{0,20}", "\\PC{0,20}").prop_map(|(server, export)| DiskId::Nbd { server, export }),
         (any::<u64>(), proptest::option::of("\\PC{0,20}")).prop_map(|(number, serial)| {
             let attachment = serial.is_none().then(|| ("boot".to_owned(), number.to_string()));
             DiskId::Device { number, serial, attachment }

@@ -8,6 +8,8 @@ use crate::error::{Error, ErrorKind, Refusal};
 pub const GREETING_MAGIC: u64 = u64::from_be_bytes(*b"NBDMAGIC");
 /// Second word of a greeting, and first word of every option, `IHAVEOPT`.
 pub const OPTION_MAGIC: u64 = u64::from_be_bytes(*b"IHAVEOPT");
+/// Second word of a greeting of servers from before 2012, which know one export and no options.
+pub const OLDSTYLE_MAGIC: u64 = 0x0000_4202_8186_1253;
 /// First word of every reply to an option.
 pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 /// Begins a request.
@@ -183,6 +185,21 @@ impl WireError {
         (code != 0).then(|| Self::ALL.into_iter().find(|error| error.code() == code).unwrap_or(Self::Invalid))
     }
 
+    /// As the system has it.
+    #[must_use]
+    pub fn errno(self) -> Errno {
+        match self {
+            Self::Permission => Errno::EPERM,
+            Self::Io => Errno::EIO,
+            Self::NoMemory => Errno::ENOMEM,
+            Self::Invalid => Errno::EINVAL,
+            Self::NoSpace => Errno::ENOSPC,
+            Self::Overflow => Errno::EOVERFLOW,
+            Self::NotSupported => Errno::EOPNOTSUPP,
+            Self::Shutdown => Errno::ESHUTDOWN,
+        }
+    }
+
     /// For people.
     #[must_use]
     pub fn message(self) -> &'static str {
@@ -314,6 +331,31 @@ impl RequestHeader {
     }
 }
 
+/// Header of a reply to an option.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OptionReplyHeader {
+    /// To which.
+    pub option: u32,
+    /// One of [`option_reply`].
+    pub reply: u32,
+    /// Bytes of data that follow.
+    pub length: u32,
+}
+
+impl OptionReplyHeader {
+    /// Bytes that it takes.
+    pub const BYTES: usize = 20;
+
+    /// `None`: it does not begin as such replies do.
+    #[must_use]
+    pub fn decode(bytes: &[u8; Self::BYTES]) -> Option<Self> {
+        let mut fields = Fields(bytes);
+        let magic = fields.u64()?;
+        let header = Self { option: fields.u32()?, reply: fields.u32()?, length: fields.u32()? };
+        (magic == OPTION_REPLY_MAGIC).then_some(header)
+    }
+}
+
 /// Appends the greeting of a server.
 pub fn greet(to: &mut Vec<u8>, flags: u16) {
     to.extend_from_slice(&GREETING_MAGIC.to_be_bytes());
@@ -332,6 +374,19 @@ pub fn reply_to_option(to: &mut Vec<u8>, option: u32, reply: u32, parts: &[&[u8]
     to.extend_from_slice(&reply.to_be_bytes());
     to.extend_from_slice(&length_u32(length).to_be_bytes());
     parts.iter().for_each(|part| to.extend_from_slice(part));
+}
+
+/// Bytes of a simple reply's header.
+pub const SIMPLE_REPLY_BYTES: usize = 16;
+
+/// Cookie and error of the header of a simple reply; `None`: it does not begin as such replies do.
+#[must_use]
+pub fn simple_reply_of(bytes: &[u8; SIMPLE_REPLY_BYTES]) -> Option<(u64, Option<WireError>)> {
+    let mut fields = Fields(bytes);
+    let magic = fields.u32()?;
+    let error = WireError::from_code(fields.u32()?);
+    let cookie = fields.u64()?;
+    (magic == SIMPLE_REPLY_MAGIC).then_some((cookie, error))
 }
 
 /// Appends the header of a simple reply.
@@ -355,6 +410,17 @@ pub struct ChunkHeader {
 impl ChunkHeader {
     /// Bytes that it takes.
     pub const BYTES: usize = 20;
+
+    /// The header, and the bytes of payload behind it. `None`: it does not begin as chunks do.
+    #[must_use]
+    pub fn decode(bytes: &[u8; Self::BYTES]) -> Option<(Self, u32)> {
+        let mut fields = Fields(bytes);
+        let magic = fields.u32()?;
+        let done = fields.u16()? & chunk::DONE != 0;
+        let header = Self { done, kind: fields.u16()?, cookie: fields.u64()? };
+        let length = fields.u32()?;
+        (magic == CHUNK_MAGIC).then_some((header, length))
+    }
 
     /// Appends it, and `fields` of its payload. `more`: bytes of payload to come behind them.
     ///
@@ -454,6 +520,28 @@ mod tests {
         let mut wrong = option.encode();
         wrong[7] ^= 1;
         assert_eq!(OptionHeader::decode(&wrong), None);
+    }
+
+    #[test]
+    fn replies_are_read_as_they_are_written() {
+        let mut reply = Vec::new();
+        reply_to_option(&mut reply, 7, option_reply::INFO, &[&[1, 2], &[3]]);
+        let header = OptionReplyHeader { option: 7, reply: option_reply::INFO, length: 3 };
+        assert_eq!(OptionReplyHeader::decode(reply.first_chunk().unwrap()), Some(header));
+        reply[0] ^= 1;
+        assert_eq!(OptionReplyHeader::decode(reply.first_chunk().unwrap()), None);
+        let mut simple = Vec::new();
+        simple_reply(&mut simple, 77, Some(WireError::NoSpace));
+        assert_eq!(simple_reply_of(simple.first_chunk().unwrap()), Some((77, Some(WireError::NoSpace))));
+        let mut chunk = Vec::new();
+        let header = ChunkHeader { done: true, kind: chunk::OFFSET_HOLE, cookie: 1 << 60 };
+        header.put(&mut chunk, &[&[0; 12]], 0);
+        assert_eq!(ChunkHeader::decode(chunk.first_chunk().unwrap()), Some((header, 12)));
+        chunk[3] ^= 1;
+        assert_eq!(ChunkHeader::decode(chunk.first_chunk().unwrap()), None);
+        for error in WireError::ALL {
+            assert_eq!(WireError::from(error.errno()), error);
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! # Model
 //! An operation is either *in flight* (an entry in [`Flight`], with the kernel or with the pool) or *ready* (its completion
 //! is known and leaves with the next `wait`). A storage without descriptors does no I/O worth a thread or a system call, so
-//! operations on it are carried out in `push` and are ready at once.
+//! operations on it are carried out in `push` and are ready at once, unless it is remote: then the pool carries them out.
 //!
 //! Operations on sockets stand in the same record, but are not counted: they have places of their own (see `socket`).
 
@@ -167,7 +167,7 @@ struct Ready {
 pub(crate) struct FileEntry {
     /// The storage.
     pub(crate) storage: Arc<dyn Storage>,
-    /// Without descriptors: its operations are carried out in `push`.
+    /// Neither with descriptors nor remote: its operations are carried out in `push`.
     pub(crate) inline: bool,
 }
 
@@ -224,7 +224,7 @@ impl Base {
         if place == MAX_FILES {
             return Err(RingFailure { ring: self.name, errno: Errno::ENFILE });
         }
-        let inline = storage.descriptors().is_none();
+        let inline = storage.descriptors().is_none() && !storage.is_remote();
         let entry = Some(FileEntry { storage, inline });
         if place == self.files.len() {
             self.files.push(entry);

@@ -183,6 +183,13 @@ impl Queue {
         Self { lanes: Vec::new(), next: 0, own, common, beyond: 0, most, idle: 0, stopping: false }
     }
 
+    /// Share as a pool of so many threads does.
+    fn widen(&mut self, threads: usize) {
+        let Self { own, common, most, .. } = Self::new(threads);
+        (self.own, self.common, self.most) = (own, common, most);
+        self.beyond = self.lanes.iter().map(|lane| lane.running.saturating_sub(own)).sum();
+    }
+
     fn push(&mut self, job: Job) {
         let index = job.lane.index();
         while self.lanes.len() <= index {
@@ -218,7 +225,7 @@ impl Queue {
 
     /// How many jobs could begin, had they workers.
     fn startable(&self) -> usize {
-        let mut common = self.common - self.beyond;
+        let mut common = self.common.saturating_sub(self.beyond);
         let mut count = 0;
         for Lane { jobs, running } in &self.lanes {
             let own = jobs.len().min(self.own.saturating_sub(*running));
@@ -268,6 +275,18 @@ impl Pool {
             limit: threads,
             outstanding: 0,
             capacity,
+        }
+    }
+
+    /// Have at least so many threads from now on, started as they are needed.
+    ///
+    /// # Panics
+    /// If they are more than [`MAX_THREADS`].
+    pub(crate) fn widen(&mut self, threads: usize) {
+        assert!(threads <= MAX_THREADS, "a pool of {threads} threads");
+        if threads > self.limit {
+            self.limit = threads;
+            self.shared.queue.lock().widen(threads);
         }
     }
 
@@ -567,6 +586,24 @@ mod tests {
             taken.iter().for_each(|job| queue.end(job.lane));
             assert_eq!((queue.beyond, queue.startable()), (0, most));
         }
+    }
+
+    #[test]
+    fn a_pool_that_is_widened_shares_as_one_that_was_made_so() {
+        let (mut widened, made) = (Queue::new(2), Queue::new(16));
+        let storage = Stuck::new(false);
+        let job = |key| {
+            let subject = Subject::Storage(Arc::clone(&storage) as Arc<dyn Storage>);
+            Job { key, op: Op::Flush { file: FileId(0) }, lane: LaneId::File(FileId(0)), subject, lent: None }
+        };
+        (0..100).for_each(|key| widened.push(job(key)));
+        let running: Vec<Job> = std::iter::from_fn(|| widened.take()).collect();
+        widened.widen(16);
+        assert_eq!((widened.own, widened.common, widened.most), (made.own, made.common, made.most));
+        let more: Vec<Job> = std::iter::from_fn(|| widened.take()).collect();
+        assert_eq!((running.len() + more.len(), widened.startable()), (made.most, 0));
+        running.iter().chain(&more).for_each(|job| widened.end(job.lane));
+        assert_eq!((widened.beyond, widened.startable()), (0, made.most));
     }
 
     #[test]

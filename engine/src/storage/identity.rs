@@ -4,6 +4,8 @@
 //! A *device* is known by its serial number (its device number where it has none) and its length. That says which device
 //! it is, if the number is unique; it cannot say whether its contents have changed, and nothing else can either. A *target* is
 //! compared without its times, because copying to it changes them: what others write to it between two runs does not show here.
+//! An *export* over NBD is known by
+//! its server's address, its name and its length, which says less than of a device: the server may have another disk there.
 //! (A sample of the contents is compared as well before a copy goes on, by `copy::sample`.)
 
 use std::fmt;
@@ -81,6 +83,13 @@ pub enum DiskId {
     },
     /// A disk without contents.
     Null,
+    /// An export of an NBD server.
+    Nbd {
+        /// Where the server listens: `HOST:PORT`, or the path of a socket.
+        server: String,
+        /// The export's name.
+        export: String,
+    },
 }
 
 /// A disk as a map file remembers it. See the module's header.
@@ -207,6 +216,11 @@ impl Identity {
                 };
                 which.or_else(|| differs("length", self.length, now.length))
             }
+            (DiskId::Nbd { server, export }, DiskId::Nbd { server: server_now, export: export_now }) => {
+                differs("server", server, server_now)
+                    .or_else(|| differs("export", export, export_now))
+                    .or_else(|| differs("length", self.length, now.length))
+            }
             _ => differs("length", self.length, now.length),
         }
     }
@@ -221,6 +235,7 @@ fn kind_of(disk: &DiskId) -> &'static str {
         DiskId::File { .. } => "a regular file",
         DiskId::Device { .. } => "a block device",
         DiskId::Null => "null:",
+        DiskId::Nbd { .. } => "an NBD export",
     }
 }
 
@@ -283,6 +298,22 @@ mod tests {
         assert_eq!(then.difference_as_source(&device(6, Some("abc"))), None);
         assert!(then.difference_as_source(&device(5, Some("abd"))).is_some());
         assert!(device(5, None).difference_as_source(&device(6, None)).is_some());
+    }
+
+    #[test]
+    fn an_export_is_known_by_server_name_and_length() {
+        let export = |server: &str, export: &str, length: u64| {
+            let disk = DiskId::Nbd { server: server.to_owned(), export: export.to_owned() };
+            Identity { path: "nbd://h/x".into(), length, disk }
+        };
+        let then = export("h:10809", "x", 512);
+        assert_eq!(then.difference_as_source(&export("h:10809", "x", 512)), None);
+        let property = |now: &Identity| then.difference_as_target(now).map(|difference| difference.property);
+        assert_eq!(property(&export("i:10809", "x", 512)), Some("server"));
+        assert_eq!(property(&export("h:10809", "y", 512)), Some("export"));
+        assert_eq!(property(&export("h:10809", "x", 1024)), Some("length"));
+        assert_eq!(property(&device(5, None)), Some("kind"));
+        assert!(!then.shows_changes());
     }
 
     #[test]

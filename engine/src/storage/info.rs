@@ -1,4 +1,5 @@
-//! What `engine-cli info` tells about a disk. Opens it for reading, claims, locks and changes nothing: it is told of a disk in use, too.
+//! What `engine-cli info` tells about a disk. Opens it for reading, claims, locks and changes nothing: it is told of a disk in use, too. Of an
+//! export over NBD it is what its server says.
 
 use std::fs::Metadata;
 use std::os::fd::AsFd;
@@ -10,12 +11,14 @@ use nix::unistd::{Whence, lseek};
 use serde::Serialize;
 
 use super::locator::{Locator, Place};
+use super::nbd::{NbdInfo, open_nbd};
 use super::open::{Access, OpenedPair, errno_of, length_of, open_both, refuse_non_disk};
 use super::sharing::{self, Permission};
-use super::{sys, topology};
+use super::{Storage, sys, topology};
 use crate::error::{Error, Operation, Refusal, Result};
+use crate::nbd::client::NbdUri;
 
-/// Regular file or block device.
+/// Regular file, block device or export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DiskKind {
@@ -23,14 +26,16 @@ pub enum DiskKind {
     File,
     /// A block device.
     BlockDevice,
+    /// An export of an NBD server.
+    Nbd,
 }
 
 /// A disk as it is found. Serialises to a flat JSON object.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct DiskInfo {
-    /// Where, symbolic links resolved.
+    /// Where, symbolic links resolved; of an export its URI.
     pub path: String,
-    /// Regular file or block device.
+    /// Regular file, block device or export.
     pub kind: DiskKind,
     /// Length in bytes.
     pub length: u64,
@@ -42,11 +47,11 @@ pub struct DiskInfo {
     pub physical_block_bytes: Option<u32>,
     /// What offset, length and memory of direct I/O are multiples of; `None` where direct I/O is refused.
     pub direct_io_alignment: Option<u32>,
-    /// Whether a file's holes can be found (`SEEK_HOLE`).
+    /// Whether a file's holes can be found (`SEEK_HOLE`), or those of an export (block status).
     pub finds_holes: bool,
-    /// Whether a device gives space back; `None` where that is not known.
+    /// Whether a device or an export gives space back; `None` where that is not known.
     pub discards: Option<bool>,
-    /// Whether a device refuses writes.
+    /// Whether a device or an export refuses writes.
     pub read_only: Option<bool>,
     /// Whether a device is mounted.
     pub mounted: Option<bool>,
@@ -56,6 +61,8 @@ pub struct DiskInfo {
     pub used_by_others: Vec<Permission>,
     /// What other programs that use it let nobody else use.
     pub not_shared_by_others: Vec<Permission>,
+    /// What the server of an export offers.
+    pub nbd: Option<NbdInfo>,
 }
 
 /// Look at a disk.
@@ -63,14 +70,18 @@ pub struct DiskInfo {
 /// # Errors
 /// A refusal for what is no disk or cannot be opened.
 pub fn info(locator: &Locator) -> Result<DiskInfo> {
-    let Place::Path(path) = locator.place() else {
-        return Err(Error::refused(
-            Refusal::NotADisk,
-            Operation::Inspect,
-            locator.as_str(),
-            "a null disk has no properties",
-        )
-        .advise("name a regular file or a block device"));
+    let path = match locator.place() {
+        Place::Path(path) => path,
+        Place::Nbd(uri) => return describe_export(locator, uri),
+        Place::Null { .. } => {
+            return Err(Error::refused(
+                Refusal::NotADisk,
+                Operation::Inspect,
+                locator.as_str(),
+                "a null disk has no properties",
+            )
+            .advise("name a regular file, a block device or an NBD export"));
+        }
     };
     let refused = |errno| Error::refused_by_system(Operation::Inspect, locator.as_str(), errno);
     let seen = std::fs::metadata(path).map_err(|error| refused(errno_of(&error)))?;
@@ -78,6 +89,28 @@ pub fn info(locator: &Locator) -> Result<DiskInfo> {
     let pair = open_both(Operation::Inspect, locator, path, &seen, Access::Read)?;
     let length = length_of(&pair.buffered, &pair.metadata).map_err(refused)?;
     describe(locator, path, &seen, pair, length)
+}
+
+fn describe_export(locator: &Locator, uri: &NbdUri) -> Result<DiskInfo> {
+    let export = open_nbd(Operation::Inspect, locator, uri)?;
+    let nbd = export.describe();
+    Ok(DiskInfo {
+        path: locator.as_str().to_owned(),
+        kind: DiskKind::Nbd,
+        length: export.limits().length.0,
+        allocated_bytes: None,
+        logical_block_bytes: None,
+        physical_block_bytes: None,
+        direct_io_alignment: None,
+        finds_holes: nbd.block_status,
+        discards: Some(export.trims()),
+        read_only: Some(export.is_read_only()),
+        mounted: None,
+        serial: None,
+        used_by_others: Vec::new(),
+        not_shared_by_others: Vec::new(),
+        nbd: Some(nbd),
+    })
 }
 
 fn describe(
@@ -110,6 +143,7 @@ fn describe(
         serial: number.and_then(topology::serial),
         used_by_others,
         not_shared_by_others,
+        nbd: None,
     };
     info.direct_io_alignment = pair.into_storage(Operation::Inspect, locator)?.limits().direct_alignment;
     Ok(info)

@@ -1,7 +1,7 @@
 //! What a user writes on the command line for a disk, a size or a speed.
 //!
 //! Pure text to typed values; nothing is opened here. What is recognised but not supported by this version is refused by
-//! name, so that `nbd://host/x` never ends as "no such file". A path that looks like something else is written with `./`
+//! name, so that `nbds://host/x` never ends as "no such file". A path that looks like something else is written with `./`
 //! in front.
 
 use std::fmt;
@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::error::{Error, Operation, Refusal, Result};
+use crate::nbd::client::NbdUri;
+use crate::nbd::client::uri::is_nbd;
 use crate::units::{ClusterSize, Length, MAX_LENGTH, Speed};
 
 /// Where a disk is.
@@ -29,13 +31,15 @@ pub enum Place {
         /// Length, where one was given.
         length: Option<Length>,
     },
+    /// An export of an NBD server.
+    Nbd(NbdUri),
 }
 
 impl Locator {
-    /// Understands a path, `null:` or `null:SIZE`.
+    /// Understands a path, `null:` or `null:SIZE`, and URIs of NBD.
     ///
     /// # Errors
-    /// A refusal for an empty text, a bad size, and every other scheme.
+    /// A refusal for an empty text, a bad size, a spoilt URI, and every other scheme.
     pub fn parse(text: &str) -> Result<Self> {
         let refused = |refusal, reason: &'static str, advice: &'static str| {
             Err(Error::refused(refusal, Operation::Parse, format!("'{text}'"), reason).advise(advice))
@@ -55,11 +59,10 @@ impl Locator {
             return Ok(Self { text: text.to_owned(), place: Place::Null { length } });
         }
         match scheme(text) {
-            Some("nbd" | "nbds" | "nbd+unix" | "nbds+unix" | "nbd+vsock" | "nbds+vsock") => refused(
-                Refusal::Unsupported,
-                "NBD is not supported by this version",
-                "attach the export as a block device (nbd-client, qemu-nbd -c) and name that",
-            ),
+            Some(scheme) if is_nbd(scheme) => match NbdUri::parse(text) {
+                Ok(uri) => Ok(Self { text: text.to_owned(), place: Place::Nbd(uri) }),
+                Err((refusal, reason, advice)) => refused(refusal, reason, advice),
+            },
             Some(_) => refused(
                 Refusal::Unsupported,
                 "this kind of address is not supported by this version",
@@ -236,10 +239,13 @@ mod tests {
         assert_eq!(path("/dev/disk/by-id/a:b"), Place::Path("/dev/disk/by-id/a:b".into()));
         assert_eq!(path("null:"), Place::Null { length: None });
         assert_eq!(path("null:64G"), Place::Null { length: Some(Length(64 << 30)) });
-        for nbd in ["nbd://host/x", "nbd+unix:///x?socket=/s", "nbds://h"] {
-            let error = Locator::parse(nbd).expect_err("refused");
-            assert!(error.to_string().contains("NBD is not supported by this version"), "{error}");
+        assert!(matches!(path("nbd://host/x"), Place::Nbd(uri) if uri.export == "x"));
+        assert!(matches!(path("nbd+unix:///?socket=/s"), Place::Nbd(uri) if uri.export.is_empty()));
+        for tls in ["nbds://h", "nbds+unix:///x?socket=/s"] {
+            let error = Locator::parse(tls).expect_err("refused");
+            assert!(error.to_string().contains("NBD over TLS is not supported by this version"), "{error}");
         }
+        assert_eq!(refusal_of(Locator::parse("nbd://h/x?y")), Refusal::BadArgument);
         assert_eq!(refusal_of(Locator::parse("http://host/x")), Refusal::Unsupported);
         assert_eq!(refusal_of(Locator::parse("")), Refusal::BadArgument);
         assert_eq!(refusal_of(Locator::parse("a\0b")), Refusal::BadArgument);

@@ -2,7 +2,7 @@
 //!
 //! A [`Storage`] is shared by the threads that carry out operations. The `threads` ring calls its methods for everything;
 //! the `uring` ring uses its descriptors ([`Storage::descriptors`]) for what the kernel does asynchronously and calls the methods, on
-//! its small helper pool, for the rest (`SEEK_HOLE`, `BLKDISCARD`, …). Methods map to one system call where they can,
+//! its small helper pool, for the rest (`SEEK_HOLE`, `BLKDISCARD`, …). Of a remote one ([`Storage::is_remote`]) all is for helpers. Methods map to one system call where they can,
 //! and return its result as it is: short counts and errors are for the logic to judge.
 
 mod block;
@@ -13,6 +13,7 @@ mod identity;
 mod info;
 pub mod locator;
 pub(crate) mod lock;
+mod nbd;
 mod null;
 pub(crate) mod open;
 mod place;
@@ -34,6 +35,7 @@ pub(crate) use fleece::{OpenedFleece, open_fleece};
 pub use identity::{Difference, DiskId, FileTime, Identity};
 pub use info::{DiskInfo, DiskKind, info};
 pub use locator::Locator;
+pub use nbd::{NbdInfo, plan_nbd};
 pub use null::NullStorage;
 pub(crate) use open::{LiveAccess, node_at, open_live};
 pub use open::{OpenedSource, SourceOptions, open_source, source_unchanged};
@@ -67,8 +69,12 @@ pub trait Storage: Send + Sync {
     fn name(&self) -> &str;
     /// Length and alignment.
     fn limits(&self) -> Limits;
-    /// Descriptors to do I/O on; `None` for a storage without any (`null:`), whose reads and writes complete at once.
+    /// Descriptors to do I/O on; `None` for a storage without any (`null:`), whose reads and writes complete at once, unless it is remote.
     fn descriptors(&self) -> Option<Descriptors<'_>>;
+    /// Whether operations wait for somebody else, although there are no descriptors: rings have helper threads carry all of them out.
+    fn is_remote(&self) -> bool {
+        false
+    }
 
     /// `pread`. Short at the end of the storage.
     ///
@@ -117,8 +123,7 @@ pub trait Storage: Send + Sync {
     fn extents(&self, range: ByteRange, query: ExtentQuery, limit: usize) -> Result<Vec<Extent>, Errno>;
 }
 
-/// The alignment of direct I/O on `storage`, as the logic takes it; `None`: buffered. A storage without descriptors moves nothing: any will
-/// do.
+/// The alignment of direct I/O on `storage`, as the logic takes it; `None`: buffered. A storage without descriptors takes any.
 pub(crate) fn alignment_of(storage: &dyn Storage) -> Option<u32> {
     if storage.descriptors().is_some() { storage.limits().direct_alignment } else { Some(512) }
 }

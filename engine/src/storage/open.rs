@@ -15,6 +15,7 @@ use nix::errno::Errno;
 use super::identity::Identity;
 use super::locator::{Locator, Place};
 use super::lock;
+use super::nbd::open_nbd_source;
 use super::sharing::{self, Announced, Permission, Role, Taken};
 use super::topology::{self, Node};
 use super::{BlockStorage, FileStorage, NullStorage, Storage, sys};
@@ -52,6 +53,11 @@ impl std::fmt::Debug for OpenedSource {
 }
 
 impl OpenedSource {
+    /// Of a storage that is not of this machine.
+    pub(super) fn remote(storage: Arc<dyn Storage>, identity: Identity) -> Self {
+        Self { storage, identity, metadata: None, warnings: Vec::new() }
+    }
+
     /// To read it.
     #[must_use]
     pub fn storage(&self) -> Arc<dyn Storage> {
@@ -76,7 +82,7 @@ impl OpenedSource {
         &self.warnings
     }
 
-    /// The file or device under it; `None` for `null:`.
+    /// The file or device under it; `None` for `null:` and what is not of this machine.
     pub(crate) fn node(&self) -> Option<Node> {
         self.metadata.as_ref().map(|(_, metadata)| Node::of(metadata))
     }
@@ -116,6 +122,7 @@ pub fn open_source(locator: &Locator, options: &SourceOptions) -> Result<OpenedS
             metadata: None,
             warnings: Vec::new(),
         }),
+        Place::Nbd(uri) => open_nbd_source(locator, uri),
         Place::Null { length: None } => Err(Error::refused(
             Refusal::BadArgument,
             Operation::OpenSource,
@@ -142,14 +149,23 @@ pub(crate) enum LiveAccess {
 /// # Errors
 /// Refusals only.
 pub(crate) fn open_live(locator: &Locator, access: LiveAccess) -> Result<OpenedSource> {
-    let Place::Path(path) = locator.place() else {
-        return open_source(locator, &SourceOptions::default());
+    let path = match locator.place() {
+        Place::Path(path) => path,
+        Place::Null { .. } => return open_source(locator, &SourceOptions::default()),
+        Place::Nbd(_) => return Err(no_live_nbd(Operation::OpenSource, locator)),
     };
     match access {
         LiveAccess::Carried => open_path(locator, path, Access::Write, Role::LiveDisk),
         LiveAccess::Permits => open_path(locator, path, Access::Read, Role::LiveDisk),
         LiveAccess::PermitsAndLocks => open_path(locator, path, Access::Read, Role::ForcedSource),
     }
+}
+
+/// The refusal of an export as a side of the copy of a live disk.
+pub(super) fn no_live_nbd(operation: Operation, locator: &Locator) -> Error {
+    let reason = "NBD is not supported by this version for live disks and their backups";
+    Error::refused(Refusal::Unsupported, operation, locator.as_str(), reason)
+        .advise("attach the export as a block device (nbd-client, qemu-nbd -c) and name that")
 }
 
 /// The file or device that `locator` names now, whatever it is good for; `None` where there is none.

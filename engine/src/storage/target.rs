@@ -24,12 +24,12 @@ use nix::errno::Errno;
 use nix::fcntl::AtFlags;
 use nix::unistd::{AccessFlags, faccessat};
 
-use super::identity::Identity;
+use super::identity::{DiskId, Identity};
 use super::locator::{Locator, Place};
 use super::lock::{self, Lock};
 use super::open::{
-    Access, OpenedPair, OpenedSource, errno_of, length_of, open_both, refuse_format, refuse_non_disk,
-    warn_of_buffered,
+    Access, OpenedPair, OpenedSource, errno_of, length_of, no_live_nbd, open_both, refuse_format,
+    refuse_non_disk, warn_of_buffered,
 };
 use super::prepare::{NewFile, NewPlace, create, empty, identify, lengthen, open_directory};
 use super::sharing::{self, Role, Taken};
@@ -89,7 +89,6 @@ pub struct Resume<'a> {
 }
 
 /// A target that has passed every check and is not changed yet.
-#[derive(Debug)]
 pub struct TargetPlan {
     locator: Locator,
     length: Length,
@@ -98,11 +97,17 @@ pub struct TargetPlan {
     warnings: Vec<String>,
 }
 
-#[derive(Debug)]
 enum Planned {
     Null { capacity: Length },
+    Remote { storage: Arc<dyn Storage>, identity: Identity },
     Existing { path: PathBuf, pair: Box<OpenedPair>, identity: Identity, empty_it: bool },
     New(NewPlace),
+}
+
+impl std::fmt::Debug for TargetPlan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TargetPlan").field("locator", &self.locator).finish_non_exhaustive()
+    }
 }
 
 /// A target that is ready to be written, at its final length.
@@ -122,7 +127,7 @@ impl std::fmt::Debug for OpenedTarget {
     }
 }
 
-/// Check everything about the target of a copy of `source`. Changes nothing.
+/// Check everything about the target of a copy of `source`. Changes nothing. (Of an export over NBD: [`super::plan_nbd`].)
 ///
 /// # Errors
 /// Refusals only; see the module's header.
@@ -133,12 +138,9 @@ pub fn plan_target(
 ) -> Result<TargetPlan> {
     refuse_format(Operation::OpenTarget, locator, options.format)?;
     let length = source.length();
-    let known_zero = match options.resume {
-        // A cluster that was written and not claimed may have been zeroed on a device since; a file would show that.
-        Some(resume) => resume.header.target_was_zero && source.identity().shows_changes(),
-        None => options.target_is_zero,
-    };
+    let known_zero = known_zero(source, options);
     let path = match locator.place() {
+        Place::Nbd(_) => return Err(no_live_nbd(Operation::OpenTarget, locator)),
         Place::Null { length: capacity } => return plan_null(locator, length, *capacity, options),
         Place::Path(path) => path,
     };
@@ -161,12 +163,36 @@ pub fn plan_target(
     Ok(plan)
 }
 
+fn known_zero(source: &OpenedSource, options: &TargetOptions<'_>) -> bool {
+    match options.resume {
+        // A cluster that was written and not claimed may have been zeroed on a device since; a file would show that.
+        Some(resume) => resume.header.target_was_zero && source.identity().shows_changes(),
+        None => options.target_is_zero,
+    }
+}
+
 impl TargetPlan {
+    /// For a storage that is not of this machine, which was checked but for the copy to go on with.
+    pub(super) fn remote(
+        locator: &Locator,
+        source: &OpenedSource,
+        options: &TargetOptions<'_>,
+        (storage, identity): (Arc<dyn Storage>, Identity),
+        warnings: Vec<String>,
+    ) -> Result<Self> {
+        if let Some(resume) = &options.resume {
+            check_same_pair(resume, source.identity(), &identity)?;
+        }
+        let known_zero = known_zero(source, options);
+        let state = Planned::Remote { storage, identity };
+        Ok(Self { locator: locator.clone(), length: source.length(), known_zero, state, warnings })
+    }
+
     /// Which disk it is; `None` for a file that does not exist yet.
     #[must_use]
     pub fn identity(&self) -> Option<&Identity> {
         match &self.state {
-            Planned::Existing { identity, .. } => Some(identity),
+            Planned::Existing { identity, .. } | Planned::Remote { identity, .. } => Some(identity),
             Planned::Null { .. } | Planned::New(_) => None,
         }
     }
@@ -175,7 +201,7 @@ impl TargetPlan {
     pub(super) fn node(&self) -> Option<Node> {
         match &self.state {
             Planned::Existing { pair, .. } => Some(Node::of(&pair.metadata)),
-            Planned::Null { .. } | Planned::New(_) => None,
+            Planned::Null { .. } | Planned::Remote { .. } | Planned::New(_) => None,
         }
     }
 
@@ -216,7 +242,11 @@ impl TargetPlan {
 
     /// To read what is there already, if it stays; `None` for a target that will be empty.
     pub(crate) fn to_read(&self) -> Result<Option<Arc<dyn Storage>>> {
-        let Planned::Existing { pair, empty_it: false, .. } = &self.state else { return Ok(None) };
+        let pair = match &self.state {
+            Planned::Existing { pair, empty_it: false, .. } => pair,
+            Planned::Remote { storage, .. } => return Ok(Some(Arc::clone(storage))),
+            Planned::Null { .. } | Planned::Existing { .. } | Planned::New(_) => return Ok(None),
+        };
         let again = pair.try_clone().map_err(|errno| self.refused_by_system(errno))?;
         again.into_storage(Operation::OpenTarget, &self.locator).map(Some)
     }
@@ -232,6 +262,7 @@ impl TargetPlan {
                 let storage: Arc<dyn Storage> = Arc::new(NullStorage::new(locator.as_str(), capacity));
                 (storage, Identity::null(capacity), true, None)
             }
+            Planned::Remote { storage, identity } => (storage, identity, known_zero, None),
             Planned::Existing { mut pair, identity, empty_it: false, .. } => {
                 lengthen(&locator, &mut pair, length)?;
                 (pair.into_storage(Operation::OpenTarget, &locator)?, identity, known_zero, None)
@@ -256,7 +287,7 @@ impl TargetPlan {
         warnings.extend(warn_of_buffered(&locator, storage.as_ref()));
         let path = match locator.place() {
             Place::Path(path) => Some(std::path::absolute(path).unwrap_or_else(|_| path.to_owned())),
-            Place::Null { .. } => None,
+            Place::Null { .. } | Place::Nbd(_) => None,
         };
         Ok(OpenedTarget { storage, identity, known_zero, new_file, path, warnings })
     }
@@ -516,6 +547,7 @@ impl OpenedTarget {
             Some(open) if open.block_device => TargetHolds::Unchanged,
             // A file that is not gone on with is new, or was emptied.
             Some(_) => TargetHolds::Zeros,
+            None if matches!(self.identity.disk, DiskId::Nbd { .. }) && !goes_on => TargetHolds::Unchanged,
             None => TargetHolds::Unknown,
         }
     }

@@ -49,7 +49,10 @@ fn what_this_version_does_not_support_is_refused_by_name() {
     let from = source(place.path("disk")).expect("source");
     let qcow2 = TargetOptions { format: Format::Qcow2, ..TargetOptions::default() };
     refused(plan(place.path("new"), &from, &qcow2), Refusal::Unsupported, "not supported yet");
-    refused(Locator::parse("nbd://localhost/disk"), Refusal::Unsupported, "NBD is not supported");
+    refused(Locator::parse("nbds://localhost/disk"), Refusal::Unsupported, "NBD over TLS is not supported");
+    // Nobody is asked: a live disk's target is planned in this way.
+    let export = Locator::parse("nbd+unix:///x?socket=nowhere").expect("a URI");
+    refused(plan_target(&export, &from, &TargetOptions::default()), Refusal::Unsupported, "live disks");
     let plain = Locator::parse("null:").expect("null");
     refused(open_source(&plain, &SourceOptions::default()), Refusal::BadArgument, "null:SIZE");
 }

@@ -37,6 +37,8 @@ pub(crate) enum Odd {
     Null,
     /// Reads wait until released. Its descriptor is never used, but says that there is one.
     Gate(Arc<(Mutex<bool>, Condvar)>, File),
+    /// Reads wait as with a gate, and are counted. It is remote: there is no descriptor.
+    Remote(Arc<(Mutex<bool>, Condvar)>, AtomicU32),
     /// A FIFO: the kernel's own reads wait until something is written to it.
     Fifo(File),
     /// Asking for extents panics.
@@ -56,17 +58,24 @@ impl Storage for Odd {
 
     fn descriptors(&self) -> Option<Descriptors<'_>> {
         match self {
-            Self::Null => None,
+            Self::Null | Self::Remote(..) => None,
             Self::Gate(_, file) | Self::Fifo(file) | Self::Panics(file) | Self::FlushesItself(file, _) => {
                 Some(Descriptors { direct: None, buffered: file.as_fd(), block_device: false })
             }
         }
     }
 
+    fn is_remote(&self) -> bool {
+        matches!(self, Self::Remote(..))
+    }
+
     fn read_at(&self, path: IoPath, _: u64, buffer: &mut [u8]) -> Result<usize, Errno> {
+        if let Self::Remote(_, begun) = self {
+            begun.fetch_add(1, Ordering::SeqCst);
+        }
         match self {
             Self::Gate(..) | Self::Fifo(_) if path == IoPath::Direct => return Err(Errno::EINVAL),
-            Self::Gate(gate, _) => {
+            Self::Gate(gate, _) | Self::Remote(gate, _) => {
                 let mut open = gate.0.lock();
                 while !*open {
                     gate.1.wait(&mut open);

@@ -2,7 +2,8 @@
 //!
 //! # Model
 //! Reads, writes, flushes, zeroing and discards are requests to the kernel; what has no request there (`SEEK_HOLE`, allocation
-//! of many ranges, checksums, publishing a document) goes to a pool of two helper threads. `push` writes the request into the
+//! of many ranges, checksums, publishing a document) goes to a pool of two helper threads. A remote storage, of which the kernel knows nothing,
+//! goes there as a whole; the pool then has as many threads as the configuration says. `push` writes the request into the
 //! submission queue, `wait` makes one system call that submits all of them and waits, then takes every completion. With
 //! nothing at the kernel and something ready, it makes none.
 //!
@@ -83,6 +84,8 @@ pub struct UringRing {
     /// Parallel to the table of storages; `None` for those without descriptors.
     reach: Vec<Option<Reach>>,
     traits: UringTraits,
+    /// Of the pool, once there is a remote storage.
+    remote_threads: usize,
     /// The poll on the wake-up's descriptor stands.
     wake_armed: bool,
     /// How often in a row the kernel had no room.
@@ -107,6 +110,7 @@ impl UringRing {
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno| SetupError::Refused { step: "eventfd", errno })?;
         let signal = Arc::new(Signal::new(Kick::Event(event)));
+        let remote_threads = config.threads.max(HELPER_THREADS);
         let config = RingConfig { threads: HELPER_THREADS, ..*config };
         let base = Base::new("io_uring", arena, &config, Waiting::InKernel, signal);
         Ok(Self {
@@ -114,6 +118,7 @@ impl UringRing {
             base,
             reach: Vec::new(),
             traits,
+            remote_threads,
             wake_armed: false,
             congestion: 0,
             not_send: PhantomData,
@@ -409,6 +414,9 @@ impl Ring for UringRing {
     fn add_file(&mut self, file: Self::File) -> Result<FileId, RingFailure> {
         assert_eq!(self.reach.len(), self.base.files.len(), "the tables run in parallel");
         let id = self.base.add_file(Arc::clone(&file))?;
+        if file.is_remote() {
+            self.base.pool.widen(self.remote_threads);
+        }
         let reach = file.descriptors().map(|descriptors| self.reach_of(id, file.as_ref(), &descriptors));
         match self.reach.get_mut(usize::from(id.0)) {
             Some(place) => *place = reach,
@@ -465,9 +473,12 @@ impl Ring for UringRing {
         self.base.admit(token);
         match (file_of(&op), &op) {
             (Some(file), _) if self.base.is_inline(file) => self.base.push_inline(token, &op, file),
-            (Some(file), _) => self.push_to_file(token, op, file),
+            (Some(file), _) if self.reach[usize::from(file.0)].is_some() => {
+                self.push_to_file(token, op, file)
+            }
             (None, Op::Cancel { target }) => self.cancel(token, *target),
-            (None, _) => self.base.push_to_pool(token, op),
+            // No request of the kernel's does it, or the storage is remote.
+            _ => self.base.push_to_pool(token, op),
         }
     }
 

@@ -1,0 +1,427 @@
+//! An export of somebody else's NBD server as a storage.
+//!
+//! # Model
+//! The protocol is a state machine without I/O (`crate::nbd::client`); here are the sockets. An export is a storage whose operations wait for somebody else,
+//! without a descriptor that the kernel could do I/O on: rings hand them to their helper threads ([`Storage::is_remote`]), which wait here. So the copier, `compare`
+//! and the sample before a resume use an export as they use a disk, over either ring, and copies of files know nothing of it. Carrying the sockets on
+//! the ring thread would save two changes of threads a request, at the price of a second kind of storage in each ring; with requests of
+//! half a MiB that is not where the time goes.
+//!
+//! Requests are pipelined: as many are under way as there are helper threads (12 of 16 for one side of a copy), on up to four connections where the server
+//! says that they are one disk (`CAN_MULTI_CONN`), else on one ([`connection`]). Further connections are made when they would have work.
+//!
+//! # Blocks
+//! A server may insist on whole blocks of up to 64 KiB. Reads of parts of one read it all; writes of parts read, change and write it, one at a time, since the
+//! parts of a block may belong to several clusters. What is longer than the server's longest payload comes back short, as the caller expects of any storage.
+//!
+//! # Durability
+//! A flush is `NBD_CMD_FLUSH`. A server without it but with FUA gets every write with that; with neither, nothing can be promised, which is said once.
+//! When a connection is lost, all of the storage is: what a server has not flushed may be gone with it, and a flush on another connection would not tell.
+//!
+//! # Zeros
+//! `NBD_CMD_WRITE_ZEROES` is used wherever it is offered, and without the flag for "fast or not at all": making zeros at the server is never slower than sending
+//! them there. `NBD_CMD_TRIM` gives no zeros and is never used for them.
+
+mod connection;
+mod open;
+mod stream;
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use nix::errno::Errno;
+use parking_lot::Mutex;
+use serde::Serialize;
+
+use self::connection::{Connection, Failure};
+use super::{Descriptors, Limits, Storage};
+use crate::nbd::StatusExtent;
+use crate::nbd::client::{Agreement, Answer, NbdUri, Request};
+use crate::nbd::wire::transmission;
+use crate::ring::{Extent, ExtentQuery, IoPath, ZeroMethod};
+use crate::units::{ByteRange, Length};
+pub use open::plan_nbd;
+pub(super) use open::{open_nbd, open_nbd_source};
+
+/// Most connections to a server that takes several for one.
+const MAX_CONNECTIONS: usize = 4;
+/// Most bytes that are asked about, or made zero, by one request: what 32 bits hold, in whole blocks of any size.
+const MAX_EFFECT: u64 = 0xffff_0000;
+/// Alignment that the rest of the engine keeps to; other requests are taken as well.
+const ALIGNMENT: u32 = 512;
+
+/// What a server offers, as `engine-cli info` tells it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct NbdInfo {
+    /// The export's name.
+    pub export: String,
+    /// Replies to reads come in chunks.
+    pub structured_replies: bool,
+    /// It tells where there is data (`base:allocation`).
+    pub block_status: bool,
+    /// It can be flushed.
+    pub flush: bool,
+    /// Single writes can be made durable.
+    pub fua: bool,
+    /// Ranges can be made zero without sending zeros.
+    pub write_zeroes: bool,
+    /// Several connections are one disk.
+    pub multi_conn: bool,
+    /// Offsets and lengths of requests are multiples of this, in bytes.
+    pub minimum_block: u32,
+    /// In bytes; multiples of this are fast.
+    pub preferred_block: u32,
+    /// Most bytes of a read or write.
+    pub maximum_payload: u32,
+}
+
+/// An export of a server. See the module's header.
+#[derive(Debug)]
+pub(super) struct NbdStorage {
+    name: String,
+    uri: NbdUri,
+    agreement: Agreement,
+    connections: Mutex<Vec<Arc<Connection>>>,
+    /// How many of them there may be.
+    most: AtomicUsize,
+    /// Somebody is making another.
+    growing: AtomicBool,
+    lost: OnceLock<Errno>,
+    /// Who has it changes parts of blocks.
+    parts: Mutex<()>,
+}
+
+impl NbdStorage {
+    fn new(name: &str, uri: &NbdUri, agreement: Agreement, first: Connection) -> Self {
+        let most = if agreement.has(transmission::CAN_MULTI_CONN) { MAX_CONNECTIONS } else { 1 };
+        Self {
+            name: name.to_owned(),
+            uri: uri.clone(),
+            agreement,
+            connections: Mutex::new(vec![Arc::new(first)]),
+            most: AtomicUsize::new(most),
+            growing: AtomicBool::new(false),
+            lost: OnceLock::new(),
+            parts: Mutex::new(()),
+        }
+    }
+
+    /// Whether it takes no writes.
+    pub(super) fn is_read_only(&self) -> bool {
+        self.agreement.has(transmission::READ_ONLY)
+    }
+
+    /// Whether ranges can be given back.
+    pub(super) fn trims(&self) -> bool {
+        self.agreement.has(transmission::SEND_TRIM)
+    }
+
+    /// Whether what was written can be brought to stable storage.
+    pub(super) fn can_be_durable(&self) -> bool {
+        self.agreement.has(transmission::SEND_FLUSH) || self.agreement.has(transmission::SEND_FUA)
+    }
+
+    /// What the server offers.
+    pub(super) fn describe(&self) -> NbdInfo {
+        let Agreement { blocks, structured, allocation, .. } = self.agreement;
+        let has = |flag| self.agreement.has(flag);
+        NbdInfo {
+            export: self.uri.export.clone(),
+            structured_replies: structured,
+            block_status: allocation.is_some(),
+            flush: has(transmission::SEND_FLUSH),
+            fua: has(transmission::SEND_FUA),
+            write_zeroes: has(transmission::SEND_WRITE_ZEROES),
+            multi_conn: has(transmission::CAN_MULTI_CONN),
+            minimum_block: blocks.minimum(),
+            preferred_block: blocks.preferred(),
+            maximum_payload: blocks.maximum_payload(),
+        }
+    }
+
+    fn length(&self) -> u64 {
+        self.agreement.length
+    }
+
+    fn block(&self) -> u64 {
+        u64::from(self.agreement.blocks.minimum())
+    }
+
+    /// Most bytes of a read or write: whole blocks.
+    fn most_bytes(&self) -> u64 {
+        u64::from(self.agreement.blocks.maximum_payload())
+    }
+
+    /// Each write is to be durable by itself.
+    fn fua(&self) -> bool {
+        !self.agreement.has(transmission::SEND_FLUSH) && self.agreement.has(transmission::SEND_FUA)
+    }
+
+    /// The connection with the least to do, or another one if all have something.
+    fn connection(&self) -> Arc<Connection> {
+        let (idlest, count) = {
+            let all = self.connections.lock();
+            let idlest = all.iter().min_by_key(|connection| connection.in_flight());
+            (Arc::clone(idlest.expect("there is a first one")), all.len())
+        };
+        let enough = idlest.in_flight() == 0 || count >= self.most.load(Ordering::Relaxed);
+        if enough || self.growing.swap(true, Ordering::Acquire) {
+            return idlest;
+        }
+        let another = open::another(&self.uri, &self.agreement);
+        let chosen = match another {
+            Some(connection) => {
+                let connection = Arc::new(connection);
+                self.connections.lock().push(Arc::clone(&connection));
+                connection
+            }
+            None => {
+                self.most.store(count, Ordering::Relaxed);
+                idlest
+            }
+        };
+        self.growing.store(false, Ordering::Release);
+        chosen
+    }
+
+    fn call(&self, request: Request, contents: &[u8], into: &mut [u8]) -> Result<Answer, Errno> {
+        if let Some(errno) = self.lost.get() {
+            return Err(*errno);
+        }
+        match self.connection().call(request, contents, into) {
+            Ok(answer) => Ok(answer),
+            Err(Failure::Refused(error)) => Err(error.errno()),
+            Err(Failure::Lost(errno)) => Err(*self.lost.get_or_init(|| errno)),
+        }
+    }
+
+    /// How many of `count` bytes at `offset`, all on the export, one request moves; `None`: not even a whole block, or not from a block's start.
+    fn in_whole_blocks(&self, offset: u64, count: u64) -> Option<u64> {
+        let (block, count) = (self.block(), count.min(self.most_bytes()));
+        let to_the_end = offset + count == self.length();
+        let whole = if to_the_end { count } else { count - count % block };
+        (offset.is_multiple_of(block) && whole > 0).then_some(whole)
+    }
+
+    /// The whole blocks around `count` bytes at `offset`, or as many as one request takes.
+    fn blocks_around(&self, offset: u64, count: u64) -> ByteRange {
+        let start = offset - offset % self.block();
+        let end = (offset + count).next_multiple_of(self.block()).min(self.length());
+        ByteRange::between(start, end.min(start + self.most_bytes()))
+    }
+
+    fn read_blocks(&self, range: ByteRange) -> Result<Vec<u8>, Errno> {
+        let mut contents = vec![0; usize::try_from(range.length).map_err(|_| Errno::EOVERFLOW)?];
+        self.call(Request::Read(range), &[], &mut contents)?;
+        Ok(contents)
+    }
+
+    /// How many of `bytes` bytes at `offset` lie on the export.
+    fn within(&self, offset: u64, bytes: usize) -> u64 {
+        self.length().saturating_sub(offset).min(bytes as u64)
+    }
+
+    /// The whole blocks within `range`.
+    fn blocks_within(&self, range: ByteRange) -> Option<ByteRange> {
+        let start = range.offset.next_multiple_of(self.block());
+        let end = range.end();
+        let end = if end == self.length() { end } else { end - end % self.block() };
+        (start < end).then(|| ByteRange::between(start, end))
+    }
+
+    fn write_zeros_as_data(&self, range: ByteRange) -> Result<(), Errno> {
+        let zeros = vec![0; usize::try_from(range.length.min(1 << 20)).unwrap_or(1 << 20)];
+        let mut at = range.offset;
+        while at < range.end() {
+            let count = usize::try_from(range.end() - at).map_or(zeros.len(), |left| left.min(zeros.len()));
+            at += self.write_at(IoPath::Direct, at, &zeros[..count])? as u64;
+        }
+        Ok(())
+    }
+}
+
+/// `range` in pieces for one request each.
+fn pieces(range: ByteRange) -> impl Iterator<Item = ByteRange> {
+    let count = range.length.div_ceil(MAX_EFFECT);
+    (0..count).map(move |number| {
+        let start = range.offset + number * MAX_EFFECT;
+        ByteRange::between(start, range.end().min(start + MAX_EFFECT))
+    })
+}
+
+impl Storage for NbdStorage {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { length: Length(self.length()), direct_alignment: Some(ALIGNMENT) }
+    }
+
+    fn descriptors(&self) -> Option<Descriptors<'_>> {
+        None
+    }
+
+    fn is_remote(&self) -> bool {
+        true
+    }
+
+    fn read_at(&self, _: IoPath, offset: u64, buffer: &mut [u8]) -> Result<usize, Errno> {
+        let count = self.within(offset, buffer.len());
+        if count == 0 {
+            return Ok(0);
+        }
+        if let Some(whole) = self.in_whole_blocks(offset, count) {
+            let whole_bytes = usize::try_from(whole).map_err(|_| Errno::EOVERFLOW)?;
+            let range = ByteRange::new(offset, whole);
+            self.call(Request::Read(range), &[], &mut buffer[..whole_bytes])?;
+            return Ok(whole_bytes);
+        }
+        let blocks = self.blocks_around(offset, count);
+        let contents = self.read_blocks(blocks)?;
+        let part = part_of(blocks, offset, count)?;
+        buffer[..part.len()].copy_from_slice(&contents[part.clone()]);
+        Ok(part.len())
+    }
+
+    fn write_at(&self, _: IoPath, offset: u64, buffer: &[u8]) -> Result<usize, Errno> {
+        let count = self.within(offset, buffer.len());
+        if count == 0 {
+            return if buffer.is_empty() { Ok(0) } else { Err(Errno::ENOSPC) };
+        }
+        let fua = self.fua();
+        if let Some(whole) = self.in_whole_blocks(offset, count) {
+            let whole_bytes = usize::try_from(whole).map_err(|_| Errno::EOVERFLOW)?;
+            let range = ByteRange::new(offset, whole);
+            self.call(Request::Write { range, fua }, &buffer[..whole_bytes], &mut [])?;
+            return Ok(whole_bytes);
+        }
+        let _alone = self.parts.lock();
+        let range = self.blocks_around(offset, count);
+        let mut contents = self.read_blocks(range)?;
+        let part = part_of(range, offset, count)?;
+        contents[part.clone()].copy_from_slice(&buffer[..part.len()]);
+        self.call(Request::Write { range, fua }, &contents, &mut [])?;
+        Ok(part.len())
+    }
+
+    fn write_zeroes(&self, range: ByteRange, method: ZeroMethod) -> Result<(), Errno> {
+        if !self.agreement.has(transmission::SEND_WRITE_ZEROES) {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        if range.end() > self.length() {
+            return Err(Errno::EINVAL);
+        }
+        let Some(blocks) = self.blocks_within(range) else { return self.write_zeros_as_data(range) };
+        let (no_hole, fua) = (method == ZeroMethod::Keep, self.fua());
+        for range in pieces(blocks) {
+            self.call(Request::WriteZeroes { range, no_hole, fua }, &[], &mut [])?;
+        }
+        self.write_zeros_as_data(ByteRange::between(range.offset, blocks.offset))?;
+        self.write_zeros_as_data(ByteRange::between(blocks.end(), range.end()))
+    }
+
+    fn discard(&self, range: ByteRange) -> Result<(), Errno> {
+        if !self.trims() {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        if range.end() > self.length() {
+            return Err(Errno::EINVAL);
+        }
+        for range in self.blocks_within(range).into_iter().flat_map(pieces) {
+            self.call(Request::Trim(range), &[], &mut [])?;
+        }
+        Ok(())
+    }
+
+    fn allocate(&self, _: &[ByteRange]) -> Result<(), Errno> {
+        Err(Errno::EOPNOTSUPP)
+    }
+
+    fn flush(&self) -> Result<(), Errno> {
+        if self.agreement.has(transmission::SEND_FLUSH) {
+            return self.call(Request::Flush, &[], &mut []).map(|_| ());
+        }
+        self.lost.get().map_or(Ok(()), |errno| Err(*errno))
+    }
+
+    /// Whatever is cached is cached by the server.
+    fn drop_cache(&self, _: ByteRange) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    /// What reads as zeros counts as a hole; what has no space behind it, but may read as anything, as data.
+    fn extents(&self, range: ByteRange, query: ExtentQuery, limit: usize) -> Result<Vec<Extent>, Errno> {
+        let tells = query == ExtentQuery::Data && self.agreement.allocation.is_some();
+        if !tells || range.offset >= self.length() {
+            return Ok(vec![Extent { range, present: true }]);
+        }
+        let start = range.offset - range.offset % self.block();
+        let end = range.end().next_multiple_of(self.block()).min(self.length()).min(start + MAX_EFFECT);
+        // One may lie before the range, within its first block.
+        let request =
+            Request::Status { range: ByteRange::between(start, end), most: limit.saturating_add(1) };
+        let Answer::Extents(told) = self.call(request, &[], &mut [])? else { return Err(Errno::EPROTO) };
+        let mut extents = extents_in(range, start, &told);
+        extents.truncate(limit);
+        if extents.is_empty() {
+            let rest_of_block = ByteRange::between(range.offset, range.end().min(start + self.block()));
+            extents.push(Extent { range: rest_of_block, present: true });
+        }
+        Ok(extents)
+    }
+}
+
+/// Where `count` bytes at `offset` lie in `blocks`, as far as they do.
+fn part_of(blocks: ByteRange, offset: u64, count: u64) -> Result<std::ops::Range<usize>, Errno> {
+    let end = (offset + count).min(blocks.end());
+    let bytes = |count: u64| usize::try_from(count).map_err(|_| Errno::EOVERFLOW);
+    Ok(bytes(offset - blocks.offset)?..bytes(end - blocks.offset)?)
+}
+
+/// What a server has `told` of a range from `start` on, as far as it lies in `range`.
+fn extents_in(range: ByteRange, start: u64, told: &[StatusExtent]) -> Vec<Extent> {
+    let mut extents: Vec<Extent> = Vec::with_capacity(told.len());
+    let mut at = start;
+    for StatusExtent { length, flags } in told {
+        let piece = ByteRange::new(at, *length);
+        at = piece.end();
+        let Some(inside) = piece.intersection(range).filter(|inside| !inside.is_empty()) else { continue };
+        let present = flags & StatusExtent::ZERO == 0;
+        match extents.last_mut() {
+            Some(last) if last.present == present => last.range.length += inside.length,
+            _ => extents.push(Extent { range: inside, present }),
+        }
+    }
+    extents
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_server_tells_is_cut_to_the_range_and_merged() {
+        let told = |list: &[(u64, u32)]| -> Vec<StatusExtent> {
+            list.iter().map(|&(length, flags)| StatusExtent { length, flags }).collect()
+        };
+        let range = ByteRange::between(100, 1000);
+        let expected = [
+            Extent { range: ByteRange::between(100, 164), present: false },
+            Extent { range: ByteRange::between(164, 468), present: true },
+            Extent { range: ByteRange::between(468, 1000), present: false },
+        ];
+        assert_eq!(extents_in(range, 0, &told(&[(64, 0)])), []);
+        assert_eq!(extents_in(range, 0, &told(&[(64, 0), (100, 2), (304, 1), (600, 3)])), expected);
+    }
+
+    #[test]
+    fn effects_are_cut_to_what_a_request_holds() {
+        let whole = ByteRange::new(512, 3 * MAX_EFFECT);
+        let cut: Vec<_> = pieces(whole).collect();
+        assert_eq!(cut.len(), 3);
+        assert!(cut.iter().all(|piece| piece.length == MAX_EFFECT));
+        assert_eq!((cut[0].offset, cut[2].end()), (512, whole.end()));
+        assert_eq!(pieces(ByteRange::new(7, 9)).collect::<Vec<_>>(), [ByteRange::new(7, 9)]);
+    }
+}

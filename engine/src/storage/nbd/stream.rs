@@ -1,0 +1,216 @@
+//! The socket of a connection to an NBD server, and the bytes that have come and were not taken yet.
+
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::socket::sockopt::{
+    KeepAlive, ReceiveTimeout, SendTimeout, TcpKeepCount, TcpKeepIdle, TcpKeepInterval, TcpNoDelay,
+};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, UnixAddr, connect, recv, sendmsg, setsockopt,
+    shutdown, socket,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+
+use crate::nbd::client::{Address, negotiation, transmission};
+use crate::storage::open::errno_of;
+
+/// A peer that is silent for so many seconds is asked whether it is still there, so often and with such pauses: one that dropped off the
+/// network is noticed after a minute and a half.
+const KEEP_ALIVE: [u32; 3] = [30, 10, 6];
+
+/// Why there is no connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ConnectError {
+    /// The host has no address.
+    UnknownHost,
+    /// The system said so; `ETIMEDOUT` where nobody answered in time.
+    System(Errno),
+}
+
+/// See the module's header.
+#[derive(Debug)]
+pub(super) struct Stream(OwnedFd);
+
+impl Stream {
+    /// Connect until `deadline`. Looking a name up may take longer.
+    pub(super) fn connect(address: &Address, deadline: Instant) -> Result<Self, ConnectError> {
+        let stream = match address {
+            Address::Tcp { host, port } => Self(tcp(host, *port, deadline)?),
+            Address::Unix(path) => Self::connect_unix(&UnixAddr::new(path.as_path()), deadline)?,
+            Address::Abstract(name) => Self::connect_unix(&UnixAddr::new_abstract(name), deadline)?,
+        };
+        Ok(stream)
+    }
+
+    fn connect_unix(address: &nix::Result<UnixAddr>, deadline: Instant) -> Result<Self, ConnectError> {
+        let address = address.map_err(ConnectError::System)?;
+        let made = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None);
+        let stream = Self(made.map_err(ConnectError::System)?);
+        // It bounds the time that a full backlog takes, too.
+        stream.limit_until(deadline).map_err(ConnectError::System)?;
+        match connect(stream.0.as_raw_fd(), &address) {
+            Ok(()) => Ok(stream),
+            Err(Errno::EAGAIN) => Err(ConnectError::System(Errno::ETIMEDOUT)),
+            Err(errno) => Err(ConnectError::System(errno)),
+        }
+    }
+
+    /// Sending and receiving fail with `EAGAIN` when they wait beyond `deadline`.
+    pub(super) fn limit_until(&self, deadline: Instant) -> Result<(), Errno> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Errno::ETIMEDOUT);
+        }
+        self.limit(left.max(Duration::from_millis(1)))
+    }
+
+    /// From here on sending and receiving take as long as they take.
+    pub(super) fn unlimited(&self) -> Result<(), Errno> {
+        self.limit(Duration::ZERO)
+    }
+
+    fn limit(&self, time: Duration) -> Result<(), Errno> {
+        let time = TimeVal::microseconds(i64::try_from(time.as_micros()).unwrap_or(i64::MAX));
+        setsockopt(&self.0, ReceiveTimeout, &time)?;
+        setsockopt(&self.0, SendTimeout, &time)
+    }
+
+    /// Send `header`, and `contents` behind it.
+    pub(super) fn send_all(&self, header: &[u8], contents: &[u8]) -> Result<(), Errno> {
+        let all = header.len() + contents.len();
+        let mut sent = 0;
+        while sent < all {
+            let parts = [
+                std::io::IoSlice::new(header.get(sent..).unwrap_or(&[])),
+                std::io::IoSlice::new(&contents[sent.saturating_sub(header.len())..]),
+            ];
+            match sendmsg::<()>(self.0.as_raw_fd(), &parts, &[], MsgFlags::MSG_NOSIGNAL, None) {
+                Ok(count) => sent += count,
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        Ok(())
+    }
+
+    /// Send it if that is possible at once: for a farewell, which nobody answers.
+    pub(super) fn try_send(&self, bytes: &[u8]) {
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        if let Err(errno) = nix::sys::socket::send(self.0.as_raw_fd(), bytes, flags) {
+            tracing::debug!(%errno, "no farewell");
+        }
+    }
+
+    /// Receive some bytes; 0: the peer has ended. `whole`: rather all of them than some.
+    fn receive(&self, into: &mut [u8], whole: bool) -> Result<usize, Errno> {
+        let flags = if whole { MsgFlags::MSG_WAITALL } else { MsgFlags::empty() };
+        loop {
+            match recv(self.0.as_raw_fd(), into, flags) {
+                Err(Errno::EINTR) => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// Both ways are over, for whoever waits on them as well.
+    pub(super) fn shut_down(&self) {
+        if let Err(errno) = shutdown(self.0.as_raw_fd(), Shutdown::Both) {
+            tracing::debug!(%errno, "the connection had ended");
+        }
+    }
+}
+
+fn tcp(host: &str, port: u16, deadline: Instant) -> Result<OwnedFd, ConnectError> {
+    let addresses = (host, port).to_socket_addrs().map_err(|error| {
+        tracing::debug!(%error, host, "host not found");
+        ConnectError::UnknownHost
+    })?;
+    let mut failed = ConnectError::UnknownHost;
+    for address in addresses {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ConnectError::System(Errno::ETIMEDOUT));
+        }
+        match TcpStream::connect_timeout(&address, left) {
+            Ok(stream) => {
+                let stream = OwnedFd::from(stream);
+                return set_up(&stream).map(|()| stream).map_err(ConnectError::System);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {
+                failed = ConnectError::System(Errno::ETIMEDOUT);
+            }
+            Err(error) => failed = ConnectError::System(errno_of(&error)),
+        }
+    }
+    Err(failed)
+}
+
+fn set_up(stream: &OwnedFd) -> Result<(), Errno> {
+    let [idle, interval, count] = KEEP_ALIVE;
+    setsockopt(stream, TcpNoDelay, &true)?;
+    setsockopt(stream, KeepAlive, &true)?;
+    setsockopt(stream, TcpKeepIdle, &idle)?;
+    setsockopt(stream, TcpKeepInterval, &interval)?;
+    setsockopt(stream, TcpKeepCount, &count)
+}
+
+/// Bytes of an inbox: what the machines need to see at once, and enough that small replies take few system calls. More would be copied
+/// needlessly, where contents follow.
+const INBOX_BYTES: usize = 8192;
+const _: () = assert!(INBOX_BYTES >= negotiation::MAX_NEEDED && INBOX_BYTES >= transmission::MAX_NEEDED);
+
+/// What has come and was not taken yet.
+#[derive(Debug)]
+pub(super) struct Inbox {
+    bytes: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl Inbox {
+    pub(super) fn new() -> Self {
+        Self { bytes: vec![0; INBOX_BYTES].into(), start: 0, end: 0 }
+    }
+
+    /// What has come.
+    pub(super) fn waiting(&self) -> &[u8] {
+        &self.bytes[self.start..self.end]
+    }
+
+    /// So many bytes were taken.
+    pub(super) fn take(&mut self, count: usize) {
+        self.start += count;
+        assert!(self.start <= self.end, "took what had not come");
+    }
+
+    /// Receive until `needed` bytes are waiting. `false`: the peer has ended before.
+    pub(super) fn fill(&mut self, stream: &Stream, needed: usize) -> Result<bool, Errno> {
+        assert!(needed <= self.bytes.len(), "{needed} bytes at once");
+        while self.end - self.start < needed {
+            self.bytes.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+            match stream.receive(&mut self.bytes[self.end..], false)? {
+                0 => return Ok(false),
+                count => self.end += count,
+            }
+        }
+        Ok(true)
+    }
+
+    /// Move the next bytes of the stream to `into`, all of it. `false`: the peer has ended before.
+    pub(super) fn read_exact(&mut self, stream: &Stream, into: &mut [u8]) -> Result<bool, Errno> {
+        let mut filled = into.len().min(self.end - self.start);
+        into[..filled].copy_from_slice(&self.bytes[self.start..self.start + filled]);
+        self.take(filled);
+        while filled < into.len() {
+            match stream.receive(&mut into[filled..], true)? {
+                0 => return Ok(false),
+                count => filled += count,
+            }
+        }
+        Ok(true)
+    }
+}
