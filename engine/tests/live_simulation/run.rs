@@ -28,7 +28,7 @@ const MAX_IDLE_TURNS: u64 = 200;
 /// More than any run takes in the engine's time.
 const MAX_TIME: Duration = Duration::from_secs(600);
 /// More than anything makes a guest wait that is made to happen here: slow disks, stuck targets, starts.
-pub(crate) const MAX_WAIT: Duration = Duration::from_secs(3);
+pub(crate) const MAX_WAIT: Duration = Duration::from_secs(4);
 /// One in so many turns all of a job is looked at.
 const LOOKS: u8 = 12;
 /// How late the ring thread may be.
