@@ -1,4 +1,5 @@
-//! What `engine-cli info` tells about a disk. Opens it for reading, claims, locks and changes nothing: it is told of a disk in use, too.
+//! What `engine-cli info` tells about a disk. Opens it for reading, claims, locks and changes nothing: it is told of a disk in use, too. Of its
+//! contents it looks at the first few bytes, for a hint to people.
 
 use std::fs::Metadata;
 use std::os::fd::AsFd;
@@ -10,7 +11,7 @@ use nix::unistd::{Whence, lseek};
 use serde::Serialize;
 
 use super::locator::{Locator, Place};
-use super::open::{Access, OpenedPair, errno_of, length_of, open_both, refuse_non_disk};
+use super::open::{Access, OpenedPair, errno_of, image_in, length_of, open_both, refuse_non_disk};
 use super::sharing::{self, Permission};
 use super::{sys, topology};
 use crate::error::{Error, Operation, Refusal, Result};
@@ -56,6 +57,9 @@ pub struct DiskInfo {
     pub used_by_others: Vec<Permission>,
     /// What other programs that use it let nobody else use.
     pub not_shared_by_others: Vec<Permission>,
+    /// The image format, `qcow2`, whose mark stands at the beginning; `None` for none that is known. It is a raw disk all the same: a guest
+    /// can write any mark into its disk.
+    pub begins_like: Option<&'static str>,
 }
 
 /// Look at a disk.
@@ -110,6 +114,7 @@ fn describe(
         serial: number.and_then(topology::serial),
         used_by_others,
         not_shared_by_others,
+        begins_like: image_in(&pair.buffered),
     };
     info.direct_io_alignment = pair.into_storage(Operation::Inspect, locator)?.limits().direct_alignment;
     Ok(info)
