@@ -1,9 +1,8 @@
 //! Sockets that the daemon listens on: made with mode 0600, taken over when nobody answers on them, removed at the end.
 //!
 //! # Order
-//! A socket is bound under a file mode mask that leaves it to its owner alone, so there is no moment at which others may
-//! connect. That mask is the whole process's for this moment; no other thread of the daemon creates files. A path where
-//! something stands is tried first: a socket on which nobody answers is left over and goes, anything else is refused.
+//! A socket has its mode before it is bound, so there is no moment at which others may connect. (A file mode mask would be the whole process's, and
+//! other threads create files.) A path where something stands is tried first: a socket on which nobody answers is left over and goes, anything else is refused.
 
 use std::fmt;
 use std::io::{self, ErrorKind};
@@ -14,8 +13,11 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname};
-use nix::sys::stat::{Mode, umask};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, bind, getsockname,
+    listen as listen_on, socket,
+};
+use nix::sys::stat::{Mode, fchmod};
 
 /// The port of NBD.
 pub(crate) const NBD_PORT: u16 = 10809;
@@ -143,10 +145,11 @@ pub(crate) fn listen_unix(path: &Path) -> Result<(UnixListener, SocketFile), Str
 }
 
 fn bind_unix(path: &Path) -> io::Result<UnixListener> {
-    let before = umask(Mode::from_bits_truncate(0o177));
-    let bound = UnixListener::bind(path);
-    umask(before);
-    bound
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen_on(&socket, Backlog::MAXALLOWABLE)?;
+    Ok(socket.into())
 }
 
 /// Remove a socket on which nobody answers.
