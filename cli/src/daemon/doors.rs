@@ -10,7 +10,7 @@ use std::io::{Seek, SeekFrom};
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use engine::live::{DiskOptions, Engine, LiveDisk};
 use engine::storage::share_bytes;
@@ -31,7 +31,7 @@ pub(super) struct Site {
     /// As the engine takes it.
     locator: String,
     /// What was there; nothing for `null-co`.
-    found: Option<Metadata>,
+    found: Option<Arc<Metadata>>,
 }
 
 impl Site {
@@ -89,7 +89,7 @@ impl Door {
 
 /// The files and devices of the daemon's disks, with the names of their nodes.
 #[derive(Debug)]
-pub(super) struct Claims(Vec<(Metadata, String)>);
+pub(super) struct Claims(Vec<(Arc<Metadata>, String)>);
 
 impl Claims {
     pub(super) fn new<'a>(disks: impl Iterator<Item = (&'a Site, &'a str)>) -> Self {
@@ -166,7 +166,7 @@ impl Opening {
         if serde_json::Value::from(locator.as_str()).to_string().len() > MAX_PATH_TEXT {
             return generic(format!("Could not open '{filename}': the path is too long to be told"));
         }
-        let found = Some(file.metadata().map_err(failed)?);
+        let found = Some(Arc::new(file.metadata().map_err(failed)?));
         Ok(Opened { site: Site { locator, found }, length, file, read_only })
     }
 
