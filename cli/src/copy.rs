@@ -128,19 +128,27 @@ fn observe<P>(lifted: impl FnOnce() -> u64, progress: impl FnOnce() -> P) -> (u6
 struct Pauses {
     /// How many pauses had been lifted when the last one was announced.
     announced: Option<u64>,
+    /// The same of when it was told how to lift it.
+    told_how: Option<u64>,
     keys: Keys,
 }
 
 impl Pauses {
     /// `lifted`: how many pauses had been lifted before `progress` was taken.
     fn look(&mut self, progress: &Progress, lifted: u64, signalled: &Signalled, meter: &Meter) {
-        if progress.status != Status::Paused || progress.io_status == IoStatus::Ok {
+        if progress.io_status == IoStatus::Ok {
             return;
         }
+        // At once: what is in flight, and the checkpoint before the pause, may take long.
         if self.is_another(lifted) {
-            let enter = if self.keys.begin() { "press Enter, or run: " } else { "run: " };
             let reason = progress.paused_on.as_deref().unwrap_or("an error");
             meter.say(out::Message::error(format_args!("paused: {}", out::one_line(reason))));
+        }
+        if progress.status != Status::Paused {
+            return;
+        }
+        if self.told_how.replace(lifted) != Some(lifted) {
+            let enter = if self.keys.begin() { "press Enter, or run: " } else { "run: " };
             meter.say(format_args!("to try again {enter}kill -CONT {}", std::process::id()));
         } else if self.keys.pressed() {
             signalled.go_on();

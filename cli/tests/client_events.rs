@@ -185,6 +185,35 @@ fn a_job_is_watched_while_events_keep_coming() {
     assert!(messages.contains("job nightly is complete"), "{messages}");
 }
 
+/// However its end comes to be known.
+#[test]
+fn a_job_that_has_left_something_out_is_no_failure() {
+    for (by_event, done, expected) in [(false, 90, 3), (true, 90, 3), (false, 50, 1), (true, 50, 1)] {
+        let there = directory();
+        let mut looks = 0;
+        daemon(there.path(), move |_, teller| {
+            looks += 1;
+            let mut jobs = job(if by_event { "running" } else { "concluded" });
+            if by_event && looks == 2 {
+                let report = json!({ "total": 100, "done": done, "skipped-bytes": 10 });
+                let data = json!({ "device": "nightly", "error": "Input/output error", "x-detail": "why", "x-report": report });
+                teller.event("BLOCK_JOB_COMPLETED", data);
+            } else if !by_event {
+                jobs[0]["error"] = "Input/output error".into();
+                jobs[0]["x-detail"] = "why".into();
+                jobs[0]["x-progress"] = json!({ "total": 100, "done": done, "skipped": 10 });
+            }
+            teller.reply(jobs);
+            true
+        });
+        let watch = Running::program(there.path(), &["job", "watch", "--qmp", "qmp.sock", "nightly"]);
+        let (code, _, messages) = watch.end();
+        assert_eq!(code, expected, "{messages}");
+        let told = if expected == 3 { "is complete, but not as a whole: why" } else { "has failed: why" };
+        assert!(messages.contains(&format!("job nightly {told}")), "{messages}");
+    }
+}
+
 #[test]
 fn a_target_is_in_doubt_when_the_start_is_not_answered() {
     let there = directory();

@@ -139,6 +139,41 @@ fn exports_come_and_go() {
     assert!(!there.path().join("nbd.sock").exists());
 }
 
+/// It is not told that it may come in several times, for then it would wait for itself.
+#[test]
+fn a_tool_that_may_come_in_once_copies_all_the_same() {
+    if !has("nbdcopy") || !has("nbdinfo") {
+        return;
+    }
+    let there = directory();
+    let there = there.path();
+    dense(&there.join("disk.img"), LENGTH, 3);
+    let arguments = ["--nbd", "unix:nbd.sock", "--disk", "vda=disk.img", "--max-connections", "1"];
+    let daemon = Daemon::start(there, &arguments);
+    drop(daemon.client());
+    let output = tool(there, &["nbdcopy", &uri("vda"), "out.img"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(same(&there.join("disk.img"), &there.join("out.img")));
+    // Whoever starts the server by QMP chooses among what there is.
+    daemon.running.signal("TERM");
+    assert_eq!(daemon.running.end().0, 0);
+    let daemon = Daemon::start(there, &["--disk", "vda=disk.img", "--max-connections", "4"]);
+    let mut client = daemon.client();
+    let start = |most: u32| {
+        let address = json!({ "type": "unix", "data": { "path": there.join("nbd.sock") } });
+        json!({ "addr": address, "max-connections": most })
+    };
+    assert!(client.refused("nbd-server-start", start(5)).contains("4 is the most"));
+    for (most, many) in [(1, false), (4, true), (0, true)] {
+        client.ok("nbd-server-start", start(most));
+        client.ok("block-export-add", json!({ "type": "nbd", "id": "e", "node-name": "vda" }));
+        let said = tool_says(there, &["nbdinfo", &uri("vda")]);
+        assert!(said.contains(&format!("can_multi_conn: {many}")), "{most}: {said}");
+        client.ok("nbd-server-stop", json!({}));
+        assert_eq!(event(&mut client, "BLOCK_EXPORT_DELETED"), json!({ "id": "e" }));
+    }
+}
+
 /// Read what a program prints until it has said this.
 fn until_said(mut output: impl Read, words: &str) {
     let (mut said, mut byte) = (Vec::new(), [0]);

@@ -3,6 +3,7 @@
 mod support;
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -356,6 +357,22 @@ fn a_second_signal_ends_a_daemon_that_waits_for_a_path() {
     assert_eq!(code, 143, "{messages}");
 }
 
+/// Have the process open no more files than it has open now; what the limit was.
+fn allow_no_more_files(id: &str) -> String {
+    let limits = fs::read_to_string(format!("/proc/{id}/limits")).expect("limits");
+    let files = limits.lines().find(|line| line.starts_with("Max open files")).expect("a line");
+    let before = files.split_whitespace().nth(3).expect("the soft one").to_owned();
+    let is_open = |number: &u32| fs::symlink_metadata(format!("/proc/{id}/fd/{number}")).is_ok();
+    let free = (0..).find(|number| !is_open(number)).expect("some are free");
+    allow_files(id, &free.to_string());
+    before
+}
+
+fn allow_files(id: &str, soft: &str) {
+    let status = Command::new("prlimit").args(["--pid", id, &format!("--nofile={soft}:")]).status();
+    assert!(status.expect("prlimit runs").success());
+}
+
 #[test]
 fn a_daemon_without_descriptors_tells_once_and_goes_on() {
     if !has("prlimit") {
@@ -366,24 +383,43 @@ fn a_daemon_without_descriptors_tells_once_and_goes_on() {
     let id = daemon.running.id().to_string();
     let mut first = daemon.client();
     first.ok("query-version", json!({}));
-    let limit = |soft: &str| {
-        let status = Command::new("prlimit").args(["--pid", &id, &format!("--nofile={soft}:")]).status();
-        assert!(status.expect("prlimit runs").success());
-    };
-    let limits = fs::read_to_string(format!("/proc/{id}/limits")).expect("limits");
-    let files = limits.lines().find(|line| line.starts_with("Max open files")).expect("a line");
-    let before = files.split_whitespace().nth(3).expect("the soft one");
-    let is_open = |number: &u32| fs::symlink_metadata(format!("/proc/{id}/fd/{number}")).is_ok();
-    let free = (0..).find(|number| !is_open(number)).expect("some are free");
-    limit(&free.to_string());
+    let before = allow_no_more_files(&id);
     let second = UnixStream::connect(&daemon.socket).expect("connected");
     daemon.running.expect("cannot accept a QMP client: ");
     // It is tried again meanwhile.
     thread::sleep(Duration::from_millis(300));
     first.ok("query-version", json!({}));
-    limit(before);
+    allow_files(&id, &before);
     Qmp::connect(&daemon.socket).ok("quit", json!({}));
     drop(second);
+    let (code, _, messages) = daemon.running.end();
+    assert_eq!((code, count(&messages, "cannot accept")), (0, 1), "{messages}");
+}
+
+#[test]
+fn guests_for_whom_there_are_no_descriptors_are_told_of_once_and_served_later() {
+    if !has("prlimit") {
+        return;
+    }
+    let there = directory();
+    let mut daemon = with_disk(there.path(), &["--nbd", "unix:nbd.sock"]);
+    let id = daemon.running.id().to_string();
+    let mut client = daemon.client();
+    client.ok("query-version", json!({}));
+    let before = allow_no_more_files(&id);
+    // The first may find the way that was open before.
+    let connect = || UnixStream::connect(there.path().join("nbd.sock")).expect("connected");
+    let guests = [connect(), connect(), connect()];
+    daemon.running.expect("cannot accept an NBD client: ");
+    thread::sleep(Duration::from_millis(300));
+    allow_files(&id, &before);
+    for mut guest in guests {
+        let mut greeting = [0; 8];
+        guest.set_read_timeout(Some(Duration::from_secs(30))).expect("set");
+        guest.read_exact(&mut greeting).expect("a greeting");
+        assert_eq!(&greeting, b"NBDMAGIC");
+    }
+    client.ok("quit", json!({}));
     let (code, _, messages) = daemon.running.end();
     assert_eq!((code, count(&messages, "cannot accept")), (0, 1), "{messages}");
 }

@@ -269,7 +269,7 @@ impl<'a> Spots<'a> {
     /// One of the disks cannot be read there.
     pub(crate) fn first_difference(&mut self, range: ByteRange) -> Result<Option<Difference>, Error> {
         let range = ByteRange::new(range.offset, range.length.min(u64::from(PIECE_BYTES)));
-        settle(self.disks, Piece { range, data: [true, true] }, &mut self.pair)
+        settle(self.disks, Piece { range, data: [true, true] }, &mut self.pair).map_err(|(_, error)| error)
     }
 }
 
@@ -285,15 +285,44 @@ fn work(disks: [&dyn Storage; 2], plan: &Mutex<Plan<'_>>, found: &Found, watch: 
             match settle(disks, piece, pair) {
                 Ok(None) => {}
                 Ok(Some(difference)) => found.note(difference.offset, Ok(difference)),
-                Err(error) => found.note(piece.range.offset, Err(error)),
+                Err((offset, error)) => found.note(offset, Err(error)),
             }
         }
         watch.settled.fetch_add(piece.range.length, Ordering::Relaxed);
     }
 }
 
+/// Compare a piece. Where it cannot be read as a whole it is compared grain by grain, so that a bad sector hides no difference before it and
+/// the error names no more than is bad. An error comes with its offset.
+fn settle(
+    disks: [&dyn Storage; 2],
+    piece: Piece,
+    pair: &mut Pair,
+) -> Result<Option<Difference>, (u64, Error)> {
+    let range = piece.range;
+    match settle_whole(disks, piece, pair) {
+        Err(_) if range.length > GRAIN => {
+            let mut offset = range.offset;
+            while offset < range.end() {
+                let grain = ByteRange::between(offset, range.end().min(offset + GRAIN));
+                let found = settle_whole(disks, Piece { range: grain, ..piece }, pair);
+                if let Some(difference) = found.map_err(|error| (offset, error))? {
+                    return Ok(Some(difference));
+                }
+                offset = grain.end();
+            }
+            Ok(None)
+        }
+        other => other.map_err(|error| (range.offset, error)),
+    }
+}
+
 /// Read a piece from the disks that hold data there, and compare.
-fn settle(disks: [&dyn Storage; 2], piece: Piece, pair: &mut Pair) -> Result<Option<Difference>, Error> {
+fn settle_whole(
+    disks: [&dyn Storage; 2],
+    piece: Piece,
+    pair: &mut Pair,
+) -> Result<Option<Difference>, Error> {
     let mut bytes: [Option<&[u8]>; 2] = [None, None];
     for (side, arena) in pair.0.iter_mut().enumerate() {
         if piece.data[side] {
@@ -539,7 +568,17 @@ mod tests {
         let error =
             compare(&good, &changed, &Watch::default()).expect_err("unreadable before the difference");
         assert_eq!(error.kind(), ErrorKind::Io(Errno::EIO));
-        assert_eq!(error.range().map(|range| range.offset), Some(2 << 20));
+        assert_eq!(error.range(), Some(ByteRange::new(2 << 20, 4096)), "no more is named than is bad");
+        // Both within what is read at once.
+        for (difference_at, is_hidden) in
+            [((2 << 20) - 1, false), ((2 << 20) - 500_000, false), ((2 << 20) + 4096, true)]
+        {
+            changed.bytes[difference_at] = 3;
+            let found = compare(&good, &changed, &Watch::default());
+            let offset = found.ok().and_then(|found| found.difference).map(|found| found.offset);
+            assert_eq!(offset, (!is_hidden).then_some(difference_at as u64));
+            changed.bytes[difference_at] = 1;
+        }
     }
 
     #[test]

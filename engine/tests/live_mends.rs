@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 use engine::copy::SyncMode;
 use engine::error::ErrorKind;
 use engine::job::{JobHandle, JobResult, Outcome};
-use engine::live::{Backup, DiskOptions, FleeceOptions, GroupFailure, IoRequest, LiveDisk, read};
+use engine::live::{
+    Backup, BackupOptions, DiskOptions, FleeceOptions, GroupFailure, IoRequest, LiveDisk, read,
+};
 use engine::units::{ByteRange, ClusterSize};
 use support::{Fixture, PATIENCE, block_on};
 
@@ -164,6 +166,49 @@ fn callbacks_that_panic_or_wait_harm_only_themselves() {
     assert!(matches!(end(&backup.job).outcome, Outcome::Complete), "the engine lives");
 }
 
+/// In a callback, on the ring thread.
+#[test]
+fn what_may_not_wait_does_nothing() {
+    let fixture = Fixture::new();
+    let disk = disk_of_sevens(&fixture, true);
+    fs::write(fixture.path("another"), vec![1; 4096]).unwrap();
+    let backup = slow_backup(&fixture, &disk);
+    let (engine, waits, job) = (fixture.engine.clone(), disk.clone(), backup.job.clone());
+    let another = DiskOptions { path: fixture.name("another"), writable: true };
+    let (second, snapshot) = (fixture.options("second"), backup.snapshot.clone());
+    let (sender, receiver) = mpsc::channel();
+    disk.request_with(read(0, 1), move |_| {
+        let calls: [(&str, &dyn Fn()); 11] = [
+            ("open_disk", &|| drop(engine.open_disk(&another))),
+            ("start_backup", &|| drop(engine.start_backup(&waits, &second))),
+            ("jobs", &|| drop(engine.jobs())),
+            ("latencies", &|| drop(waits.latencies())),
+            ("read", &|| drop(waits.read(0, 1))),
+            ("write", &|| drop(waits.write(0, vec![9; 4096]))),
+            ("discard", &|| drop(waits.discard(ByteRange::new(0, 4096)))),
+            ("write_zeroes", &|| drop(waits.write_zeroes(ByteRange::new(0, 4096), true))),
+            ("begin_write", &|| drop(waits.begin_write(ByteRange::new(9 * CLUSTER, 1)))),
+            ("snapshot", &|| drop(snapshot.read(0, 1))),
+            ("wait", &|| drop(job.wait())),
+        ];
+        for (name, call) in calls {
+            let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call));
+            sender.send((name, ran.is_err())).unwrap();
+        }
+    });
+    let told: Vec<_> = receiver.iter().collect();
+    assert!(told.len() == 11 && told.iter().all(|&(_, panicked)| panicked), "{told:?}");
+    assert!(!fixture.path("second").exists());
+    assert_eq!(fixture.engine.jobs().unwrap().len(), 1);
+    assert_eq!(disk.read(0, 4096).unwrap(), [7; 4096]);
+    drop(fixture.open("another", true));
+    backup.job.cancel().unwrap();
+    end(&backup.job);
+    let the_end = fixture.engine.end();
+    drop((fixture, disk, backup));
+    assert!(the_end.wait(PATIENCE), "nothing is left that keeps it");
+}
+
 #[test]
 fn a_copy_whose_target_has_lost_its_name_is_none() {
     for (sync, replaced) in [(SyncMode::Full, false), (SyncMode::Full, true), (SyncMode::None, false)] {
@@ -190,6 +235,29 @@ fn a_copy_whose_target_has_lost_its_name_is_none() {
         if replaced {
             assert_eq!(fs::read(fixture.path("backup")).unwrap(), b"other");
         }
+    }
+}
+
+/// The others of its group are not told that they are complete, and leave nothing behind.
+#[test]
+fn a_target_that_has_lost_its_name_is_the_end_of_its_group() {
+    for lost in [0, 1] {
+        let fixture = Fixture::new();
+        let disks = ["one", "two"].map(|name| fixture.disk_of(name, &[7; 1 << 20], false));
+        let targets = ["backup0", "backup1"];
+        let slow = |target| BackupOptions { speed: std::num::NonZeroU64::new(1), ..fixture.options(target) };
+        let group: Vec<_> = disks.into_iter().zip(targets.map(slow)).collect();
+        let backups = fixture.engine.start_group(&group, GroupFailure::FailAll, PATIENCE).unwrap();
+        fs::rename(fixture.path(targets[lost]), fixture.path("elsewhere")).unwrap();
+        for backup in &backups {
+            backup.job.set_speed(None).unwrap();
+        }
+        let result = end(&backups[lost].job);
+        let Outcome::Failed(error) = &result.outcome else { panic!("{result:?}") };
+        assert_eq!(error.kind(), ErrorKind::TargetLost);
+        let other = end(&backups[1 - lost].job);
+        assert!(matches!(other.outcome, Outcome::Cancelled), "{other:?}");
+        assert!(!fixture.path(targets[1 - lost]).exists());
     }
 }
 

@@ -29,7 +29,8 @@ struct Options {
     /// Requests of the guest in flight
     #[arg(long, default_value = "1,16", value_delimiter = ',')]
     depths: Vec<u32>,
-    /// Choices: auto, or fixed numbers of clusters in flight (64 KiB each)
+    /// Choices: auto; fleece (auto, and what the guest changes goes to a fleece file of 1 GiB beside the disk first); or fixed
+    /// numbers of clusters in flight (64 KiB each)
     #[arg(long, default_value = "auto,4,8,16,64", value_delimiter = ',', value_parser = choice)]
     choices: Vec<Choice>,
     /// Rounds
@@ -38,6 +39,9 @@ struct Options {
     /// Where disks are made; on the disk that is to be measured
     #[arg(long, default_value = "/tmp")]
     workdir: PathBuf,
+    /// A block device for the backups, which is overwritten, instead of new files beside the disk
+    #[arg(long)]
+    target: Option<PathBuf>,
     /// Write latencies.svg and timeline.svg here
     #[arg(long)]
     plots: Option<PathBuf>,
@@ -79,12 +83,20 @@ fn size(text: &str) -> Result<u64, String> {
     locator::parse_size(text).map(|length| length.0).map_err(|error| error.to_string())
 }
 
+/// The default.
+fn auto() -> Choice {
+    Choice { name: "auto".into(), depth: SweepDepth::Auto, fleece: false }
+}
+
 fn choice(text: &str) -> Result<Choice, String> {
     if text == "auto" {
-        return Ok(Choice { name: "auto".into(), depth: SweepDepth::Auto });
+        return Ok(auto());
     }
-    let clusters = text.parse().map_err(|_| "auto, or a number of clusters".to_owned())?;
-    Ok(Choice { name: format!("{clusters} clusters"), depth: SweepDepth::Fixed(clusters) })
+    if text == "fleece" {
+        return Ok(Choice { name: text.to_owned(), fleece: true, ..auto() });
+    }
+    let clusters = text.parse().map_err(|_| "auto, fleece, or a number of clusters".to_owned())?;
+    Ok(Choice { name: format!("{clusters} clusters"), depth: SweepDepth::Fixed(clusters), fleece: false })
 }
 
 fn main() -> ExitCode {
@@ -107,11 +119,10 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<(), Box<dyn std::error::Error>> {
-    let setup = Setup::make(&options.workdir, options.size)?;
+    let setup = Setup::make(&options.workdir, options.size, options.target.clone())?;
     let mut trials: Vec<Trial> = Vec::new();
     for round in 0..options.rounds {
-        let alone = Choice { name: "auto".into(), depth: SweepDepth::Auto };
-        trials.push(told(setup.run(&alone, 0, round)?));
+        trials.push(told(setup.run(&auto(), 0, round)?));
         for &depth in &options.depths {
             for at in 0..options.choices.len() {
                 let choice = &options.choices[(at + round as usize) % options.choices.len()];

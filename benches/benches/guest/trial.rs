@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use engine::job::Outcome;
-use engine::live::{BackupOptions, DiskOptions, Engine, EngineOptions, Latencies, SweepDepth};
+use engine::live::{BackupOptions, DiskOptions, Engine, EngineOptions, FleeceOptions, Latencies, SweepDepth};
 use tempfile::TempDir;
 
 use super::load::{AFTER, DURING, Load};
@@ -22,6 +22,8 @@ const SAMPLE: Duration = Duration::from_millis(50);
 pub(crate) struct Choice {
     pub(crate) name: String,
     pub(crate) depth: SweepDepth,
+    /// What guests change goes to a fleece file first.
+    pub(crate) fleece: bool,
 }
 
 /// A point of the timeline.
@@ -57,10 +59,12 @@ pub(crate) struct Setup {
     directory: TempDir,
     disk: PathBuf,
     size: u64,
+    /// A device that takes all backups; otherwise each has a new file beside the disk.
+    device: Option<PathBuf>,
 }
 
 impl Setup {
-    pub(crate) fn make(workdir: &Path, size: u64) -> Result<Self, Box<dyn Error>> {
+    pub(crate) fn make(workdir: &Path, size: u64, device: Option<PathBuf>) -> Result<Self, Box<dyn Error>> {
         let directory = tempfile::Builder::new().prefix("engine-guest-").tempdir_in(workdir)?;
         let disk = directory.path().join("disk.raw");
         let mut file = File::create(&disk)?;
@@ -71,11 +75,12 @@ impl Setup {
             file.write_all(&chunk)?;
         }
         file.sync_all()?;
-        Ok(Self { directory, disk, size })
+        Ok(Self { directory, disk, size, device })
     }
 
     pub(crate) fn run(&self, choice: &Choice, depth: u32, round: u32) -> Result<Trial, Box<dyn Error>> {
-        let target = self.directory.path().join("target.raw");
+        let file = self.directory.path().join("target.raw");
+        let target = self.device.as_ref().unwrap_or(&file);
         let engine = Engine::start(&EngineOptions::default())?;
         let disk =
             engine.open_disk(&DiskOptions { path: self.disk.display().to_string(), writable: true })?;
@@ -84,6 +89,9 @@ impl Setup {
         std::thread::sleep(LEAD);
         let mut options = BackupOptions::new(target.display().to_string());
         options.depth = choice.depth;
+        options.force = self.device.is_some();
+        let fleece = self.directory.path().join("fleece");
+        options.fleece = choice.fleece.then(|| FleeceOptions::new(fleece.display().to_string()));
         let backup = engine.start_backup(&disk, &options)?;
         let start = Instant::now();
         load.enter(DURING);
@@ -104,7 +112,9 @@ impl Setup {
         }
         drop(disk);
         drop(engine);
-        std::fs::remove_file(&target)?;
+        if self.device.is_none() {
+            std::fs::remove_file(target)?;
+        }
         Ok(Trial {
             choice: choice.name.clone(),
             depth,

@@ -14,7 +14,8 @@ use crate::daemon::listen::Endpoint;
 pub(super) const DAEMON_HELP: &str = "\
 QMP is QEMU's control protocol; docs/qemu-compatibility.md says which of its commands are there. The sockets are the \
 owner's alone. A single --disk is also what NBD clients get that name no export: it has the empty name besides its own. Started \
-with a socket (LISTEN_FDS), as nbdcopy does below, the daemon serves NBD on that. Ends with the command quit, or SIGTERM or SIGINT: jobs are cancelled then.
+with a socket (LISTEN_FDS), as nbdcopy does below, the daemon serves NBD on that. With a log (--log, -v, $ENGINE_LOG) \
+have standard error read: while nobody does, guests wait. Ends with the command quit, or SIGTERM or SIGINT: jobs are cancelled then.
 
 Examples:
   engine-cli daemon --qmp unix:/run/engine.qmp
@@ -42,7 +43,8 @@ pub(crate) struct DaemonArgs {
     /// Open the file or block device PATH, raw, as node NAME, and export it if there is an NBD socket; may be given again
     #[arg(long = "disk", value_name = "NAME=PATH", value_parser = disk)]
     pub(crate) disks: Vec<DiskArg>,
-    /// Most NBD connections at a time, 1 to 1024
+    /// Most NBD connections at a time, 1 to 1024, for nbd-server-start too; who comes then waits until one leaves. Tools that connect several times, as
+    /// nbdcopy does four times, need as many; with 1 they are not offered to
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = max_connections)]
     pub(crate) max_connections: u32,
     /// Memory for disks and jobs, 16M to 1G: a disk in use takes 4M of it, a job 5M

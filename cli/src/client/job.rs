@@ -107,7 +107,8 @@ fn watch(client: &mut Client, id: &str, meter: &mut Meter) -> Result<u8, ClientE
                 seen = true;
                 meter.update(&snapshot_of(&job));
                 if job["status"] == "concluded" {
-                    return Ok(end(id, &job["error"], &job["x-detail"], meter));
+                    let left_out = left_out(&job["x-progress"], "skipped");
+                    return Ok(end(id, &job["error"], &job["x-detail"], left_out, meter));
                 }
             }
             None if !seen => return Err(ClientError::Refused(format!("there is no job {id}"))),
@@ -118,9 +119,8 @@ fn watch(client: &mut Client, id: &str, meter: &mut Meter) -> Result<u8, ClientE
         while let Some(event) = client.next_event(deadline)? {
             let data = &event["data"];
             if data["device"] == id && event["event"] == "BLOCK_JOB_COMPLETED" {
-                let left_out = data["x-report"]["skipped-bytes"].as_u64().unwrap_or(0) > 0;
-                let code = end(id, &data["error"], &data["x-detail"], meter);
-                return Ok(if left_out { INCOMPLETE } else { code });
+                let left_out = left_out(&data["x-report"], "skipped-bytes");
+                return Ok(end(id, &data["error"], &data["x-detail"], left_out, meter));
             }
             if data["device"] == id && event["event"] == "BLOCK_JOB_CANCELLED" {
                 meter.say(format_args!("job {id} was cancelled"));
@@ -134,11 +134,22 @@ fn watch(client: &mut Client, id: &str, meter: &mut Meter) -> Result<u8, ClientE
     }
 }
 
-fn end(id: &str, error: &Value, detail: &Value, meter: &Meter) -> u8 {
+/// Whether a job that has ended with an error has done all but what it left out; `skipped`: what that is called in `counts`. One that has
+/// left something out and failed later has not.
+fn left_out(counts: &Value, skipped: &str) -> bool {
+    let count = |name: &str| counts[name].as_u64().unwrap_or(0);
+    count(skipped) > 0 && count("done") + count(skipped) >= count("total")
+}
+
+fn end(id: &str, error: &Value, detail: &Value, left_out: bool, meter: &Meter) -> u8 {
     match detail.as_str().or_else(|| error.as_str()) {
         None => {
             meter.say(format_args!("job {id} is complete"));
             DONE
+        }
+        Some(why) if left_out => {
+            meter.say(format_args!("job {id} is complete, but not as a whole: {}", out::one_line(why)));
+            INCOMPLETE
         }
         Some(why) => {
             meter.say(format_args!("job {id} has failed: {}", out::one_line(why)));

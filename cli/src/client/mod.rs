@@ -54,6 +54,11 @@ pub(crate) struct Client {
 impl Client {
     /// Connect to the daemon whose QMP socket is at `path`.
     pub(crate) fn connect(path: &Path) -> Result<Self, ClientError> {
+        Self::connect_within(path, REPLY_TIMEOUT)
+    }
+
+    /// As [`Self::connect`]; the daemon may take `patience` for its greeting.
+    fn connect_within(path: &Path, patience: Duration) -> Result<Self, ClientError> {
         let stream = UnixStream::connect(path).map_err(|error| {
             let advice = match error.kind() {
                 ErrorKind::NotFound | ErrorKind::ConnectionRefused => "; is engine-cli daemon running?",
@@ -71,14 +76,20 @@ impl Client {
             received: Vec::new(),
             events: VecDeque::new(),
         };
-        let deadline = Instant::now() + REPLY_TIMEOUT;
+        let deadline = Instant::now() + patience;
         client.fill(deadline)?;
         if client.received.starts_with(NBD_MAGIC) {
             let why = "is a socket of NBD; name the one that the daemon was given with --qmp";
             return Err(ClientError::Lost(format!("{} {why}", path.display())));
         }
-        let greeting = client.receive(deadline)?;
-        if greeting.as_ref().is_none_or(|greeting| greeting.get("QMP").is_none()) {
+        let Some(greeting) = client.receive(deadline)? else {
+            let most = crate::daemon::MAX_MONITORS;
+            return Err(ClientError::Lost(format!(
+                "the daemon at {} does not answer: it is busy, or has as many clients as it takes ({most}); try again later",
+                path.display()
+            )));
+        };
+        if greeting.get("QMP").is_none() {
             return Err(ClientError::Lost(format!("{} does not speak QMP", path.display())));
         }
         client.execute("qmp_capabilities", json!({}))?;
@@ -195,4 +206,38 @@ fn gone(error: &std::io::Error) -> ClientError {
 
 fn nonsense(error: &SyntaxError) -> ClientError {
     ClientError::Lost(format!("what the daemon sends makes no sense: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    /// What is told of a server that greets so, and then says nothing more.
+    fn told_of(greeting: &[u8]) -> String {
+        let there = tempfile::tempdir().expect("a directory");
+        let path = there.path().join("qmp.sock");
+        let listener = UnixListener::bind(&path).expect("bound");
+        let greeting = greeting.to_vec();
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("a client");
+            stream.write_all(&greeting).expect("sent");
+            // Until the client has gone.
+            stream.read_to_end(&mut Vec::new()).ok();
+        });
+        let told = Client::connect_within(&path, Duration::from_millis(100)).expect_err("it is no daemon");
+        server.join().expect("unharmed");
+        told.to_string().replace(&path.display().to_string(), "PATH")
+    }
+
+    #[test]
+    fn a_daemon_that_does_not_greet_is_busy_and_one_that_greets_otherwise_is_none() {
+        let busy = "the daemon at PATH does not answer: it is busy, or has as many clients as it takes (32); try again later";
+        assert_eq!(told_of(b""), busy);
+        assert_eq!(told_of(br#"{"QMP": {"#), busy);
+        assert_eq!(told_of(b"{}\r\n"), "PATH does not speak QMP");
+        assert!(told_of(b"NBDMAGIC").contains("is a socket of NBD"));
+        assert!(told_of(b"SSH-2.0\r\n").contains("makes no sense"));
+    }
 }

@@ -180,10 +180,10 @@ impl Control {
         let nodes = &self.nodes;
         let (source, length) = (nodes.bottom_of(&asked.device)?, nodes.length_of(&asked.device)?);
         let target = match &asked.path {
-            Some(path) if !Path::new(path).is_absolute() => {
-                return refuse(format!("Parameter 'path' expects an absolute path, not '{path}'"));
+            Some(path) => {
+                check_absolute("path", path)?;
+                None
             }
-            Some(_) => None,
             None => Some(nodes.bottom_of(&asked.target)?),
         };
         if target.as_ref() == Some(&source) {
@@ -252,6 +252,7 @@ impl Control {
         let fleece = match &asked.x_fleece {
             None => None,
             Some(fleece) => {
+                check_absolute("x-fleece.path", &fleece.path)?;
                 let mut options = FleeceOptions::new(fleece.path.clone());
                 if let Some(size) = fleece.size {
                     options.size = u64::try_from(size).map_err(|_| {
@@ -281,6 +282,8 @@ impl Control {
             },
             cbw_timeout: (asked.cbw_timeout > 0).then(|| Duration::from_secs(asked.cbw_timeout.into())),
             start_timeout: START_TIMEOUT,
+            // As for guests: where a node on the way to the disk ignores discards, its space stays taken.
+            may_unmap: asked.path.is_some() || self.nodes.may_trim(&asked.target)?,
             in_place: asked.path.is_none(),
             force: asked.force,
             auto_finalize: asked.auto_finalize,
@@ -297,6 +300,14 @@ impl Control {
 fn decode<T: for<'a> Deserialize<'a>>(arguments: &Arguments) -> Result<T, QmpError> {
     serde_json::from_value(Value::Object(arguments.clone()))
         .map_err(|error| QmpError::generic(error.to_string()))
+}
+
+/// A path that a client gives is no matter of the daemon's directory, of which the client knows nothing.
+fn check_absolute(parameter: &str, path: &str) -> Result<(), QmpError> {
+    if !Path::new(path).is_absolute() {
+        return refuse(format!("Parameter '{parameter}' expects an absolute path, not '{path}'"));
+    }
+    Ok(())
 }
 
 fn policy_of(word: &str) -> ErrorPolicy {

@@ -50,12 +50,17 @@ pub(super) struct Control {
 }
 
 impl Control {
-    pub(super) fn new(engine: Engine, exports: Box<dyn Exports>) -> std::io::Result<Self> {
+    /// `most_connections`: how many clients of NBD the engine has places for.
+    pub(super) fn new(
+        engine: Engine,
+        exports: Box<dyn Exports>,
+        most_connections: u32,
+    ) -> std::io::Result<Self> {
         Ok(Self {
             engine,
             nodes: Nodes::default(),
             jobs: Jobs::default(),
-            serving: Serving::new(exports),
+            serving: Serving::new(exports, most_connections),
             mailbox: Mailbox::new()?,
             errands: Errands::default(),
             events: Vec::new(),
@@ -279,6 +284,11 @@ impl Control {
                 }
             }
             Happening::Back(serial, found) => self.on_back(serial, *found),
+            Happening::NotAccepted(why) => {
+                out::say(format_args!(
+                    "cannot accept an NBD client: {why}; who comes waits until that is over"
+                ));
+            }
             Happening::EngineDied(why) => self.death = Some(why),
         }
     }

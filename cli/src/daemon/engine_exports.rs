@@ -1,10 +1,12 @@
 //! The engine's NBD server behind the daemon's seam.
 
-use engine::live::{self, Engine, NbdListener, NbdServer, Removal};
+use engine::error::Error;
+use engine::live::{self, Engine, NbdListener, NbdServer, NotAccepted, Removal};
 
 use super::control::PATIENCE;
 use super::exports::{ExportOptions, ExportSource, Exported, Exports, Gone, NbdOptions, StillInUse};
 use super::listen::Listener;
+use super::mailbox::Happening;
 
 /// The engine's NBD server.
 pub(super) struct EngineExports {
@@ -24,7 +26,10 @@ impl Exports for EngineExports {
             Listener::Unix(listener) => NbdListener::Unix(listener),
             Listener::Tcp(listener) => NbdListener::Tcp(listener),
         };
+        let post = options.post.clone();
+        let told = move |error: &Error| post.send(Happening::NotAccepted(error.reason().to_owned()));
         let options = live::NbdOptions {
+            on_not_accepted: Some(NotAccepted::new(told)),
             clients: options.max_connections as usize,
             default_export: options.default_export.clone(),
             closed: true,

@@ -5,6 +5,7 @@
 use engine::live::{LiveDisk, Snapshot};
 
 use super::listen::Listener;
+use super::mailbox::Post;
 
 /// What an export shows.
 #[derive(Debug)]
@@ -31,12 +32,13 @@ pub(crate) struct ExportOptions {
 }
 
 /// How to serve.
-#[derive(Clone, Debug)]
 pub(crate) struct NbdOptions {
     /// Most connections at a time.
     pub(crate) max_connections: u32,
     /// The name of the export that clients get which ask for the empty name.
     pub(crate) default_export: Option<String>,
+    /// Where trouble is told.
+    pub(crate) post: Post,
 }
 
 /// Most bytes of an export's name or description, by the protocol.

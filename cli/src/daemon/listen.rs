@@ -2,25 +2,38 @@
 //!
 //! # Order
 //! A socket has its mode before it is bound, so there is no moment at which others may connect. (A file mode mask would be the whole process's, and
-//! other threads create files.) A path where something stands is tried first: a socket on which nobody answers is left over and goes, anything else is refused.
+//! other threads create files.) A path where something stands is tried first: a socket on which nobody answers is left over and goes, anything else
+//! is refused. Trying never waits: where the backlog is full somebody listens.
+//!
+//! A socket that is bound and not listened on yet looks like one that is left over, and of two daemons that find the same one left over, the
+//! second would remove what the first has made. So each has a [`Claim`] on the path from its first look until it listens.
 
 use std::fmt;
+use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, fcntl};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, bind, getsockname,
-    listen as listen_on, socket,
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, bind, connect,
+    getsockname, listen as listen_on, socket,
 };
 use nix::sys::stat::{Mode, fchmod};
 
 /// The port of NBD.
 pub(crate) const NBD_PORT: u16 = 10809;
+
+/// How long the claim of another daemon on a path may last, and how often it is looked at.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(2);
+const CLAIM_PAUSE: Duration = Duration::from_millis(5);
+/// How long it may last when a socket is removed.
+const DROP_PATIENCE: Duration = Duration::from_millis(100);
 
 /// Where to listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,6 +97,58 @@ pub(crate) enum Listener {
     Tcp(TcpListener),
 }
 
+/// The right to take a path over, among daemons: a lock on the file `PATH.lock`, which is there for as long as that, for moments.
+#[derive(Debug)]
+struct Claim {
+    /// Closed after the file is removed: whoever waits for the lock finds that it is no more.
+    _lock: Flock<File>,
+    path: PathBuf,
+}
+
+impl Claim {
+    /// Have it within `patience`.
+    fn take(socket: &Path, patience: Duration) -> io::Result<Self> {
+        let mut path = socket.as_os_str().to_owned();
+        path.push(".lock");
+        let path = PathBuf::from(path);
+        let deadline = Instant::now() + patience;
+        loop {
+            let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
+            let file = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .custom_flags(flags)
+                .open(&path)?;
+            let opened = file.metadata()?;
+            if !opened.is_file() || opened.len() > 0 {
+                return Err(io::Error::other(format!("{} is no lock file of a daemon", path.display())));
+            }
+            if let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                // The one before may have removed it meanwhile: then there is nothing that the lock is on.
+                let ours = std::fs::symlink_metadata(&path)
+                    .is_ok_and(|found| (found.dev(), found.ino()) == (opened.dev(), opened.ino()));
+                if ours {
+                    return Ok(Self { _lock: lock, path });
+                }
+            }
+            if Instant::now() >= deadline {
+                let reason = format!("another program has locked {}; try again", path.display());
+                return Err(io::Error::other(reason));
+            }
+            std::thread::sleep(CLAIM_PAUSE);
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // It stays where that fails, which does no harm.
+        std::fs::remove_file(&self.path).ok();
+    }
+}
+
 /// A path that is removed with this, if it still is the socket that was bound there.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
@@ -94,6 +159,8 @@ pub(crate) struct SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        // Lest another takes it over between the look and the removal. Without it that is unlikely enough.
+        let _claim = Claim::take(&self.path, DROP_PATIENCE);
         let ours = std::fs::symlink_metadata(&self.path)
             .is_ok_and(|found| (found.dev(), found.ino()) == (self.device, self.inode));
         if ours {
@@ -132,6 +199,7 @@ pub(crate) fn listen_unix(path: &Path) -> Result<(UnixListener, SocketFile), Str
             None => format!("cannot listen on {}: {}", path.display(), crate::out::reason(&error)),
         }
     };
+    let claim = Claim::take(path, CLAIM_PATIENCE).map_err(failed)?;
     let listener = match bind_unix(path) {
         Err(error) if error.kind() == ErrorKind::AddrInUse => {
             remove_left_over(path)?;
@@ -140,6 +208,7 @@ pub(crate) fn listen_unix(path: &Path) -> Result<(UnixListener, SocketFile), Str
         bound => bound.map_err(failed)?,
     };
     let made = std::fs::symlink_metadata(path).map_err(failed)?;
+    drop(claim);
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     Ok((listener, SocketFile { path, device: made.dev(), inode: made.ino() }))
 }
@@ -160,18 +229,28 @@ fn remove_left_over(path: &Path) -> Result<(), String> {
     if !found.file_type().is_socket() {
         return Err(format!("cannot listen on {shown}: something other than a socket stands there"));
     }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path).map_err(|error| {
-                format!("cannot remove {shown}, on which nobody answers: {}", crate::out::reason(&error))
-            })
-        }
+    match is_answered(path) {
+        Ok(false) => std::fs::remove_file(path).map_err(|error| {
+            format!("cannot remove {shown}, on which nobody answers: {}", crate::out::reason(&error))
+        }),
         Err(error) => {
             Err(format!("cannot tell whether somebody answers on {shown}: {}", crate::out::reason(&error)))
         }
-        Ok(_) => {
+        Ok(true) => {
             Err(format!("cannot listen on {shown}: another program does; stop it, or choose another path"))
         }
+    }
+}
+
+/// Whether somebody listens on a socket, without waiting for him.
+fn is_answered(path: &Path) -> io::Result<bool> {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    match connect(socket.as_raw_fd(), &UnixAddr::new(path)?) {
+        // He has more to accept than he does.
+        Ok(()) | Err(Errno::EAGAIN) => Ok(true),
+        Err(Errno::ECONNREFUSED) => Ok(false),
+        Err(errno) => Err(errno.into()),
     }
 }
 
@@ -243,6 +322,7 @@ fn activated_count(variable: impl Fn(&str) -> Option<String>, own: u32) -> Resul
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+    use std::sync::Barrier;
 
     use super::*;
 
@@ -296,6 +376,92 @@ mod tests {
         drop(second_file);
         assert!(listen_unix(&path).expect_err("a file").contains("other than a socket"));
         assert_eq!(std::fs::read(&path).expect("still there"), b"mine");
+    }
+
+    /// Each finds the one that is left over, and one of them has it in the end.
+    #[test]
+    fn of_those_who_take_over_the_same_socket_one_has_it() {
+        const MANY: usize = 4;
+        let there = tempfile::tempdir().expect("a directory");
+        let path = there.path().join("socket");
+        for round in 0..50 {
+            drop(UnixListener::bind(&path).expect("left over"));
+            let start = Barrier::new(MANY);
+            let listens = || {
+                start.wait();
+                listen_unix(&path)
+            };
+            let results: Vec<_> = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..MANY).map(|_| scope.spawn(listens)).collect();
+                threads.into_iter().map(|thread| thread.join().expect("unharmed")).collect()
+            });
+            let (listening, refused): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
+            assert_eq!(listening.len(), 1, "round {round}: {refused:?}");
+            for refused in refused {
+                assert!(refused.expect_err("refused").contains("another program does"));
+            }
+            assert!(is_answered(&path).expect("it can be tried"), "round {round}: his socket is gone");
+            drop(listening);
+            let left = std::fs::read_dir(there.path()).expect("read").count();
+            assert_eq!(left, 0, "round {round}");
+        }
+    }
+
+    /// Until it listens, what it has made looks left over.
+    #[test]
+    fn whoever_is_about_to_listen_is_waited_for() {
+        let there = tempfile::tempdir().expect("a directory");
+        let path = there.path().join("socket");
+        let made = UnixListener::bind(&path).expect("bound");
+        drop(made);
+        let held = Claim::take(&path, Duration::ZERO).expect("free");
+        let (sender, told) = std::sync::mpsc::channel();
+        let other = path.clone();
+        std::thread::spawn(move || sender.send(listen_unix(&other)));
+        assert!(told.recv_timeout(Duration::from_millis(100)).is_err(), "it waits");
+        drop(held);
+        let listening = told.recv_timeout(Duration::from_secs(10)).expect("it goes on").expect("it listens");
+        assert!(is_answered(&path).expect("it can be tried"));
+        drop(listening);
+    }
+
+    #[test]
+    fn somebody_who_does_not_accept_is_there_and_nobody_waits_for_him() {
+        let there = tempfile::tempdir().expect("a directory");
+        let path = there.path().join("socket");
+        let busy = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).expect("one");
+        bind(busy.as_raw_fd(), &UnixAddr::new(&path).expect("an address")).expect("bound");
+        listen_on(&busy, Backlog::new(1).expect("small")).expect("listens");
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        let mut waiting = Vec::new();
+        loop {
+            let client = socket(AddressFamily::Unix, SockType::Stream, flags, None).expect("one");
+            match connect(client.as_raw_fd(), &UnixAddr::new(&path).expect("an address")) {
+                Ok(()) => waiting.push(client),
+                Err(errno) => break assert_eq!(errno, Errno::EAGAIN),
+            }
+            assert!(waiting.len() < 100, "its backlog has an end");
+        }
+        let (sender, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || sender.send(listen_unix(&path).map(drop)));
+        let told = told.recv_timeout(Duration::from_secs(10)).expect("nobody waits");
+        assert!(told.expect_err("somebody is there").contains("another program does"));
+    }
+
+    #[test]
+    fn what_looks_like_a_lock_and_is_none_stays() {
+        let there = tempfile::tempdir().expect("a directory");
+        let (path, lock) = (there.path().join("socket"), there.path().join("socket.lock"));
+        std::fs::write(&lock, "mine").expect("written");
+        let told = listen_unix(&path).expect_err("no lock file");
+        assert!(told.ends_with("socket.lock is no lock file of a daemon"), "{told}");
+        assert_eq!(std::fs::read(&lock).expect("still there"), b"mine");
+        // One that was left behind, or that another has.
+        std::fs::write(&lock, "").expect("written");
+        let held = Claim::take(&path, Duration::ZERO).expect("free");
+        assert!(Claim::take(&path, Duration::ZERO).expect_err("held").to_string().contains("has locked"));
+        drop(held);
+        assert!(listen_unix(&path).is_ok() && !lock.exists());
     }
 
     #[test]

@@ -40,6 +40,8 @@ pub(super) enum Happening {
     ExportGone(ExportSerial),
     /// An errand is back.
     Back(ErrandSerial, Box<Result<Found, QmpError>>),
+    /// An NBD client could not be accepted, for this reason; told once until one is accepted again.
+    NotAccepted(String),
     /// The engine has died, for this reason: it carries nothing any more. Its jobs and exports are told of besides, then or later.
     EngineDied(String),
 }
@@ -49,7 +51,7 @@ impl Happening {
     pub(super) fn job(&self) -> Option<JobSerial> {
         match self {
             Self::Status(job, _) | Self::JobError { job, .. } | Self::Ended(job, _) => Some(*job),
-            Self::ExportGone(_) | Self::Back(..) | Self::EngineDied(_) => None,
+            Self::ExportGone(_) | Self::Back(..) | Self::NotAccepted(_) | Self::EngineDied(_) => None,
         }
     }
 }
@@ -69,7 +71,7 @@ struct Shared {
 
 /// Where other threads put what has happened.
 #[derive(Clone)]
-pub(super) struct Post(Arc<Shared>);
+pub(crate) struct Post(Arc<Shared>);
 
 impl Post {
     pub(super) fn send(&self, what: Happening) {

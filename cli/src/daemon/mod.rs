@@ -58,6 +58,7 @@ use engine_exports::EngineExports;
 use exports::NbdOptions;
 use listen::{Endpoint, Listener, activated, listen, listen_unix};
 use mailbox::{Happening, Post};
+pub(crate) use monitors::MAX_MONITORS;
 use monitors::Monitors;
 use nodes::NodeOptions;
 pub(crate) use serving::MAX_CONNECTIONS;
@@ -141,7 +142,7 @@ fn serve(args: &DaemonArgs) -> Result<u8, NotStarted> {
     }
     let end = engine.end();
     let exports = Box::new(EngineExports::new(engine.clone()));
-    let mut control = Control::new(engine, exports)
+    let mut control = Control::new(engine, exports, args.max_connections)
         .map_err(|error| format!("cannot begin: {}", crate::out::reason(&error)))?;
     watch_over(&end, control.mailbox.post())
         .map_err(|error| format!("cannot begin: {}", crate::out::reason(&error)))?;
@@ -221,7 +222,8 @@ fn set_up(
         [disk] => Some(disk.name.clone()),
         _ => None,
     };
-    let options = NbdOptions { max_connections: args.max_connections, default_export };
+    let post = control.mailbox.post();
+    let options = NbdOptions { max_connections: args.max_connections, default_export, post };
     control.serving.start(listener, file, &options).map_err(|error| told("--nbd", error))?;
     for disk in &args.disks {
         let writable = !control.nodes.is_read_only(&disk.name).unwrap_or(true);

@@ -35,8 +35,8 @@ const NULL_LENGTH: u64 = 1 << 30;
 /// Lengths are told apart in these units.
 pub(super) const SECTOR: u64 = 512;
 
-/// What `blockdev-add` takes; checked before.
-#[derive(Clone, Debug, Deserialize)]
+/// What `blockdev-add` takes; checked before, its depth too: each level is put aside as a whole before it is decoded.
+#[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct NodeOptions {
     driver: String,
@@ -60,7 +60,7 @@ struct CacheOptions {
     direct: bool,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum FileReference {
     Name(String),
@@ -70,11 +70,12 @@ enum FileReference {
 impl NodeOptions {
     /// Of `blockdev-add`.
     pub(super) fn of(arguments: &Arguments) -> Result<Self, QmpError> {
-        let options: Self = serde_json::from_value(Value::Object(arguments.clone()))
+        let mut options: Self = serde_json::from_value(Value::Object(arguments.clone()))
             .map_err(|error| QmpError::generic(error.to_string()))?;
         if options.node_name.is_none() {
             return generic("'node-name' must be specified for the root node");
         }
+        options.hand_down();
         Ok(options)
     }
 
@@ -89,7 +90,7 @@ impl NodeOptions {
     /// What has to be opened before such a node can be added: the file or device at its bottom, unless that is a node already.
     pub(super) fn opening(&self) -> Result<Option<Opening>, QmpError> {
         match (self.driver.as_str(), &self.file) {
-            ("raw", Some(FileReference::Options(below))) => self.inherited_by(below).opening(),
+            ("raw", Some(FileReference::Options(below))) => below.opening(),
             ("raw" | "null-co", _) => Ok(None),
             (driver, _) => {
                 if self.aio.as_deref() == Some("native") && !self.is_direct() {
@@ -115,12 +116,14 @@ impl NodeOptions {
     }
 
     /// Unless it says otherwise, what holds for the one above holds for the one below.
-    fn inherited_by(&self, below: &Self) -> Self {
-        let mut options = below.clone();
-        options.read_only |= self.read_only;
-        options.auto_read_only |= self.auto_read_only;
-        options.cache = options.cache.or_else(|| self.cache.clone());
-        options
+    fn hand_down(&mut self) {
+        let mut above = self;
+        while let Some(FileReference::Options(below)) = &mut above.file {
+            below.read_only |= above.read_only;
+            below.auto_read_only |= above.auto_read_only;
+            below.cache = below.cache.take().or_else(|| above.cache.clone());
+            above = below;
+        }
     }
 }
 
@@ -260,10 +263,7 @@ impl Nodes {
                 }
                 Ok(name.clone())
             }
-            FileReference::Options(options) => {
-                let options = above.inherited_by(options);
-                self.add_node(&options, options.node_name.is_none(), opened)
-            }
+            FileReference::Options(options) => self.add_node(options, options.node_name.is_none(), opened),
         }
     }
 

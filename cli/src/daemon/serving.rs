@@ -16,7 +16,7 @@ use crate::qmp::{Arguments, QmpError};
 
 /// Most exports.
 const MAX_EXPORTS: usize = 256;
-/// Most connections where nobody says otherwise, and at all.
+/// Most connections at all, and where the command line does not say otherwise.
 pub(crate) const MAX_CONNECTIONS: u32 = 1024;
 
 #[derive(Deserialize)]
@@ -62,6 +62,8 @@ struct Export {
 /// See the module's header.
 pub(super) struct Serving {
     server: Box<dyn Exports>,
+    /// Most connections: so many the engine has places for.
+    most_connections: u32,
     running: bool,
     /// Stands while the server runs.
     file: Option<SocketFile>,
@@ -74,8 +76,9 @@ fn refuse<T>(text: impl Into<String>) -> Result<T, QmpError> {
 }
 
 impl Serving {
-    pub(super) fn new(server: Box<dyn Exports>) -> Self {
-        Self { server, running: false, file: None, exports: Vec::new(), next: 0 }
+    /// `most_connections`: what the engine has places for.
+    pub(super) fn new(server: Box<dyn Exports>, most_connections: u32) -> Self {
+        Self { server, most_connections, running: false, file: None, exports: Vec::new(), next: 0 }
     }
 
     /// Whether there are no exports.
@@ -133,17 +136,19 @@ impl Control {
                 }
             },
         };
+        let limit = self.serving.most_connections;
         let max_connections = match asked.max_connections {
-            0 => MAX_CONNECTIONS,
-            most if most > MAX_CONNECTIONS => {
+            0 => limit,
+            most if most > limit => {
                 return refuse(format!(
-                    "max-connections: {most} is not supported; {MAX_CONNECTIONS} is the most"
+                    "max-connections: {most} is not supported; {limit} is the most (--max-connections of the daemon)"
                 ));
             }
             most => most,
         };
         let (listener, file) = listen(&endpoint).map_err(QmpError::generic)?;
-        self.serving.start(listener, file, &NbdOptions { max_connections, default_export: None })?;
+        let options = NbdOptions { max_connections, default_export: None, post: self.mailbox.post() };
+        self.serving.start(listener, file, &options)?;
         self.serving.open()
     }
 
@@ -268,6 +273,9 @@ impl Control {
         let Some(export) = self.serving.exports.iter_mut().find(|export| export.id == id) else {
             return refuse(format!("Export '{id}' is not found"));
         };
+        if export.shutting_down {
+            return refuse(format!("Export '{id}' is already shutting down"));
+        }
         if export.handle.remove(hard).is_err() {
             return refuse(format!("export '{id}' still in use"));
         }

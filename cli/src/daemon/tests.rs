@@ -31,6 +31,9 @@ struct Books {
     listener: Option<Listener>,
     /// Name, whether clients may write, whether a client is connected, and whom to tell when it is gone.
     exports: Vec<(String, bool, bool, Option<Gone>)>,
+    /// What is removed takes its time to go.
+    slow: bool,
+    most_connections: u32,
 }
 
 #[derive(Clone, Default)]
@@ -41,19 +44,21 @@ struct Entry(Bookkeeper, String);
 impl Exported for Entry {
     fn remove(&self, hard: bool) -> Result<(), StillInUse> {
         let mut books = self.0.0.borrow_mut();
+        let books = &mut *books;
         let entry = books.exports.iter_mut().find(|(name, ..)| *name == self.1).expect("in the books");
         if entry.2 && !hard {
             return Err(StillInUse);
         }
-        entry.3.take().expect("removed once")();
+        let gone = if books.slow { None } else { Some(entry.3.take().expect("removed once")) };
+        gone.into_iter().for_each(|gone| gone());
         Ok(())
     }
 }
 
 impl Exports for Bookkeeper {
     fn start(&mut self, listener: Listener, options: &NbdOptions) -> Result<(), String> {
-        assert!(options.max_connections > 0);
-        self.0.borrow_mut().listener = Some(listener);
+        let mut books = self.0.borrow_mut();
+        (books.listener, books.most_connections) = (Some(listener), options.max_connections);
         Ok(())
     }
 
@@ -86,7 +91,7 @@ impl Fixture {
         let there = tempfile::tempdir().expect("a directory");
         let engine = Engine::start(&EngineOptions::default()).expect("an engine");
         let books = Bookkeeper::default();
-        let control = Control::new(engine, Box::new(books.clone())).expect("a control");
+        let control = Control::new(engine, Box::new(books.clone()), 40).expect("a control");
         let mut fixture = Self { there, control, books, events: Vec::new() };
         for (name, length, byte) in
             [("s", LENGTH, 7), ("t", LENGTH, 0), ("u", LENGTH, 0), ("small", LENGTH / 2, 0)]
@@ -337,6 +342,11 @@ fn a_disk_of_the_daemon_is_no_fleece_file() {
         onto_path["path"] = new.clone().into();
         fixture.refused("x-backup", onto_path, &text);
     }
+    for relative in ["fleece", "./fleece", ""] {
+        let text = format!("Parameter 'x-fleece.path' expects an absolute path, not '{relative}'");
+        let more = json!({ "x-fleece": { "path": relative } });
+        fixture.refused("blockdev-backup", Fixture::backup("j", "t", more), &text);
+    }
     assert!(Path::new(&empty).exists() && Path::new(&linked).exists() && !Path::new(&new).exists());
 }
 
@@ -513,6 +523,44 @@ fn exports_are_added_and_go() {
     assert_eq!(fixture.until("e BLOCK_EXPORT_DELETED"), ["e BLOCK_EXPORT_DELETED"]);
     assert!(!socket.exists() && fixture.books.0.borrow().listener.is_none());
     fixture.ok("blockdev-del", json!({ "node-name": "u" }));
+}
+
+#[test]
+fn an_export_that_is_going_is_not_removed_again() {
+    let mut fixture = Fixture::new();
+    let socket = fixture.there.path().join("nbd.sock").display().to_string();
+    fixture.ok("nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": socket } } }));
+    fixture.ok("block-export-add", json!({ "type": "nbd", "id": "e", "node-name": "s" }));
+    fixture.books.0.borrow_mut().slow = true;
+    fixture.ok("block-export-del", json!({ "id": "e" }));
+    assert_eq!(fixture.ok("query-block-exports", json!({}))[0]["shutting-down"], true);
+    for mode in ["safe", "hard"] {
+        let again = json!({ "id": "e", "mode": mode });
+        fixture.refused("block-export-del", again, "Export 'e' is already shutting down");
+    }
+    let gone = fixture.books.0.borrow_mut().exports[0].3.take();
+    gone.expect("it was not called")();
+    assert_eq!(fixture.until("e BLOCK_EXPORT_DELETED"), ["e BLOCK_EXPORT_DELETED"]);
+    fixture.refused("block-export-del", json!({ "id": "e" }), "Export 'e' is not found");
+}
+
+#[test]
+fn a_server_takes_no_more_clients_than_the_engine_has_places_for() {
+    let mut fixture = Fixture::new();
+    let socket = fixture.there.path().join("nbd.sock").display().to_string();
+    let start = |most: Option<u32>| {
+        let mut start = json!({ "addr": { "type": "unix", "data": { "path": socket } } });
+        most.into_iter().for_each(|most| start["max-connections"] = most.into());
+        start
+    };
+    for (asked, most) in [(None, 40), (Some(0), 40), (Some(1), 1), (Some(40), 40)] {
+        fixture.ok("nbd-server-start", start(asked));
+        assert_eq!(fixture.books.0.borrow().most_connections, most, "{asked:?}");
+        fixture.ok("nbd-server-stop", json!({}));
+    }
+    let text = "max-connections: 41 is not supported; 40 is the most (--max-connections of the daemon)";
+    fixture.refused("nbd-server-start", start(Some(41)), text);
+    assert!(!Path::new(&socket).exists());
 }
 
 #[test]

@@ -1,26 +1,38 @@
 //! Whether arguments fit the table; the first mistake, in the order of the table, as QEMU tells it.
+//!
+//! The table is as deep as it is, but for nodes that are made along with the node over them: of these there are [`MAX_NODES_DEEP`] one below
+//! the other. What passes here may be decoded by code that takes memory or stack for each level.
 
 use serde_json::Value;
 
 use super::schema::{Harmless, Kind, Member, Object, Words};
 use super::{Arguments, QmpError};
 
+/// Most nodes that are made at once, one below the other.
+const MAX_NODES_DEEP: usize = 8;
+
 /// Check `arguments` against `object`.
 ///
 /// # Errors
 /// The first mistake: something missing, of the wrong type, refused, or unexpected.
 pub fn check(object: &'static Object, arguments: &Arguments) -> Result<(), QmpError> {
-    check_object(object, arguments, "")
+    check_object(object, arguments, "", 1)
 }
 
-fn check_object(object: &'static Object, given: &Arguments, path: &str) -> Result<(), QmpError> {
+/// `nodes`: how many nodes it is deep, itself included, if it is one.
+fn check_object(
+    object: &'static Object,
+    given: &Arguments,
+    path: &str,
+    nodes: usize,
+) -> Result<(), QmpError> {
     let mut known: Vec<&str> = Vec::new();
-    check_members(object.members, given, path, &mut known)?;
+    check_members(object.members, given, path, nodes, &mut known)?;
     if let Some(variants) = &object.variants {
         let tag = given.get(variants.tag).and_then(Value::as_str);
         let case = variants.cases.iter().find(|(word, _)| Some(*word) == tag);
         if let Some((_, case)) = case {
-            check_members(case.members, given, path, &mut known)?;
+            check_members(case.members, given, path, nodes, &mut known)?;
         }
     }
     match given.keys().find(|name| !known.contains(&name.as_str())) {
@@ -33,6 +45,7 @@ fn check_members(
     members: &'static [Member],
     given: &Arguments,
     path: &str,
+    nodes: usize,
     known: &mut Vec<&'static str>,
 ) -> Result<(), QmpError> {
     for member in members {
@@ -44,7 +57,7 @@ fn check_members(
             }
             None => {}
             Some(value) => {
-                check_value(member.kind, value, &path)?;
+                check_value(member.kind, value, &path, nodes)?;
                 if member.refused.is_some_and(|harmless| !is_harmless(harmless, value)) {
                     return Err(not_supported(&path, value));
                 }
@@ -54,7 +67,7 @@ fn check_members(
     Ok(())
 }
 
-fn check_value(kind: Kind, value: &Value, path: &str) -> Result<(), QmpError> {
+fn check_value(kind: Kind, value: &Value, path: &str, nodes: usize) -> Result<(), QmpError> {
     let expected = match (kind, value) {
         (Kind::Text, Value::String(_)) | (Kind::Bool, Value::Bool(_)) | (Kind::Any, _) => return Ok(()),
         (Kind::NodeOrName(_), Value::String(_)) => return Ok(()),
@@ -63,12 +76,20 @@ fn check_value(kind: Kind, value: &Value, path: &str) -> Result<(), QmpError> {
             return Ok(());
         }
         (Kind::Word(words), Value::String(word)) => return check_word(words, word, path),
-        (Kind::Object(object) | Kind::NodeOrName(object), Value::Object(given)) => {
-            return check_object(object, given, path);
+        (Kind::NodeOrName(_), Value::Object(_)) if nodes == MAX_NODES_DEEP => {
+            let text = format!(
+                "Parameter '{path}': {MAX_NODES_DEEP} nodes are the most that are made at once; add the lower ones first"
+            );
+            return Err(QmpError::generic(text));
         }
+        (Kind::NodeOrName(object), Value::Object(given)) => {
+            return check_object(object, given, path, nodes + 1);
+        }
+        (Kind::Object(object), Value::Object(given)) => return check_object(object, given, path, nodes),
         (Kind::Array(kind), Value::Array(values)) => {
             let mut values = values.iter().enumerate();
-            return values.try_for_each(|(at, value)| check_value(*kind, value, &format!("{path}[{at}]")));
+            return values
+                .try_for_each(|(at, value)| check_value(*kind, value, &format!("{path}[{at}]"), nodes));
         }
         (Kind::UInt32, Value::Number(_)) => {
             return Err(QmpError::generic(format!("Parameter '{}' expects uint32_t", leaf(path))));
@@ -182,6 +203,24 @@ mod tests {
             panic!()
         };
         assert_eq!(check(find("blockdev-backup").expect("there").arguments, &fine), Ok(()));
+    }
+
+    /// A node over so many others.
+    fn tower(nodes: usize) -> Value {
+        (1..nodes).fold(json!({ "driver": "null-co" }), |below, _| json!({ "driver": "raw", "file": below }))
+    }
+
+    #[test]
+    fn nodes_are_made_a_few_at_a_time() {
+        let Value::Object(fine) = tower(MAX_NODES_DEEP) else { panic!("an object") };
+        assert_eq!(check(find("blockdev-add").expect("there").arguments, &fine), Ok(()));
+        let told = format!(
+            "Parameter '{}': 8 nodes are the most that are made at once; add the lower ones first",
+            ["file"; 8].join(".")
+        );
+        for nodes in [MAX_NODES_DEEP + 1, 1020] {
+            assert_eq!(mistake("blockdev-add", tower(nodes)), told, "{nodes}");
+        }
     }
 
     #[test]

@@ -54,8 +54,7 @@ impl Ended<'_> {
     fn complete(&self) -> Vec<String> {
         let mut lines = self.later_notices();
         // One that could not be removed stands among the notices.
-        let removed = self.args.map.is_some() && !self.result.resumable;
-        let map = if removed { "; map file removed" } else { "" };
+        let map = if self.result.map_removed { "; map file removed" } else { "" };
         lines.push(format!("copied {}{map}", self.summary()));
         lines
     }

@@ -358,3 +358,25 @@ fn space_is_given_back_where_every_node_passes_that_on() {
         }
     });
 }
+
+/// Nor does a job free what it copies holes to.
+#[test]
+fn space_of_a_target_is_kept_where_a_node_ignores_discards() {
+    compare(|peer| {
+        std::fs::File::create(peer.path("holes")).and_then(|file| file.set_len(LENGTH as u64)).expect("made");
+        peer.add("holes", json!({}));
+        for (name, above, below) in [("above", "ignore", "unmap"), ("below", "unmap", "ignore")] {
+            std::fs::write(peer.path(name), contents(LENGTH)).expect("written");
+            let filename = peer.path(name).display().to_string();
+            let file = json!({ "driver": "file", "filename": filename, "discard": below });
+            peer.add(name, json!({ "discard": above, "file": file }));
+            let allocated = |peer: &Peer| std::fs::metadata(peer.path(name)).expect("there").blocks() * 512;
+            let before = allocated(peer);
+            peer.backup(name, name, json!({ "device": "holes" }));
+            peer.until(name, "null");
+            let after = allocated(peer);
+            assert!(after >= before, "{:?}: {name}: {before} bytes, then {after}", peer.which);
+            assert!(std::fs::read(peer.path(name)).expect("read") == vec![0; LENGTH], "{:?}", peer.which);
+        }
+    });
+}

@@ -43,6 +43,23 @@ fn holes_stay_holes() {
     assert!(theirs > 0, "QEMU has learnt it; the document may say so");
 }
 
+/// The target is dense, and every node on the way to it passes discards on.
+#[test]
+fn holes_are_made_on_a_target_whose_space_may_be_given_back() {
+    let made = both(|peer| {
+        std::fs::File::create(peer.path("holes")).and_then(|file| file.set_len(LENGTH as u64)).expect("made");
+        peer.add("holes", json!({}));
+        add_with_discard(peer, "d");
+        peer.backup("j", "d", json!({ "device": "holes" }));
+        peer.until("j", "null");
+        assert!(std::fs::read(peer.path("d")).expect("read") == vec![0; LENGTH], "{:?}", peer.which);
+        allocated(peer, "d")
+    });
+    let Some([theirs, ours]) = made else { return };
+    assert_eq!(ours, 0, "nothing is stored");
+    assert!(theirs > 0, "QEMU has learnt it; the document may say so");
+}
+
 #[test]
 fn a_speed_limit_is_kept_from_the_first_moment() {
     let made = both(|peer| {

@@ -38,6 +38,11 @@ fn of_another_copy() {
     fs::rename(place.join("elsewhere"), place.join("b")).expect("renamed");
     refused(place, &["--map", "m", "a", "b2", "--force"], &["map file m", "target"]);
     refused(place, &["--map", "m", "a", "new"], &["map file m", "/b, and new does not exist"]);
+    for other in [&["--cluster-size", "4K"][..], &["--verify"], &["--sync", "top"]] {
+        let arguments = |target| [&["--map", "m"], other, &["a", target]].concat();
+        refused(place, &arguments("b2"), &["map file m", "target", "the map of this copy"]);
+        refused(place, &arguments("new"), &["map file m", "/b, and new does not exist"]);
+    }
     refused(place, &["--map", "m", "--cluster-size", "4K", "a", "b"], &["map file m", "--cluster-size 64K"]);
     refused(place, &["--map", "m", "--sync", "top", "a", "b"], &["map file m", "--sync full"]);
     refused(place, &["--map", "m", "--verify", "a", "b"], &["map file m", "without --verify"]);

@@ -268,6 +268,23 @@ fn a_map_that_is_gone_with_its_directory_promises_nothing() {
 }
 
 #[test]
+fn a_map_that_another_run_has_put_there_is_left_alone() {
+    let there = directory();
+    let place = there.path();
+    dense(&place.join("a"), 24 * MIB, 0);
+    let arguments = ["copy", "--speed", "12M", "--map", "m", "--progress", "json", "a", "b"];
+    let mut running = Running::program(place, &arguments);
+    running.progress(|progress| progress["done"].as_u64() > Some(0));
+    fs::write(place.join("other"), "of another run").expect("written");
+    fs::rename(place.join("other"), place.join("m")).expect("renamed");
+    let (code, _, messages) = running.end();
+    assert_eq!(code, 0, "{messages}");
+    assert!(messages.contains("map file m is another run's by now: it was left alone"), "{messages}");
+    assert!(!messages.contains("map file removed") && !messages.contains("is gone"), "{messages}");
+    assert_eq!(fs::read(place.join("m")).expect("there"), b"of another run");
+}
+
+#[test]
 fn a_limit_on_file_sizes_in_the_middle() {
     if !has("prlimit") {
         return;

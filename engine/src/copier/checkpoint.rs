@@ -69,7 +69,7 @@ pub(super) struct Checkpoints {
     pub(super) mapped_bytes: u64,
     /// Bytes that the version which is being written calls done.
     pub(super) publishing_bytes: u64,
-    /// Since something last became durable. A write-back between the flush and the claim counts.
+    /// Since something new last became durable (a flush of nothing says nothing of those that failed). A write-back between the flush and the claim counts.
     pub(super) failed_flushes: u32,
     last_start: Timestamp,
     bytes_since: u64,
@@ -102,6 +102,13 @@ impl Checkpoints {
     pub(super) fn on_settled(&mut self, bytes: u64) {
         self.dirty = true;
         self.bytes_since += bytes;
+    }
+
+    /// All that was settled since the last one that succeeded is taken back: nothing of it is there to be flushed.
+    pub(super) fn withdraw(&mut self) {
+        self.stage = Stage::Idle;
+        self.dirty = true;
+        self.bytes_since = 0;
     }
 
     /// Bytes settled since the last capture.

@@ -19,6 +19,11 @@
 //! either the guest's write fails and the job goes on, or the job fails and the write goes on. So does the time-out, counted from
 //! the moment the guest asked. Either way the cluster stays to copy and is on the sweep's list.
 //!
+//! # Time-outs
+//! Nobody is refused whose clusters are done, whoever has copied them and however late that is seen. And a deadline is judged by the time of the last turn, for
+//! what had completed by then has been handed in: a ring thread that stood still for long (a process that was stopped, a host without
+//! time for it) finds copies complete that it has not heard of, and takes them before it calls anything late.
+//!
 //! What the sweep has left out under policy `ignore` stays free, for no guest has changed it yet. The first request that touches it takes it off the
 //! list of what was left out and copies it; if that fails, too, it is left out for good and the guest goes on. (Where the guest has only been asked
 //! for beside another job, it goes back to the sweep instead, which leaves it out again: he may not come.) When the job
@@ -89,6 +94,8 @@ pub(super) struct Guests {
     turns: VecDeque<CbwId>,
     /// When requests give up.
     deadlines: BTreeSet<(Timestamp, CbwId)>,
+    /// What had completed by then was handed in.
+    judged: Timestamp,
     /// Which turn is looked at next, and how many are still to be.
     next_look: usize,
     looks_left: usize,
@@ -243,7 +250,7 @@ impl Copier {
         if self.ending.is_some() {
             return self.release_guests();
         }
-        self.time_out_guests(now);
+        self.time_out_guests();
         if self.ending.is_some() {
             return self.release_guests();
         }
@@ -278,9 +285,14 @@ impl Copier {
         }
     }
 
-    fn time_out_guests(&mut self, now: Timestamp) {
-        while let Some(&(_, id)) = self.guests.deadlines.first().filter(|(deadline, _)| *deadline <= now) {
+    fn time_out_guests(&mut self) {
+        let judged = self.guests.judged;
+        while let Some(&(_, id)) = self.guests.deadlines.first().filter(|(deadline, _)| *deadline <= judged) {
             let clusters = self.guests.requests[&id].clusters;
+            if self.set.is_done(clusters) {
+                self.answer(id, Ok(()));
+                continue;
+            }
             let range = self.plan.geometry.bytes_of(clusters);
             let reason = "the old contents were not copied within the guest's time-out";
             let error = Error::new(
@@ -307,6 +319,11 @@ impl Copier {
             CbwErrorPolicy::BreakGuestWrite => self.answer(id, Err(error)),
             CbwErrorPolicy::BreakSnapshot => self.end_with(Ending::Failed(error)),
         }
+    }
+
+    /// What completes up to `now` is handed in before the next turn.
+    pub(super) fn end_guests_turn(&mut self, now: Timestamp) {
+        self.guests.judged = now;
     }
 
     /// Do for the request whose turn it is what can be done in one round. `false`: there is no slot, and none for those behind it.

@@ -66,7 +66,7 @@ use fleece::Fleece;
 use give_back::GiveBack;
 use guests::Guests;
 use operations::Task;
-use plan::Plan;
+use plan::{LivePlan, Plan};
 pub use queue::Places;
 use queue::Queue;
 use retry::RetryList;
@@ -288,11 +288,11 @@ impl Copier {
             holes: ExtentWindow::new(crate::ring::ExtentQuery::Data, length, plan.limits.extents),
             layers,
             uncovered,
-            give_back: plan
-                .live
-                .filter(|live| live.space_reserved)
-                .map(|_| GiveBack::new(geometry.clusters())),
-            zeroing: Zeroing::Operation(ZeroMethod::Unmap),
+            give_back: plan.live.filter(LivePlan::gives_back).map(|_| GiveBack::new(geometry.clusters())),
+            zeroing: Zeroing::Operation(match plan.live {
+                Some(LivePlan { may_unmap: false, .. }) => ZeroMethod::Keep,
+                _ => ZeroMethod::Unmap,
+            }),
             zeroing_failures: 0,
             blank_is_zero: plan.target_is_zero,
             zero_runs: ZeroRuns::new(plan.limits.zero_run_bytes, cluster_bytes, plan.live.is_some()),
@@ -332,7 +332,8 @@ impl Copier {
         }
     }
 
-    /// Do what can be done at `now`, and give the operations to push that find `places`. `true`: there is more to do at once.
+    /// Do what can be done at `now`, and give the operations to push that find `places`. `true`: there is more to do at once. What completes up to
+    /// `now` is handed in ([`Self::on_completion`]) before the next call.
     pub fn poll(&mut self, now: Timestamp, places: Places, out: &mut Vec<(Token, Op)>) -> bool {
         self.places = places;
         let mut more = self.fleece.as_mut().is_some_and(Fleece::free_some);
@@ -350,6 +351,7 @@ impl Copier {
             self.serve_guests(now);
             self.serve_snapshots();
         }
+        self.end_guests_turn(now);
         self.queue.take(places, out);
         (more || self.guests.has_looks_left() || self.counted_to.0 > 0 || self.asks_to_complete())
             && !self.finished
@@ -510,6 +512,12 @@ impl Copier {
     #[must_use]
     pub fn is_resumable(&self) -> bool {
         self.plan.map.is_some() && self.checkpoints.map_written
+    }
+
+    /// Whether the map was removed, at the end of a complete copy.
+    #[must_use]
+    pub fn map_was_removed(&self) -> bool {
+        self.plan.map.is_some() && self.map_removed && !self.checkpoints.map_written
     }
 
     /// Bytes that the map calls done, as it stands.

@@ -54,6 +54,15 @@ pub struct LivePlan {
     pub reserved_slots: u32,
     /// Space was reserved on the target, which reads as zeros: what is not needed is given back at the end.
     pub space_reserved: bool,
+    /// Zeros may give space of the target back. If not, they keep it, and what was reserved stays so.
+    pub may_unmap: bool,
+}
+
+impl LivePlan {
+    /// Whether space that was reserved is given back.
+    pub(super) fn gives_back(&self) -> bool {
+        self.space_reserved && self.may_unmap
+    }
 }
 
 /// What a copier is to do.

@@ -298,8 +298,7 @@ impl Copier {
         self.zero_runs.tainted = self.zero_runs.in_flight > 0;
         self.window = Window::default();
         self.closed_window = Window::default();
-        self.checkpoints.stage = Stage::Idle;
-        self.checkpoints.dirty = true;
+        self.checkpoints.withdraw();
         self.retries.clear();
         self.failed_in_pause = 0;
         self.rewind_to(crate::units::ClusterIndex(0));
@@ -335,6 +334,9 @@ impl Copier {
         }
         let completes = self.checkpoints.captured.complete && !verification.has_unverified();
         if completes && self.ending.is_none() && matches!(self.consent, Consent::Needed | Consent::Asked) {
+            if self.consent == Consent::Needed {
+                tracing::debug!("complete, if whoever carries it agrees");
+            }
             self.consent = Consent::Asked;
             return;
         }
@@ -352,8 +354,10 @@ impl Copier {
         }
         let complete = captured.complete;
         self.mismatches.retain(|&cluster, _| !captured.holds(cluster));
+        if captured.tally.done() > self.checkpoints.durable.tally.done() {
+            self.checkpoints.failed_flushes = 0;
+        }
         self.checkpoints.durable = captured;
-        self.checkpoints.failed_flushes = 0;
         self.reopen_unverified(&unverified, now);
         if complete {
             self.end_with(Ending::Complete);
@@ -410,6 +414,12 @@ impl Copier {
                         .push(Event::Notice(format!("map file {} can be written again", self.map_name())));
                 }
             }
+            Err(Errno::EEXIST) if self.map_removed => {
+                let name = self.map_name();
+                self.events.push(Event::Notice(format!(
+                    "map file {name} is another run's by now: it was left alone"
+                )));
+            }
             Err(errno) if self.map_removed => {
                 let name = self.map_name();
                 let notice = format!(
@@ -436,9 +446,11 @@ impl Copier {
     /// The map stays as it was: what that means for whoever relies on it.
     fn map_unwritable(&self, errno: Errno) -> String {
         let error = Error::io(Operation::WriteMap, self.map_name(), None, errno);
-        if errno == Errno::ENOENT {
+        if matches!(errno, Errno::ENOENT | Errno::EEXIST) {
+            let why =
+                if errno == Errno::EEXIST { "; it is another run's by now, and left alone" } else { "" };
             let goes_on = if self.ending.is_none() { "; the copy goes on without one" } else { "" };
-            return format!("{error}{goes_on}");
+            return format!("{error}{why}{goes_on}");
         }
         let mapped = Length(self.checkpoints.mapped_bytes);
         let total = self.plan.geometry.length();

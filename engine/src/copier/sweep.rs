@@ -189,7 +189,11 @@ impl Copier {
             let before = ClusterIndex(end.0 - 1);
             return Some(if cluster == before { (Stretch::Data, end) } else { (Stretch::Hole, before) });
         }
-        Some((Stretch::Hole, end))
+        if self.blank_is_zero {
+            return Some((Stretch::Hole, end));
+        }
+        let (as_data, end) = self.zero_runs.goes_as_data(cluster, end);
+        Some((if as_data { Stretch::Data } else { Stretch::Hole }, end))
     }
 
     /// Clusters of `range` that need no I/O: not covered (`None`), or holes of a target that is zero.

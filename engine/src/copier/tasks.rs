@@ -233,7 +233,8 @@ impl Copier {
         // Where zeros are needed an odd end goes as data: operations work on whole blocks.
         let odd_end = needs_zeros && !bytes.end().is_multiple_of(4096);
         // So do those of a guest that does not wait for the target: they are told from data when they are drained.
-        let as_data = needs_zeros && (self.zeroing == Zeroing::Data || self.is_fleeced(id));
+        let failed = || self.zero_runs.goes_as_data(cluster, cluster).0;
+        let as_data = needs_zeros && (self.zeroing == Zeroing::Data || self.is_fleeced(id) || failed());
         if !self.plan.zero_detect || odd_end || as_data {
             return false;
         }
@@ -311,12 +312,17 @@ impl Copier {
     }
 
     /// A zero operation failed that was done by `method`. Where there is no such operation, or it fails again and again, the next way is
-    /// tried from now on, unless another failure has led there already.
+    /// tried from now on.
     pub(super) fn zeroing_failed(&mut self, method: ZeroMethod, errno: Errno) {
+        if self.zeroing != Zeroing::Operation(method) {
+            // Another failure has led further meanwhile, and this one tells nothing of the way that is taken now.
+            return;
+        }
         self.zeroing_failures += 1;
         let never = matches!(errno, Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS | Errno::ENOTTY);
         let hopeless = never || self.zeroing_failures >= self.plan.limits.zeroing_failures;
-        if hopeless && self.zeroing == Zeroing::Operation(method) {
+        if hopeless {
+            self.zeroing_failures = 0;
             self.zeroing = match (method, errno) {
                 (ZeroMethod::Unmap, Errno::EOPNOTSUPP) => Zeroing::Operation(ZeroMethod::Keep),
                 _ => Zeroing::Data,

@@ -5,6 +5,9 @@
 //! zeros, they take as long as data, and what guests' copies want to write there waits. Which it is shows by how long the runs take. So
 //! those of a live disk begin small, are larger after one that was quick and smaller after one that was slow, and while guests
 //! are about there is one at a time. Of a disk that nobody writes to they are large from the beginning.
+//!
+//! A run that fails for a reason that may pass is tried once more, and then written as data, whatever becomes of the others: a bad place
+//! on the target costs two attempts, and what it is told by is the write.
 
 use std::time::Duration;
 
@@ -12,13 +15,15 @@ use super::tally::Was;
 use super::{Copier, Task, Zeroing};
 use crate::interval_set::Claim;
 use crate::ring::{Op, Output, ZeroMethod};
-use crate::units::{ClusterCount, ClusterRange, Timestamp};
+use crate::units::{ClusterCount, ClusterIndex, ClusterRange, Timestamp};
 use nix::errno::Errno;
 
 /// Runs in flight of a disk that nobody writes to.
 const MAX_RUNS: u32 = 4;
 /// The first runs of a live disk have as many bytes, and none has fewer (but for one cluster).
 const FIRST_BYTES: u64 = 512 << 10;
+/// Most runs that have failed and are kept in mind, once or twice; with more of them all zeros are written as data.
+const MAX_FAILED: usize = 64;
 /// A run that takes less time may be followed by one that is twice as large.
 const QUICK: Duration = Duration::from_millis(2);
 /// One that takes more is followed by one that is half as large.
@@ -36,6 +41,14 @@ pub(super) struct ZeroRuns {
     clusters: u64,
     least: u64,
     most: u64,
+    /// Failed once.
+    failed: Vec<ClusterRange>,
+    /// Failed twice: these zeros are data.
+    as_data: Vec<ClusterRange>,
+}
+
+fn meet(a: ClusterRange, b: ClusterRange) -> bool {
+    a.start < b.end && b.start < a.end
 }
 
 impl ZeroRuns {
@@ -45,7 +58,29 @@ impl ZeroRuns {
         let most = clusters(most_bytes);
         let least = clusters(FIRST_BYTES).min(most);
         let first = if live { least } else { most };
-        Self { in_flight: 0, limit: MAX_RUNS, tainted: false, clusters: first, least, most }
+        let (failed, as_data) = (Vec::new(), Vec::new());
+        Self { in_flight: 0, limit: MAX_RUNS, tainted: false, clusters: first, least, most, failed, as_data }
+    }
+
+    /// A run of `clusters` has failed. Gives whether that is more than can be kept in mind.
+    fn failed(&mut self, clusters: ClusterRange) -> bool {
+        if self.failed.iter().any(|&failed| meet(failed, clusters)) {
+            self.failed.retain(|&failed| !meet(failed, clusters));
+            self.as_data.push(clusters);
+        } else {
+            self.failed.push(clusters);
+        }
+        self.failed.len() + self.as_data.len() > MAX_FAILED
+    }
+
+    /// Whether zeros at `cluster` are written as data, and up to where that holds, `end` at most.
+    pub(super) fn goes_as_data(&self, cluster: ClusterIndex, end: ClusterIndex) -> (bool, ClusterIndex) {
+        let here = |range: &ClusterRange| range.contains(cluster);
+        if let Some(range) = self.as_data.iter().find(|range| here(range)) {
+            return (true, end.min(range.end));
+        }
+        let next = self.as_data.iter().map(|range| range.start).filter(|&start| start > cluster).min();
+        (false, next.map_or(end, |next| end.min(next)))
     }
 
     /// A run of `clusters` has taken so long.
@@ -102,6 +137,10 @@ impl Copier {
             result => {
                 if let Err(errno) = result {
                     self.zeroing_failed(method, *errno);
+                    let still = self.zeroing == Zeroing::Operation(method);
+                    if still && self.zero_runs.failed(clusters) {
+                        self.zeroing = Zeroing::Data;
+                    }
                 }
                 if !matches!(result, Err(Errno::EOPNOTSUPP)) {
                     self.skipped.may_be_written(clusters);
@@ -141,6 +180,23 @@ mod tests {
         assert_eq!(settled(1 << 20, Duration::ZERO), FIRST_BYTES, "they do not get smaller and smaller");
         // It cannot be had for less.
         assert_eq!(settled(1 << 40, Duration::from_millis(20)), FIRST_BYTES);
+    }
+
+    #[test]
+    fn what_failed_twice_is_data() {
+        let mut runs = ZeroRuns::new(MOST, CLUSTER, false);
+        let at = |runs: &ZeroRuns, cluster| runs.goes_as_data(ClusterIndex(cluster), ClusterIndex(100));
+        assert!(!runs.failed(ClusterRange::new(10, 20)));
+        assert_eq!(at(&runs, 10), (false, ClusterIndex(100)));
+        assert!(!runs.failed(ClusterRange::new(30, 40)), "another");
+        assert!(!runs.failed(ClusterRange::new(15, 20)), "a part of it");
+        assert_eq!(at(&runs, 0), (false, ClusterIndex(15)));
+        assert_eq!(at(&runs, 15), (true, ClusterIndex(20)));
+        assert_eq!(at(&runs, 20), (false, ClusterIndex(100)));
+        let most = u64::try_from(MAX_FAILED).unwrap();
+        let more = |at: u64| ClusterRange::new(100 + 2 * at, 101 + 2 * at);
+        assert!(!(0..most - 2).any(|at| runs.failed(more(at))));
+        assert!(runs.failed(more(most)));
     }
 
     #[test]

@@ -14,7 +14,10 @@ pub(super) fn at_end(source: OpenedSource, target: OpenedTarget, map: Option<Arc
     Box::new(move |result: &mut JobResult| {
         if let Some(map) = map.as_deref().filter(|map| result.resumable && !map.is_there()) {
             result.resumable = false;
-            result.notices.push(format!("map file {} is gone: no run can go on from it", map.path()));
+            // A copy that is complete has nothing left to go on with, and has told what became of its map.
+            if !is_complete(&result.outcome) {
+                result.notices.push(format!("map file {} is gone: no run can go on from it", map.path()));
+            }
         }
         if (is_complete(&result.outcome) || result.resumable)
             && let Err(error) = target.still_there()
@@ -139,6 +142,7 @@ mod tests {
             engine: "threads",
             resumable,
             resumable_bytes: 0,
+            map_removed: false,
             guests: None,
             notices: Vec::new(),
         }

@@ -109,7 +109,7 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
     };
     let found = map.as_ref().and_then(|map| map.map().map(|found| (found.header(), map.path())));
     if let Some((header, path)) = found {
-        // First of all: of another pair nothing else that differs matters, and its map is not to be removed.
+        // First of all, as for the target below: of another pair nothing else that differs matters, and its map is not to be removed.
         let now = source.identity();
         if let Some(difference) = header.source.difference_as_source(now) {
             if header.source.path == now.path && difference.is_modification() {
@@ -117,7 +117,6 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
             }
             return Err(map_of_another(path, &header.source, now, &difference));
         }
-        header.check_options(geometry, options.sync, options.verify, path)?;
     }
     let resume = found.map(|(header, map_path)| Resume { header, map_path });
     let target_options = TargetOptions {
@@ -130,6 +129,9 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
         resume,
     };
     let target = plan_target(&target_locator, &source, &target_options)?;
+    if let Some((header, path)) = found {
+        header.check_options(geometry, options.sync, options.verify, path)?;
+    }
     let uncompared = match &map {
         Some(map) => sample::compare(map, &source, &target)?,
         None => None,

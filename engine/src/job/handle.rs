@@ -17,6 +17,7 @@ use super::observer::{JobEvent, Observer};
 use super::progress::Progress;
 use super::{JobResult, Outcome, Status};
 use crate::error::Error;
+use crate::live::may_wait;
 use crate::ring::Wake;
 use crate::units::Speed;
 
@@ -183,6 +184,7 @@ impl Shared {
             engine,
             resumable: false,
             resumable_bytes: 0,
+            map_removed: false,
             guests: None,
             notices: self.notices(),
         };
@@ -363,8 +365,15 @@ impl JobHandle {
     }
 
     /// Wait for the end.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread of an engine with live disks, if it has not ended: that thread would wait for itself.
     #[must_use]
     pub fn wait(&self) -> Arc<JobResult> {
+        if let Some(result) = &self.shared.state.lock().result {
+            return Arc::clone(result);
+        }
+        may_wait();
         let mut state = self.shared.state.lock();
         loop {
             if let Some(result) = &state.result {
@@ -375,8 +384,16 @@ impl JobHandle {
     }
 
     /// Wait for the end, at most `timeout`.
+    ///
+    /// # Panics
+    /// As [`Self::wait`], unless `timeout` is zero.
     #[must_use]
     pub fn wait_timeout(&self, timeout: Duration) -> Option<Arc<JobResult>> {
+        let ended = self.shared.state.lock().result.clone();
+        if ended.is_some() || timeout.is_zero() {
+            return ended;
+        }
+        may_wait();
         let Some(deadline) = Instant::now().checked_add(timeout) else { return Some(self.wait()) };
         let mut state = self.shared.state.lock();
         while state.result.is_none() {

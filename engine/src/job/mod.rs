@@ -77,6 +77,8 @@ pub struct JobResult {
     pub resumable: bool,
     /// Bytes that the map file calls done, from which a later run goes on; 0 unless it is resumable.
     pub resumable_bytes: u64,
+    /// Whether there was a map file and it was removed, because nothing is left to go on with.
+    pub map_removed: bool,
     /// What the guests of the disk felt; `None` where the engine carries no requests of guests.
     pub guests: Option<Box<GuestLatencies>>,
     /// Things worth telling a person that are no errors (a source that changed meanwhile, direct I/O refused, …).

@@ -11,6 +11,7 @@ use std::time::Duration;
 use super::handle::Shared;
 use super::{IoStatus, JobEvent, JobResult, Lifecycle, Outcome, Progress, Status};
 use crate::copier::{Copier, Ending, Event, Places};
+use crate::error::Error;
 use crate::ring::{Arena, Completion, Op, Token};
 use crate::units::Timestamp;
 
@@ -112,6 +113,14 @@ impl Runner {
         cancelled
     }
 
+    /// End the job with `error` although its work is done, as long as only the others of its group keep it.
+    pub(crate) fn fail(&mut self, error: Arc<Error>) {
+        if matches!(self.ending, Some(Ending::Complete)) && !self.over {
+            self.ending = Some(Ending::Failed(error));
+            self.shared.with_lifecycle(Lifecycle::abort);
+        }
+    }
+
     /// Hand a completion to the copier.
     pub(crate) fn on_completion(&mut self, completion: Completion, arena: &Arena, now: Timestamp) {
         self.copier.on_completion(completion, arena, now);
@@ -200,6 +209,7 @@ impl Runner {
             engine,
             resumable: self.copier.is_resumable(),
             resumable_bytes: self.copier.mapped_bytes(),
+            map_removed: self.copier.map_was_removed(),
             guests: None,
             notices: self.shared.notices(),
         };

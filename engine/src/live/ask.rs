@@ -120,11 +120,12 @@ pub(super) fn this_is_a_ring_thread() {
     ON_RING_THREAD.set(true);
 }
 
-/// Whoever is called here may sleep.
+/// Whoever is called here may sleep. Asked before anything is touched or sent: what was asked for in a call that panics would come to be all the same, and
+/// nobody would have its handle.
 ///
 /// # Panics
 /// On a ring thread (in a callback, that is): it would wait for itself, and everybody for it.
-pub(super) fn may_wait() {
+pub(crate) fn may_wait() {
     assert!(
         !ON_RING_THREAD.get(),
         "a call that waits, within a callback: the engine's thread would wait for itself. Use a form that does not wait"

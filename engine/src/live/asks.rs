@@ -10,20 +10,27 @@
 //! A job that has started while he waited was not asked; its time counts from its start.
 //!
 //! What is asked beside lives as long as what it was asked with: when that is answered, or nobody wants it any more, it is forgotten. The
-//! guest looks again then and asks for himself what is missing, on the same clock.
+//! guest looks again then and asks for himself what is missing.
+//!
+//! # The clock
+//! It is the ring's, and runs for each job while that is asked. With his answer a guest hears for how long each job was asked for him, and for what; he
+//! brings that along when he asks again ([`Waited`]). Between an answer and his next question, which may be long where it is a future that nobody polls, nobody
+//! is asked anything, and no time goes by. A job that was not asked with the others, because it had not started or had too many who ask, has all of its
+//! time, and so has what a job was not asked for before: the next piece of a large request.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use slab::Slab;
 
-use super::ask::Answer;
+use super::ask::{Answer, Lost};
 use super::carrier::CopyWait;
 use super::jobs::JobId;
 use super::reactor::Job;
 use crate::copier::guests::CbwId;
 use crate::error::Error;
-use crate::units::{ByteRange, ClusterRange, Timestamp};
+use crate::units::{ByteRange, ClusterIndex, ClusterRange, Timestamp};
 
 /// Most guests with an I/O path of their own who wait for copies of a job, and most that are asked beside.
 pub(super) const MAX_ASKS: usize = 65_536;
@@ -39,19 +46,69 @@ pub(super) struct Wish {
     pub(super) range: ByteRange,
 }
 
+/// For how long jobs were asked to copy for a guest: each up to where it was asked for last, and how long for that.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Waited(Vec<(JobId, ClusterIndex, Duration)>);
+
+impl Waited {
+    /// How long `job` was asked for all of `clusters`.
+    pub(super) fn of(&self, job: JobId, clusters: ClusterRange) -> Duration {
+        let asked = self.0.iter().find(|&&(other, end, _)| other == job && clusters.end <= end);
+        asked.map_or(Duration::ZERO, |&(_, _, time)| time)
+    }
+}
+
+/// What came of asking for copies.
+#[derive(Debug)]
+pub(super) struct Copied {
+    pub(super) outcome: Result<(), Arc<Error>>,
+    pub(super) waited: Waited,
+}
+
+impl Lost for Copied {
+    /// Without a ring thread there is no job, and nothing to copy before a write.
+    fn lost() -> Self {
+        Self { outcome: Ok(()), waited: Waited::default() }
+    }
+}
+
 /// Who waits for a copy-before-write.
 pub(super) enum Asker {
-    Guest(Answer<Result<(), Arc<Error>>>),
+    Guest(Answer<Copied>),
     Carrier(CopyWait),
     /// Nobody yet: it was asked beside another.
     Beside,
 }
 
+/// What a job was asked for, and from when on its time counts.
+#[derive(Clone, Copy)]
+struct Question {
+    job: JobId,
+    id: CbwId,
+    end: ClusterIndex,
+    since: Timestamp,
+}
+
 /// A copy that a job was asked for.
 pub(super) struct Ask {
-    asker: Asker,
-    /// What was asked beside it, of which jobs.
-    beside: Vec<(JobId, CbwId)>,
+    pub(super) asker: Asker,
+    question: Question,
+    /// What was asked beside it, of other jobs.
+    beside: Vec<Question>,
+}
+
+impl Ask {
+    /// Tell the guest who asked what came of it, and how long all of these were asked by `now`.
+    pub(super) fn answer(self, outcome: Result<(), Arc<Error>>, now: Timestamp) {
+        let Asker::Guest(answer) = self.asker else { return };
+        let questions = self.beside.iter().chain([&self.question]);
+        let waited = Waited(questions.map(|asked| (asked.job, asked.end, now.since(asked.since))).collect());
+        answer.give(Copied { outcome, waited });
+    }
+
+    fn forget_beside(&self, beside: &mut Vec<(JobId, CbwId)>) {
+        beside.extend(self.beside.iter().map(|asked| (asked.job, asked.id)));
+    }
 }
 
 /// The copies that one job was asked for.
@@ -73,23 +130,23 @@ impl Asks {
     }
 
     /// One is answered, `beside` gets what is to be forgotten with it ([`forget_beside`]).
-    pub(super) fn answered(&mut self, id: CbwId, beside: &mut Vec<(JobId, CbwId)>) -> Asker {
+    pub(super) fn answered(&mut self, id: CbwId, beside: &mut Vec<(JobId, CbwId)>) -> Ask {
         let ask = self.0.remove(&id).expect("every request has its asker");
-        beside.extend(ask.beside);
-        ask.asker
+        ask.forget_beside(beside);
+        ask
     }
 }
 
-/// Have jobs copy for a guest that came at `since`.
-pub(super) fn ask_jobs(jobs: &mut Slab<Job>, wish: Wish, asker: Asker, since: Timestamp) {
+/// Have jobs copy for a guest, for whom each was asked since then for what it is to copy. `false`: the job that he wishes to has ended meanwhile; he looks
+/// again and does not find it.
+pub(super) fn ask_jobs(
+    jobs: &mut Slab<Job>,
+    wish: Wish,
+    asker: Asker,
+    since: impl Fn(JobId, ClusterRange) -> Timestamp,
+) -> Result<(), Asker> {
     let found = jobs.iter().find(|(_, job)| job.watch.id() == wish.job && job.attached);
-    let Some((index, disk)) = found.map(|(index, job)| (index, job.disk)) else {
-        // It has ended meanwhile: the asker looks again and does not find it.
-        return match asker {
-            Asker::Guest(answer) => answer.give(Ok(())),
-            Asker::Carrier(_) | Asker::Beside => unreachable!("the carrier has just found it"),
-        };
-    };
+    let Some((index, disk)) = found.map(|(index, job)| (index, job.disk)) else { return Err(asker) };
     let mut beside = Vec::new();
     for (_, job) in
         jobs.iter_mut().filter(|&(other, ref job)| other != index && job.disk == disk && job.attached)
@@ -98,28 +155,35 @@ pub(super) fn ask_jobs(jobs: &mut Slab<Job>, wish: Wish, asker: Asker, since: Ti
             continue;
         }
         if let Some(clusters) = job.watch.undone(wish.range) {
-            let id = job.ask(clusters, Ask { asker: Asker::Beside, beside: Vec::new() }, since);
-            beside.push((job.watch.id(), id));
+            let since = since(job.watch.id(), clusters);
+            beside.push(job.ask(clusters, Asker::Beside, Vec::new(), since));
         }
     }
-    jobs[index].ask(wish.clusters, Ask { asker, beside }, since);
+    jobs[index].ask(wish.clusters, asker, beside, since(wish.job, wish.clusters));
+    Ok(())
 }
 
 impl Job {
-    fn ask(&mut self, clusters: ClusterRange, ask: Ask, since: Timestamp) -> CbwId {
+    fn ask(
+        &mut self,
+        clusters: ClusterRange,
+        asker: Asker,
+        beside: Vec<Question>,
+        since: Timestamp,
+    ) -> Question {
         let id = CbwId(self.next_ask);
-        let beside = matches!(ask.asker, Asker::Beside);
+        self.next_ask += 1;
         // Before that there was nothing to ask it for.
         let since = since.max(self.runner.started());
-        self.next_ask += 1;
-        self.asks.0.insert(id, ask);
-        self.controller.on_guest(since, self.asks.len());
-        if beside {
+        if matches!(asker, Asker::Beside) {
             self.runner.copier.copy_beside(id, clusters, since);
         } else {
             self.runner.copier.copy_before_write(id, clusters, since);
         }
-        id
+        let question = Question { job: self.watch.id(), id, end: clusters.end, since };
+        self.asks.0.insert(id, Ask { asker, question, beside });
+        self.controller.on_guest(since, self.asks.len());
+        question
     }
 }
 
@@ -143,10 +207,26 @@ pub(super) fn forget_unwanted(jobs: &mut Slab<Job>) {
             let wanted = !matches!(&ask.asker, Asker::Guest(answer) if !answer.is_wanted());
             if !wanted {
                 copier.forget_cbw(id);
-                beside.append(&mut ask.beside);
+                ask.forget_beside(&mut beside);
             }
             wanted
         });
     }
     forget_beside(jobs, &beside);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_counts_for_what_was_asked_all_that_time() {
+        let second = Duration::from_secs(1);
+        let waited =
+            Waited(vec![(JobId(1), ClusterIndex(256), second), (JobId(2), ClusterIndex(3), 2 * second)]);
+        let of = |job, start, end| waited.of(JobId(job), ClusterRange::new(start, end));
+        assert_eq!([of(1, 0, 256), of(1, 200, 256), of(2, 0, 3)], [second, second, 2 * second]);
+        assert_eq!([of(1, 256, 300), of(1, 200, 300), of(2, 0, 4)], [Duration::ZERO; 3], "another piece");
+        assert_eq!(of(3, 0, 1), Duration::ZERO, "it was not asked");
+    }
 }

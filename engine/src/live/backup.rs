@@ -7,12 +7,12 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::DiskId;
-use super::ask::{Answer, ask, ask_with};
+use super::ask::{Answer, ask, ask_with, may_wait};
 use super::carrier::IoOutcome;
 use super::command::{Command, NewFleece, NewJob};
 use super::controller::SweepDepth;
 use super::disk::{File, Io, LiveDisk, LiveInbox};
-use super::ends::at_end;
+use super::ends::{at_end, last_look};
 use super::jobs::JobId;
 use super::room::{Room, Share};
 use crate::copier::fleece::{MAX_SLOTS, MIN_SLOTS as MIN_FLEECE_SLOTS};
@@ -92,6 +92,9 @@ pub struct BackupOptions {
     pub zero_detect: bool,
     /// The target reads as zeros.
     pub target_is_zero: bool,
+    /// Zeros may be made on the target by giving its space back, as a hole or an unmapped range. If not, they take the space that they are
+    /// written to: by an operation that keeps it, or as data. What reads as zeros already, and a hole is left alone either way.
+    pub may_unmap: bool,
     /// Overwrite an existing file: it is emptied before the start, and stays so should that find no instant without writes after all
     /// (it was tried before).
     pub force: bool,
@@ -127,6 +130,7 @@ impl BackupOptions {
             depth: SweepDepth::Auto,
             zero_detect: true,
             target_is_zero: false,
+            may_unmap: true,
             force: false,
             in_place: false,
             max_request: MAX_REQUEST_BYTES,
@@ -187,7 +191,11 @@ impl Snapshot {
     ///
     /// # Errors
     /// An I/O error of either side, a range beyond the end or left out of the copy, a job that has ended.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>, Error> {
+        may_wait();
         let (answer, asked) = ask();
         self.send(offset, length, answer);
         asked.wait().result
@@ -422,12 +430,14 @@ fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
             cbw_timeout: options.cbw_timeout,
             reserved_slots: (slots / u32::try_from(RESERVED_PART).expect("small")).max(1),
             space_reserved,
+            may_unmap: options.may_unmap,
         }),
         limits: Limits::default(),
         #[cfg(feature = "sim")]
         planted: None,
     };
     let at_end = at_end(Arc::clone(&target), fleece.as_ref().map(OpenedFleece::storage), sync);
+    let last_look = Some(last_look(Arc::clone(&target)));
     let job = NewJob {
         disk: disk.inner.shared.id(),
         target: storage,
@@ -439,6 +449,7 @@ fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
         depth: sweep_depth,
         plan: Box::new(plan),
         at_end: Some(at_end),
+        last_look,
     };
     let length = geometry.length();
     let disk = job.disk;

@@ -3,24 +3,25 @@
 //! A command that needs an answer carries one half of an [`super::ask`] cell. A box that is closed (the ring thread has gone) drops
 //! what is put into it, and dropping an [`Answer`] answers it, so nobody waits for a thread that does not exist.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use crossbeam::queue::SegQueue;
 
 use super::DiskId;
-use super::ask::{Answer, Asked, Lost, ask_noting};
-use super::asks::Wish;
+use super::ask::{Answer, Lost};
+use super::asks::{Copied, Waited, Wish};
 use super::carrier::{IoOutcome, IoRequest};
 use super::controller::SweepDepth;
 use super::disk::DiskShared;
-use super::ends::run_aside;
+use super::ends::{LastLook, run_aside};
 use super::exports::ExportCommand;
 use super::jobs::JobId;
 use super::latency::Latencies;
 use super::listing::RunningJob;
 use super::opened::Opened;
+use super::own_write::Writer;
 use super::room::Share;
 use crate::copier::plan::{Plan, Side};
 use crate::error::Error;
@@ -58,12 +59,16 @@ pub(super) struct NewJob<F> {
     pub(super) depth: SweepDepth,
     pub(super) plan: MakePlan,
     pub(super) at_end: Option<AtEnd>,
+    /// For groups that stand and fall together.
+    pub(super) last_look: Option<LastLook>,
 }
 
 /// What becomes of the others when a job of a group does not succeed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum GroupFailure {
-    /// They are cancelled: the group is worth something as a whole only.
+    /// They are cancelled: the group is worth something as a whole only. None is complete before the work of all is done and each target
+    /// was seen to be still there under its name. (One that is renamed or removed after that look, in the moment in which all end, is that job's
+    /// failure alone.)
     #[default]
     FailAll,
     /// They go on.
@@ -96,6 +101,8 @@ pub(super) enum Command<F, S> {
         file: F,
         /// Of direct I/O; `None`: buffered.
         direct_alignment: Option<u32>,
+        /// Whether zeros that keep their space are never written one by one.
+        keep_is_fast: bool,
         disk: Arc<DiskShared>,
         opened: Option<Arc<Opened>>,
         share: Share,
@@ -105,10 +112,15 @@ pub(super) enum Command<F, S> {
     RemoveDisk { disk: DiskId, source: Option<Box<OpenedSource>> },
     /// A guest's request on a disk that the engine carries.
     Io { disk: DiskId, request: IoRequest, answer: Answer<IoOutcome> },
-    /// A guest is about to change clusters that jobs have not copied, and has waited for that so long.
-    Copy { wish: Wish, waited: Duration, answer: Answer<Result<(), Arc<Error>>> },
-    /// A guest is about to write by himself: discards of that range that were put off are not to come after it.
-    ForgetDiscards { disk: DiskId, range: ByteRange, answer: Answer<Result<(), Arc<Error>>> },
+    /// A guest is about to change clusters that jobs have not copied, and jobs were asked for him before.
+    Copy { wish: Wish, waited: Waited, answer: Answer<Copied> },
+    /// A guest is about to write by himself: discards of that range that were put off are not to come after it, nor any that come as long as he lives.
+    ForgetDiscards {
+        disk: DiskId,
+        range: ByteRange,
+        writer: Weak<Writer>,
+        answer: Answer<Result<(), Arc<Error>>>,
+    },
     /// A read of a range as it was at the t0 of a job.
     Snapshot { job: JobId, range: ByteRange, answer: Answer<IoOutcome> },
     /// Jobs to start.
@@ -136,7 +148,7 @@ impl Lost for Result<Vec<JobId>, Error> {
 }
 
 impl Lost for Result<(), Arc<Error>> {
-    /// Without a ring thread there is no job, and nothing to copy before a write.
+    /// Without a ring thread nothing that was put off is carried out any more.
     fn lost() -> Self {
         Ok(())
     }
@@ -172,12 +184,9 @@ impl<F, S> Inbox<F, S> {
         })
     }
 
-    /// Have copied what somebody wishes, who has waited for that so long already. Who goes before the answer is there does not want
-    /// them copied any more.
-    pub(super) fn ask_copy(&self, wish: Wish, waited: Duration) -> Asked<Result<(), Arc<Error>>> {
-        let (answer, asked) = ask_noting(&self.left);
-        self.send(Command::Copy { wish, waited, answer });
-        asked
+    /// Set by one who waits for a copy and goes before the answer is there: he does not want it any more.
+    pub(super) fn left(&self) -> &Arc<AtomicBool> {
+        &self.left
     }
 
     /// Whether somebody who waited for a copy has gone since the last call. Nobody is woken for that: what has not begun by the next turn

@@ -45,7 +45,9 @@ impl<R: Ring> Reactor<R> {
         inbox.close();
         drop(answers);
         for job in jobs {
-            let Job { mut runner, .. } = job;
+            let Job { mut runner, look, .. } = job;
+            // Its end is to be the last that has the target.
+            drop(look);
             let (error, ending) = (Arc::clone(&error), ending.clone());
             let Some(at_end) = runner.take_at_end() else {
                 runner.shared().died(engine, error, |_| {});

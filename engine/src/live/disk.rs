@@ -1,7 +1,7 @@
 //! A live disk as its users have it: permits for those who write by themselves, requests for those who let the engine do it.
 //!
 //! Every call is there in three forms: blocking, with a callback, and as a future that needs no runtime. A callback is called on the ring
-//! thread, which everybody waits for: it must be quick, and call nothing that waits (the blocking forms panic there). Any number of threads may call; whatever is dropped at whatever time harms nothing: a request under way
+//! thread, which everybody waits for: it must be quick, and call nothing that waits (the blocking forms panic there, and do nothing). Any number of threads may call; whatever is dropped at whatever time harms nothing: a request under way
 //! owns its buffer and its permit.
 //!
 //! # Both ways on one disk
@@ -14,25 +14,25 @@ use std::fmt;
 use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 
 use nix::errno::Errno;
-use parking_lot::Mutex;
 
 use super::DiskId;
-use super::admission::{Attempt, Permit, attempt, attempt_unnested};
+use super::admission::{Attempt, Permit, attempt};
 use super::ask::{Answer, Asked, ask, ask_with, may_wait};
+use super::asks::{Copied, Waited, Wish};
+use super::begin_write::{Begin, Desk, begin_with};
 use super::carrier::{IoOutcome, IoRequest};
 use super::command::{Command, Inbox};
-use super::gate::{Gate, WaitTicket};
+use super::gate::Gate;
 use super::jobs::JobList;
 use super::latency::Latencies;
 use super::opened::Opened;
-use super::own_write::{OwnWrite, Step};
+use super::own_write::{OwnWrite, Step, Writer};
 use crate::error::{Error, ErrorKind, Operation, Refusal};
-use crate::interval_set::{Cancellation, Waiter};
 use crate::ring::Wake;
 use crate::storage::{OpenedSource, Storage};
 use crate::units::{ByteRange, Length};
@@ -134,6 +134,25 @@ impl fmt::Debug for LiveDisk {
     }
 }
 
+impl Desk for LiveDisk {
+    fn shared(&self) -> &Arc<DiskShared> {
+        &self.inner.shared
+    }
+
+    fn forget(&self, range: ByteRange, writer: Weak<Writer>, answer: Answer<Result<(), Arc<Error>>>) {
+        let disk = self.inner.shared.id;
+        self.inner.inbox.send(Command::ForgetDiscards { disk, range, writer, answer });
+    }
+
+    fn copy(&self, wish: Wish, waited: Waited, answer: Answer<Copied>) {
+        self.inner.inbox.send(Command::Copy { wish, waited, answer });
+    }
+
+    fn left(&self) -> &Arc<AtomicBool> {
+        self.inner.inbox.left()
+    }
+}
+
 impl LiveDisk {
     /// How messages name it.
     #[must_use]
@@ -158,7 +177,11 @@ impl LiveDisk {
     ///
     /// # Errors
     /// When the engine has died.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn latencies(&self) -> Result<Latencies, Error> {
+        may_wait();
         let (answer, asked) = ask();
         self.inner.inbox.send(Command::Felt { disk: self.inner.shared.id, answer });
         asked.wait()
@@ -175,12 +198,16 @@ impl LiveDisk {
     /// # Errors
     /// When the old contents cannot be copied and the job's choice is to break the guest's write, or the range cannot be one. Nothing
     /// may be written then.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, where there is something to wait for: it would wait for itself.
     #[inline]
     pub fn begin_write(&self, range: ByteRange) -> Result<Permit, Error> {
         let shared = &*self.inner.shared;
+        // The flag after the permit: see `own_write`.
         if range.checked_end().is_some()
-            && !shared.has_discards_put_off()
             && let Attempt::Granted(permit) = attempt(&shared.gate, &shared.jobs, range)
+            && !shared.has_discards_put_off()
         {
             return Ok(permit);
         }
@@ -192,18 +219,26 @@ impl LiveDisk {
         let shared = &*self.inner.shared;
         let mut write = self.own_write(range)?;
         loop {
-            let asked = match write.next(shared, attempt) {
+            match write.next(shared, |range| attempt(&shared.gate, &shared.jobs, range)) {
                 Step::Granted(permit) => return Ok(permit),
                 Step::AtBarrier => {
                     may_wait();
                     let lowered = shared.gate.wait_blocking(None);
                     debug_assert!(lowered, "there is no timeout");
-                    continue;
                 }
-                Step::Forget => self.ask_to_forget(range),
-                Step::Copy(wish, waited) => self.inner.inbox.ask_copy(wish, waited),
-            };
-            asked.wait().map_err(|error| Error::clone(&error))?;
+                Step::Forget(writer) => {
+                    may_wait();
+                    let (answer, asked) = ask();
+                    self.forget(range, writer, answer);
+                    asked.wait().map_err(|error| Error::clone(&error))?;
+                }
+                Step::Copy(wish, waited) => {
+                    may_wait();
+                    let (answer, asked) = ask();
+                    self.copy(wish, waited, answer);
+                    write.copied(asked.wait())?;
+                }
+            }
         }
     }
 
@@ -221,16 +256,9 @@ impl LiveDisk {
         Error::new(kind, operation, self.name().to_owned(), reason).at(range).because(Errno::EINVAL)
     }
 
-    fn ask_to_forget(&self, range: ByteRange) -> Asked<Result<(), Arc<Error>>> {
-        let (answer, asked) = ask();
-        let disk = self.inner.shared.id;
-        self.inner.inbox.send(Command::ForgetDiscards { disk, range, answer });
-        asked
-    }
-
     /// As [`Self::begin_write`], as a future. It waits at a barrier whatever permits are out.
     pub fn begin_write_async(&self, range: ByteRange) -> BeginWrite {
-        BeginWrite { disk: self.clone(), write: self.own_write(range), waits: Waits::No }
+        BeginWrite(self.own_write(range).map(|write| Begin::new(self.clone(), write)))
     }
 
     /// As [`Self::begin_write`], with a callback: at once on this thread where nothing is to be waited for, else on the ring thread. It
@@ -240,18 +268,18 @@ impl LiveDisk {
         range: ByteRange,
         call: impl FnOnce(Result<Permit, Error>) + Send + 'static,
     ) {
-        let call: PermitCall = Arc::new(Mutex::new(Some(Box::new(call))));
-        match self.own_write(range) {
-            Ok(write) => step(self.clone(), write, call),
-            Err(error) => finish(&call, Err(error)),
-        }
+        begin_with(self.clone(), self.own_write(range), call);
     }
 
     /// Read `length` bytes from `offset` on.
     ///
     /// # Errors
     /// The disk's, a range beyond its end, or that of an engine that is gone.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>, Error> {
+        may_wait();
         let range = ByteRange::new(offset, length as u64);
         if range.checked_end().is_none_or(|end| end > self.length().0) {
             return Err(self.not_a_range(Operation::Read, range));
@@ -265,7 +293,11 @@ impl LiveDisk {
     ///
     /// # Errors
     /// As [`Self::read`], and as [`Self::begin_write`].
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn write(&self, offset: u64, data: Vec<u8>) -> Result<(), Error> {
+        may_wait();
         self.submit(IoRequest::Write { offset, data }).wait().result.map(drop)
     }
 
@@ -273,7 +305,11 @@ impl LiveDisk {
     ///
     /// # Errors
     /// As [`Self::read`].
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn flush(&self) -> Result<(), Error> {
+        may_wait();
         self.submit(IoRequest::Flush).wait().result.map(drop)
     }
 
@@ -282,7 +318,11 @@ impl LiveDisk {
     ///
     /// # Errors
     /// As [`Self::read`].
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn discard(&self, range: ByteRange) -> Result<(), Error> {
+        may_wait();
         self.submit(IoRequest::Discard { range }).wait().result.map(drop)
     }
 
@@ -290,7 +330,11 @@ impl LiveDisk {
     ///
     /// # Errors
     /// As [`Self::write`].
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn write_zeroes(&self, range: ByteRange, may_unmap: bool) -> Result<(), Error> {
+        may_wait();
         self.submit(IoRequest::WriteZeroes { range, may_unmap, only_fast: false }).wait().result.map(drop)
     }
 
@@ -369,107 +413,18 @@ impl Future for Io {
     }
 }
 
-/// What a [`BeginWrite`] waits for.
-enum Waits {
-    No,
-    Barrier(WaitTicket),
-    Asked(Asked<Result<(), Arc<Error>>>),
-}
-
-/// A permit to come. Dropped, nothing is left behind: copies for it that have not begun are not made.
+/// A permit to come. Dropped, nothing is left behind: copies for it that have not begun are not made. It may be polled whenever that suits: what
+/// it has not asked for yet uses up nobody's time.
 #[must_use = "a future does nothing unless it is polled"]
-pub struct BeginWrite {
-    disk: LiveDisk,
-    write: Result<OwnWrite, Error>,
-    waits: Waits,
-}
+pub struct BeginWrite(Result<Begin<LiveDisk>, Error>);
 
 impl Future for BeginWrite {
     type Output = Result<Permit, Error>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let this = &mut *self;
-        let shared = Arc::clone(&this.disk.inner.shared);
-        let write = match &mut this.write {
-            Ok(write) => write,
-            Err(error) => return Poll::Ready(Err(error.clone())),
-        };
-        loop {
-            match std::mem::replace(&mut this.waits, Waits::No) {
-                Waits::No => {}
-                Waits::Barrier(ticket) => {
-                    // Woken or not: a look costs little.
-                    let (Cancellation::Removed | Cancellation::AlreadyWoken) = shared.gate.cancel(ticket);
-                }
-                Waits::Asked(mut asked) => match Pin::new(&mut asked).poll(context) {
-                    Poll::Pending => {
-                        this.waits = Waits::Asked(asked);
-                        return Poll::Pending;
-                    }
-                    Poll::Ready(Ok(())) => {}
-                    Poll::Ready(Err(error)) => return Poll::Ready(Err(Error::clone(&error))),
-                },
-            }
-            match write.next(&shared, attempt_unnested) {
-                Step::Granted(permit) => return Poll::Ready(Ok(permit)),
-                Step::AtBarrier => {
-                    if let Ok(ticket) = shared.gate.wait(Waiter::task(context.waker().clone())) {
-                        this.waits = Waits::Barrier(ticket);
-                        return Poll::Pending;
-                    }
-                }
-                Step::Forget => this.waits = Waits::Asked(this.disk.ask_to_forget(write.range)),
-                Step::Copy(wish, waited) => {
-                    this.waits = Waits::Asked(this.disk.inner.inbox.ask_copy(wish, waited));
-                }
-            }
-        }
-    }
-}
-
-impl Drop for BeginWrite {
-    fn drop(&mut self) {
-        if let Waits::Barrier(ticket) = std::mem::replace(&mut self.waits, Waits::No) {
-            let (Cancellation::Removed | Cancellation::AlreadyWoken) =
-                self.disk.inner.shared.gate.cancel(ticket);
-        }
-    }
-}
-
-type PermitCall = Arc<Mutex<Option<Box<dyn FnOnce(Result<Permit, Error>) + Send>>>>;
-
-fn finish(call: &PermitCall, result: Result<Permit, Error>) {
-    let call = call.lock().take();
-    if let Some(call) = call {
-        crate::foreign::call("a callback", || call(result));
-    }
-}
-
-/// A step of [`LiveDisk::begin_write_with`]; the callback is behind a lock because a waiter that is not needed is handed back whole.
-fn step(disk: LiveDisk, mut write: OwnWrite, call: PermitCall) {
-    let shared = Arc::clone(&disk.inner.shared);
-    loop {
-        let next = write.next(&shared, attempt_unnested);
-        let (again, theirs) = (disk.clone(), Arc::clone(&call));
-        match next {
-            Step::Granted(permit) => return finish(&call, Ok(permit)),
-            Step::AtBarrier => {
-                if shared.gate.wait(Waiter::callback(move || step(again, write, theirs))).is_ok() {
-                    return;
-                }
-            }
-            Step::Forget => {
-                let range = write.range;
-                let answer = ask_with(move |_: Result<(), Arc<Error>>| step(again, write, theirs));
-                return disk.inner.inbox.send(Command::ForgetDiscards { disk: shared.id, range, answer });
-            }
-            Step::Copy(wish, waited) => {
-                let answer = ask_with(move |copied: Result<(), Arc<Error>>| match copied {
-                    Ok(()) => step(again, write, theirs),
-                    Err(error) => finish(&theirs, Err(Error::clone(&error))),
-                });
-                return disk.inner.inbox.send(Command::Copy { wish, waited, answer });
-            }
+        match &mut self.0 {
+            Ok(begin) => begin.poll(context),
+            Err(error) => Poll::Ready(Err(error.clone())),
         }
     }
 }

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use super::DiskId;
 use super::ask::Lost;
-use super::carrier::{IoOutcome, IoRequest};
+use super::carrier::{CarrierPlan, IoOutcome, IoRequest};
 use super::disk::DiskShared;
 use super::ends::close;
 use super::exports::Question;
@@ -31,11 +31,20 @@ use crate::error::{Error, Operation, Refusal};
 use crate::ring::Ring;
 use crate::units::Timestamp;
 
+/// What its carrier has to know of a disk.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Carried {
+    /// Of direct I/O; `None`: buffered.
+    pub(super) direct_alignment: Option<u32>,
+    /// Whether zeros that keep their space are never written one by one.
+    pub(super) keep_is_fast: bool,
+}
+
 impl<R: Ring> Reactor<R> {
     pub(super) fn add_disk(
         &mut self,
         file: R::File,
-        direct_alignment: Option<u32>,
+        how: Carried,
         shared: Arc<DiskShared>,
         opened: Option<Arc<Opened>>,
         share: Share,
@@ -44,8 +53,17 @@ impl<R: Ring> Reactor<R> {
             let (name, reason) = (shared.name().to_string(), "the ring does not take it");
             Error::refused(Refusal::Unavailable, Operation::OpenSource, name, reason).because(failure)
         })?;
-        let side = Side { file, name: shared.name(), direct_alignment };
-        let disk = HostedDisk::new(side, shared, share, opened, self.carrier_limits);
+        let side = Side { file, name: shared.name(), direct_alignment: how.direct_alignment };
+        let plan = CarrierPlan {
+            file: side.clone(),
+            length: shared.length(),
+            keep_is_fast: how.keep_is_fast,
+            buffers: share.memory(),
+            limits: self.carrier_limits,
+            #[cfg(feature = "sim")]
+            planted: None,
+        };
+        let disk = HostedDisk::new(side, shared, share, opened, plan);
         self.disks.insert(disk.shared.id(), disk);
         Ok(())
     }
@@ -116,6 +134,9 @@ impl<R: Ring> Reactor<R> {
             };
             more |= disk.carrier.poll(now, room, self.ring.arena_mut(), &mut host, &mut self.ops);
             // Before anybody is told that his discard is done.
+            if disk.carrier.has_discards_put_off() {
+                self.forgetting.iter().for_each(|wait| wait.forget(disk));
+            }
             disk.shared.set_discards_put_off(disk.carrier.has_discards_put_off());
             disk.in_flight += self.ops.len();
             taken.of_guests += division.beyond_own(disk.in_flight);

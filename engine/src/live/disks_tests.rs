@@ -185,6 +185,7 @@ fn a_disk_that_hangs_when_it_is_closed_keeps_nobody_waiting() {
     inbox.send(Command::AddDisk {
         file: Arc::new(HangsAtClose(NullStorage::new("disk", Length(LENGTH)), Mutex::new(held))),
         direct_alignment: Some(512),
+        keep_is_fast: true,
         disk,
         opened: None,
         share: share.unwrap(),

@@ -158,6 +158,17 @@ pub(super) fn at_end(target: Arc<OpenedTarget>, fleece: Option<Arc<dyn Storage>>
     })
 }
 
+/// A last look at a target whose job is complete, before that is decided: why it is lost, if it is.
+pub(super) type LastLook = Box<dyn FnOnce() -> Option<Arc<Error>> + Send>;
+
+/// See [`LastLook`]. Where nobody answers it is not known to be lost: see [`at_end`].
+pub(super) fn last_look(target: Arc<OpenedTarget>) -> LastLook {
+    Box::new(move || {
+        let lost = target.still_there().err().filter(|error| error.kind() == ErrorKind::TargetLost);
+        lost.map(Arc::new)
+    })
+}
+
 /// Make of the result what it is when asking for the target gave `error`.
 fn judge(result: &mut JobResult, error: Error) {
     if error.kind() == ErrorKind::TargetLost {

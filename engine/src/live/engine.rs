@@ -24,7 +24,7 @@ use crate::copy::IoEngine;
 use crate::error::{Error, Operation, Refusal};
 use crate::ring::select::{self, OpenedRing, RingConfig};
 use crate::ring::{Ring, Wake};
-use crate::storage::{LiveAccess, Locator, alignment_of, node_at, open_live};
+use crate::storage::{LiveAccess, Locator, alignment_of, keep_is_fast, node_at, open_live};
 
 /// How to set an engine up.
 #[derive(Clone, Debug)]
@@ -175,6 +175,9 @@ impl Engine {
     ///
     /// # Errors
     /// Refusals: no such disk, no permission, in use, no memory left.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn open_disk(&self, options: &DiskOptions) -> Result<LiveDisk, Error> {
         self.open(&options.path, if options.writable { LiveAccess::Carried } else { LiveAccess::Permits })
     }
@@ -184,11 +187,15 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Self::open_disk`]; in use only if somebody says that nobody may read it.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn open_disk_that_is_locked(&self, path: &str) -> Result<LiveDisk, Error> {
         self.open(path, LiveAccess::PermitsAndLocks)
     }
 
     fn open(&self, path: &str, access: LiveAccess) -> Result<LiveDisk, Error> {
+        may_wait();
         let locator = Locator::parse(path)?;
         // Before it is opened: the locks of a handle that is going would say that somebody else has it.
         let node = node_at(&locator);
@@ -213,6 +220,7 @@ impl Engine {
         let (answer, asked) = ask();
         self.handle.inbox.send(Command::AddDisk {
             direct_alignment: alignment_of(storage.as_ref()),
+            keep_is_fast: keep_is_fast(storage.as_ref()),
             file: storage,
             disk: Arc::clone(&shared),
             opened: opened.clone(),
@@ -230,7 +238,11 @@ impl Engine {
     ///
     /// # Errors
     /// Refusals: options out of range, an engine that was started without places for clients.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn start_nbd(&self, listener: NbdListener, options: NbdOptions) -> Result<NbdServer, Error> {
+        may_wait();
         let server = ServerId(self.handle.next_server.fetch_add(1, Ordering::Relaxed));
         let inbox = Arc::clone(&self.handle.inbox);
         NbdServer::start(server, inbox, Arc::clone(&self.handle.next_export), listener, options)
@@ -240,7 +252,11 @@ impl Engine {
     ///
     /// # Errors
     /// When the engine is gone, and its jobs with it.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn jobs(&self) -> Result<Vec<RunningJob>, Error> {
+        may_wait();
         let (answer, asked) = ask();
         self.handle.inbox.send(Command::Jobs { answer });
         asked.wait()
@@ -250,6 +266,9 @@ impl Engine {
     ///
     /// # Errors
     /// Refusals, with nothing touched, and a start that found no instant without writes within its timeout.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn start_backup(&self, disk: &LiveDisk, options: &BackupOptions) -> Result<Backup, Error> {
         let timeout = options.start_timeout;
         let mut backups =
@@ -267,6 +286,9 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Self::start_backup`].
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn start_group(
         &self,
         disks: &[(LiveDisk, BackupOptions)],
@@ -281,6 +303,9 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Self::start_backup`], and [`ErrorKind::Cancelled`](crate::error::ErrorKind::Cancelled).
+    ///
+    /// # Panics
+    /// As [`Self::start_group`].
     pub fn start_group_unless(
         &self,
         disks: &[(LiveDisk, BackupOptions)],
@@ -288,6 +313,7 @@ impl Engine {
         timeout: Duration,
         unwanted: &AtomicBool,
     ) -> Result<Vec<Backup>, Error> {
+        may_wait();
         let still_wanted = || match unwanted.load(Ordering::Acquire) {
             false => Ok(()),
             true => Err(Error::cancelled(disks.first().map_or("", |(disk, _)| disk.name()))),

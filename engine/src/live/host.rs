@@ -46,7 +46,9 @@ impl AdmissionHost for Host<'_> {
     }
 
     fn copy(&mut self, job: JobId, clusters: ClusterRange, range: ByteRange, wait: CopyWait) {
-        ask_jobs(self.jobs, Wish { job, clusters, range }, Asker::Carrier(wait), wait.since);
+        let asked =
+            ask_jobs(self.jobs, Wish { job, clusters, range }, Asker::Carrier(wait), |_, _| wait.since);
+        assert!(asked.is_ok(), "the carrier has just found it");
     }
 
     fn discards(&mut self, range: ByteRange) -> DiscardRule {

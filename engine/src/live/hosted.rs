@@ -10,7 +10,7 @@ use nix::errno::Errno;
 
 use super::admission::Permit;
 use super::ask::Answer;
-use super::carrier::{Carrier, CarrierLimits, CarrierPlan, IoId, IoOutcome, IoRequest};
+use super::carrier::{Carrier, CarrierPlan, IoId, IoOutcome, IoRequest};
 use super::controller::Passers;
 use super::disk::DiskShared;
 use super::exports::{Question, ServedIo};
@@ -22,8 +22,9 @@ use crate::error::{Error, ErrorKind, Operation};
 use crate::storage::OpenedSource;
 use crate::units::Timestamp;
 
-/// Most requests of a disk that wait for room in its carrier. Each has its own buffer, so this is a bound on memory for those who send
-/// without waiting.
+/// Most requests of callers that wait for room in a disk's carrier. Each has its own buffer, so this is a bound on memory for those who send
+/// without waiting. Those of clients of exports do not count, nor are they refused: their connections bound them, in number and in bytes, and
+/// they have nobody to tell that he is to come again.
 const MAX_QUEUED: usize = 16_384;
 
 /// Most questions of a disk on the ring. Those that wait for that are bounded by what each client may have under way.
@@ -60,6 +61,8 @@ pub(super) struct HostedDisk {
     /// What its guests felt of late.
     pub(super) felt: Felt,
     queue: VecDeque<Queued>,
+    /// Of those in the queue the callers'.
+    callers_queued: usize,
     /// In the order in which they came.
     questions: VecDeque<Question>,
     /// Of the questions those on the ring.
@@ -79,16 +82,8 @@ impl HostedDisk {
         shared: Arc<DiskShared>,
         share: Share,
         opened: Option<Arc<Opened>>,
-        limits: CarrierLimits,
+        plan: CarrierPlan,
     ) -> Self {
-        let plan = CarrierPlan {
-            file: side.clone(),
-            length: shared.length(),
-            buffers: share.memory(),
-            limits,
-            #[cfg(feature = "sim")]
-            planted: None,
-        };
         Self {
             side,
             carrier: Carrier::new(plan),
@@ -98,6 +93,7 @@ impl HostedDisk {
             passers: Passers::default(),
             felt: Felt::default(),
             queue: VecDeque::new(),
+            callers_queued: 0,
             questions: VecDeque::new(),
             asked: 0,
             in_flight: 0,
@@ -111,17 +107,19 @@ impl HostedDisk {
     /// Take a request.
     ///
     /// # Errors
-    /// When too many wait already.
+    /// When it is a caller's, and too many of callers wait already.
     pub(super) fn submit(
         &mut self,
         request: IoRequest,
         asker: IoAsker,
         now: Timestamp,
     ) -> Result<(), (IoAsker, Error)> {
-        if self.queue.len() >= MAX_QUEUED {
+        let is_caller = matches!(asker, IoAsker::Caller(_));
+        if is_caller && self.callers_queued >= MAX_QUEUED {
             let name = self.shared.name().to_string();
             return Err((asker, too_many(Operation::Queue, name, MAX_QUEUED)));
         }
+        self.callers_queued += usize::from(is_caller);
         self.queue.push_back(Queued { request, asker, since: now });
         self.feed();
         Ok(())
@@ -132,6 +130,7 @@ impl HostedDisk {
         let mut fed = false;
         while self.carrier.has_room() {
             let Some(Queued { request, asker, since }) = self.queue.pop_front() else { break };
+            self.callers_queued -= usize::from(matches!(asker, IoAsker::Caller(_)));
             let id = IoId(self.next_io);
             self.next_io += 1;
             self.askers.insert(id, (asker, since));
@@ -173,6 +172,7 @@ impl HostedDisk {
     /// Whoever waits for a request: the ring thread is going. Dropped, they are answered.
     pub(super) fn take_askers(&mut self) -> Vec<IoAsker> {
         let submitted = std::mem::take(&mut self.askers).into_values().map(|(asker, _)| asker);
+        self.callers_queued = 0;
         let queued = std::mem::take(&mut self.queue).into_iter().map(|queued| queued.asker);
         submitted.chain(queued).collect()
     }

@@ -29,9 +29,10 @@
 //! | `gate`, `slot` | Permits are counted; guests are held back while t0 is taken. |
 //! | `jobs` | The list of the disk's jobs, which tells a guest what is still to be copied. |
 //! | `admission` | Asks the two in the order that makes t0 an instant. |
-//! | `own_write`, `waits` | What those who write by themselves wait for. |
+//! | `own_write`, `begin_write`, `waits` | What those who write by themselves wait for, and how. |
 //! | `carrier` | Guest I/O that the engine carries: a state machine on the ring thread. |
 //! | `reactor`, `hosted`, `host` | The loop of the ring thread over many disks and jobs. |
+//! | `reads` | The reads of a job's snapshot, and whose turn it is. |
 //! | `disks`, `places` | The disks in turns; whose the places on the ring are. |
 //! | `starts`, `groups`, `ends` | How jobs start, stand, and end together; the last steps of each. |
 //! | `death` | What becomes of everybody when the ring thread dies. |
@@ -46,6 +47,7 @@ mod admission;
 mod ask;
 mod asks;
 mod backup;
+mod begin_write;
 pub mod carrier;
 mod command;
 mod controller;
@@ -74,9 +76,12 @@ mod places;
 #[cfg(feature = "sim")]
 mod planted;
 mod reactor;
+mod reads;
 mod room;
 #[cfg(feature = "sim")]
 pub mod sim;
+#[cfg(feature = "sim")]
+mod sim_writers;
 mod slot;
 mod starts;
 #[cfg(test)]
@@ -85,8 +90,11 @@ mod token;
 #[cfg(all(test, feature = "sim"))]
 mod turns_tests;
 mod waits;
+#[cfg(all(test, feature = "sim"))]
+mod writers_tests;
 
 pub use self::admission::Permit;
+pub(crate) use self::ask::may_wait;
 pub use crate::modes::CbwErrorPolicy;
 
 pub use self::backup::{Backup, BackupOptions, FleeceOptions, Snapshot};
@@ -95,7 +103,9 @@ pub use self::command::GroupFailure;
 pub use self::controller::SweepDepth;
 pub use self::disk::{BeginWrite, Io, LiveDisk, read};
 pub use self::engine::{DiskOptions, Engine, EngineEnd, EngineOptions};
-pub use self::exports::{Export, ExportOptions, ExportSource, NbdListener, NbdOptions, NbdServer, Removal};
+pub use self::exports::{
+    Export, ExportOptions, ExportSource, NbdListener, NbdOptions, NbdServer, NotAccepted, Removal,
+};
 pub use self::latency::{GuestLatencies, Latencies};
 pub use self::listing::RunningJob;
 // Not for embedders: for the engine's own benches and model checks, which are crates of their own.

@@ -16,6 +16,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use crossbeam::channel::Sender;
+use crossbeam::queue::SegQueue;
 use nix::errno::Errno;
 use slab::Slab;
 
@@ -24,19 +25,21 @@ use super::asks::{Asker, Asks, forget_beside};
 use super::carrier::{CarrierLimits, IoOutcome, IoRequest};
 use super::command::{Command, GroupFailure, Inbox, NewGroup};
 use super::controller::Controller;
+use super::disks::Carried;
 use super::ends::End;
 use super::exports::{Backend, Hub, Wanted};
+use super::groups::{Look, Looked};
 use super::hosted::{HostedDisk, IoAsker, too_many};
 use super::jobs::{JobId, Watch};
 use super::latency::GuestLatencies;
 use super::places::Taken;
 #[cfg(feature = "sim")]
 use super::planted::Planted;
+use super::reads::{MAX_READ_BYTES, Reads, Refused};
 use super::room::{Room, Share};
 use super::starts::Raised;
 use super::token::{Owner, owner_of, token_of};
 use super::waits::ForgetWait;
-use crate::copier::snapshot::SnapshotId;
 use crate::error::{Error, ErrorKind, Operation};
 use crate::job::runner::Runner;
 use crate::ring::{Completion, FileId, Op, Ring, RingFailure, Token, Wait};
@@ -56,9 +59,9 @@ pub(super) struct Job {
     pub(super) guests: Box<GuestLatencies>,
     pub(super) group: u64,
     pub(super) on_failure: GroupFailure,
+    pub(super) look: Look,
     pub(super) asks: Asks,
-    /// With how many bytes each asks for.
-    pub(super) reads: BTreeMap<SnapshotId, (u64, IoAsker)>,
+    pub(super) reads: Reads,
     pub(super) next_ask: u64,
 }
 
@@ -77,6 +80,8 @@ pub(super) struct Reactor<R: Ring> {
     pub(super) rests: BTreeMap<DiskId, Timestamp>,
     pub(super) forgetting: Vec<ForgetWait>,
     pub(super) next_group: u64,
+    /// What last looks at targets have found.
+    pub(super) looked: Arc<SegQueue<Looked>>,
     pub(super) next_job: u64,
     pub(super) exports: Hub,
     completions: Vec<Completion>,
@@ -90,10 +95,6 @@ pub(super) struct Reactor<R: Ring> {
     #[cfg(feature = "sim")]
     pub(super) planted: Planted,
 }
-
-/// Most reads of a snapshot at a time, and most bytes of them together: what is read is kept until it is handed over.
-const MAX_READS: usize = 4096;
-const MAX_READ_BYTES: u64 = 256 << 20;
 
 /// Most commands taken in one turn: those who do not stop asking must not keep the others from the ring.
 const COMMANDS_A_TURN: usize = 512;
@@ -118,6 +119,7 @@ impl<R: Ring> Reactor<R> {
             rests: BTreeMap::new(),
             forgetting: Vec::new(),
             next_group: 0,
+            looked: Arc::default(),
             next_job: 0,
             exports: Hub::default(),
             completions: Vec::new(),
@@ -224,9 +226,9 @@ impl<R: Ring> Reactor<R> {
 
     fn take_command(&mut self, command: Command<R::File, R::Socket>, now: Timestamp) {
         match command {
-            Command::AddDisk { file, direct_alignment, disk, opened, share, answer } => {
-                let added = self.add_disk(file, direct_alignment, disk, opened, share);
-                answer.give(added);
+            Command::AddDisk { file, direct_alignment, keep_is_fast, disk, opened, share, answer } => {
+                let how = Carried { direct_alignment, keep_is_fast };
+                answer.give(self.add_disk(file, how, disk, opened, share));
             }
             Command::RemoveDisk { disk, source } => {
                 self.disks.get_mut(&disk).expect("it has had a handle until now").close(source);
@@ -235,11 +237,10 @@ impl<R: Ring> Reactor<R> {
                 self.submit(disk, request, IoAsker::Caller(answer), now);
             }
             Command::Copy { wish, waited, answer } => {
-                let since = Timestamp(now.0.saturating_sub(waited));
-                self.copy_before_write(wish, answer, since);
+                self.copy_before_write(wish, waited, answer, now);
             }
-            Command::ForgetDiscards { disk, range, answer } => {
-                self.forget_discards(disk, range, answer);
+            Command::ForgetDiscards { disk, range, writer, answer } => {
+                self.forget_discards(disk, range, writer, answer);
             }
             Command::Snapshot { job, range, answer } => {
                 self.read_snapshot(job, range, IoAsker::Caller(answer));
@@ -282,30 +283,24 @@ impl<R: Ring> Reactor<R> {
         // One that is over answers nobody any more.
         let reads = |job: &Job| job.watch.id() == id && !job.runner.copier.is_finished();
         let Some(job) = self.jobs.iter_mut().map(|(_, job)| job).find(|job| reads(job)) else {
-            let error = Error::new(
-                ErrorKind::Io(Errno::ESTALE),
-                Operation::ReadSnapshot,
-                "the disk",
-                "the job has ended, and with it the snapshot",
-            );
-            return tell(asker, IoOutcome { result: Err(error.at(range)) }, &mut self.exports);
+            return tell(asker, has_ended(range), &mut self.exports);
         };
-        let bytes: u64 = job.reads.values().map(|(bytes, _)| bytes).sum();
-        if job.reads.len() >= MAX_READS || bytes.saturating_add(range.length) > MAX_READ_BYTES {
-            let name = self.disks[&job.disk].shared.name().to_string();
-            let error = if job.reads.is_empty() {
-                let reason = format!("{} bytes are more than are read at a time", range.length);
-                Error::new(ErrorKind::Io(Errno::EINVAL), Operation::ReadSnapshot, name, reason)
-                    .advise(format!("read at most {MAX_READ_BYTES} bytes at a time"))
-            } else {
-                too_many(Operation::ReadSnapshot, name, job.reads.len())
-            };
-            return tell(asker, IoOutcome { result: Err(error.at(range)) }, &mut self.exports);
+        match job.reads.add(range, asker) {
+            Ok(Some(read)) => job.runner.copier.read_snapshot(read, range),
+            Ok(None) => {}
+            Err((asker, refused)) => {
+                let name = self.disks[&job.disk].shared.name().to_string();
+                let error = match refused {
+                    Refused::TooLarge => {
+                        let reason = format!("{} bytes are more than are read at a time", range.length);
+                        Error::new(ErrorKind::Io(Errno::EINVAL), Operation::ReadSnapshot, name, reason)
+                            .advise(format!("read at most {MAX_READ_BYTES} bytes at a time"))
+                    }
+                    Refused::TooMany(most) => too_many(Operation::ReadSnapshot, name, most),
+                };
+                tell(asker, IoOutcome { result: Err(error.at(range)) }, &mut self.exports);
+            }
         }
-        let read = SnapshotId(job.next_ask);
-        job.next_ask += 1;
-        job.reads.insert(read, (range.length, asker));
-        job.runner.copier.read_snapshot(read, range);
     }
 
     /// Let the jobs act; `true`: there is more to do at once.
@@ -337,12 +332,13 @@ impl<R: Ring> Reactor<R> {
                 }
             }
             for (id, result) in job.runner.copier.take_snapshot_outcomes() {
-                let (_, asker) = job.reads.remove(&id).expect("every read has its asker");
-                tell(asker, IoOutcome { result }, &mut self.exports);
+                tell(job.reads.ended(id), IoOutcome { result }, &mut self.exports);
             }
+            more |= job.begin_reads(&mut self.exports);
             for (id, outcome) in job.runner.copier.take_cbw_outcomes() {
-                match job.asks.answered(id, &mut beside) {
-                    Asker::Guest(answer) => answer.give(outcome),
+                let ask = job.asks.answered(id, &mut beside);
+                match ask.asker {
+                    Asker::Guest(_) => ask.answer(outcome, now),
                     Asker::Beside => {}
                     Asker::Carrier(wait) => {
                         disk.carrier.copied(wait, outcome);
@@ -439,6 +435,7 @@ impl<R: Ring> Reactor<R> {
             watch,
             group,
             on_failure,
+            look,
         } = job;
         let before = self.disks.get_mut(&disk).expect("it was found at the start").felt.recent(now);
         let guests = Box::new(GuestLatencies { before, ..GuestLatencies::default() });
@@ -455,8 +452,9 @@ impl<R: Ring> Reactor<R> {
             guests,
             group,
             on_failure,
+            look,
             asks: Asks::default(),
-            reads: BTreeMap::new(),
+            reads: Reads::default(),
             next_ask: 0,
         };
         self.jobs.insert(entry);
@@ -466,6 +464,32 @@ impl<R: Ring> Reactor<R> {
     pub(super) fn close(self) {
         self.inbox.close();
     }
+}
+
+impl Job {
+    /// Begin reads that have waited for their turn; whether there were any. Once the job is ending, there is nothing to wait for.
+    fn begin_reads(&mut self, exports: &mut Hub) -> bool {
+        let copier = &mut self.runner.copier;
+        if copier.is_ending() {
+            while let Some((range, asker)) = self.reads.give_up() {
+                tell(asker, has_ended(range), exports);
+            }
+            return false;
+        }
+        let mut any = false;
+        while let Some((read, range)) = self.reads.next() {
+            copier.read_snapshot(read, range);
+            any = true;
+        }
+        any
+    }
+}
+
+/// What becomes of a read of a snapshot that is gone.
+fn has_ended(range: ByteRange) -> IoOutcome {
+    let reason = "the job has ended, and with it the snapshot";
+    let error = Error::new(ErrorKind::Io(Errno::ESTALE), Operation::ReadSnapshot, "the disk", reason);
+    IoOutcome { result: Err(error.at(range)) }
 }
 
 /// Tell whoever waits for a request how it ended.
@@ -488,4 +512,5 @@ pub(super) struct NewlyMade {
     pub(super) watch: Arc<Watch>,
     pub(super) group: u64,
     pub(super) on_failure: GroupFailure,
+    pub(super) look: Look,
 }

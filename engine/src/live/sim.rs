@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use super::DiskId;
 use super::admission::{Attempt, attempt_unnested};
-use super::ask::{Answer, Asked, ask};
-use super::asks::Wish;
+use super::ask::{Answer, Asked, ask, ask_noting};
+use super::asks::{Copied, Waited, Wish};
 use super::carrier::{CarrierLimits, IoOutcome, IoRequest};
 use super::command::{Command, GroupFailure, Inbox, NewFleece, NewGroup, NewJob};
 use super::controller::SweepDepth;
@@ -17,6 +17,8 @@ use super::disk::DiskShared;
 use super::exports::{Backend, ExportCommand, ExportId, NbdOptions, NewExport, Removal, ServerId};
 use super::jobs::JobId;
 use super::reactor::{CARRIER_BYTES, Reactor};
+use super::sim_writers::Writers;
+pub use super::sim_writers::{SimBeginWrite, SimSteps};
 use crate::copier::plan::{Plan, PlantedBug, Side};
 use crate::error::{Error, Operation};
 use crate::interval_set::IntervalSet;
@@ -94,11 +96,23 @@ impl<T> Pending<T> {
     }
 }
 
+/// Copies that were asked for, whose outcome comes in a later turn.
+pub struct PendingCopy(Asked<Copied>);
+
+impl PendingCopy {
+    /// The outcome, once.
+    #[must_use]
+    pub fn take(&self) -> Option<Result<(), Arc<Error>>> {
+        self.0.try_take().map(|copied| copied.outcome)
+    }
+}
+
 /// See the module's header.
 pub struct SimEngine {
     reactor: Option<Reactor<SimRing>>,
     next_disk: u64,
     carrier_bytes: u32,
+    writers: Arc<Writers>,
     at_end: Option<Arc<dyn Fn() + Send + Sync>>,
 }
 
@@ -106,8 +120,11 @@ impl SimEngine {
     /// An engine over `ring`.
     #[must_use]
     pub fn new(ring: SimRing) -> Self {
-        let reactor = Some(Reactor::new(ring));
-        Self { reactor, next_disk: 0, carrier_bytes: CARRIER_BYTES, at_end: None }
+        let waker = ring.waker();
+        let reactor = Reactor::new(ring);
+        let writers = Writers::new(Arc::clone(reactor.inbox().left()), waker);
+        let reactor = Some(reactor);
+        Self { reactor, next_disk: 0, carrier_bytes: CARRIER_BYTES, writers, at_end: None }
     }
 
     /// What is to be done, off the ring thread, at the end of each job that is asked for from now on.
@@ -118,6 +135,7 @@ impl SimEngine {
     /// Put a bug in, or none.
     pub fn plant(&mut self, bug: Option<PlantedBug>) {
         self.reactor_mut().planted.bug = bug;
+        self.writers.plant(bug);
     }
 
     /// Bounds, and bytes of the arena, of the carriers of disks to come.
@@ -158,8 +176,16 @@ impl SimEngine {
         let bytes = self.carrier_bytes;
         match self.reactor().room().take(bytes, 1, Operation::OpenSource, &disk.name()) {
             Ok(share) => {
-                let (disk, opened) = (Arc::clone(&disk), None);
-                self.send(Command::AddDisk { file, direct_alignment, disk, opened, share, answer });
+                let (disk, opened, keep_is_fast) = (Arc::clone(&disk), None, true);
+                self.send(Command::AddDisk {
+                    file,
+                    direct_alignment,
+                    keep_is_fast,
+                    disk,
+                    opened,
+                    share,
+                    answer,
+                });
             }
             Err(error) => answer.give(Err(error)),
         }
@@ -213,6 +239,7 @@ impl SimEngine {
                 depth,
                 plan,
                 at_end,
+                last_look: None,
             })
         };
         let made: Vec<Result<_, Error>> = jobs.into_iter().map(make).collect();
@@ -235,36 +262,13 @@ impl SimEngine {
         Pending(asked)
     }
 
-    /// A guest with an I/O path of its own tries to get its permit. Goes on when the engine has died.
-    pub fn attempt(&mut self, disk: &SimDisk, range: ByteRange) -> Attempt {
-        let gate = disk.0.gate();
-        let planted = self.reactor.as_mut().map(|reactor| &mut reactor.planted);
-        let Some(planted) = planted else { return attempt_unnested(gate, disk.0.jobs(), range) };
-        if let Some(attempt) = planted.pass(disk.0.id(), gate, range) {
-            return attempt;
-        }
-        let attempt = attempt_unnested(gate, disk.0.jobs(), planted.looked_at(range));
-        if matches!(attempt, Attempt::Copy(..)) {
-            planted.looked(disk.0.id(), range);
-        }
-        attempt
+    /// A guest with an I/O path of its own tries to get its permit, and does not wait for it.
+    pub fn attempt(&self, disk: &SimDisk, range: ByteRange) -> Attempt {
+        attempt_unnested(disk.0.gate(), disk.0.jobs(), range)
     }
 
-    /// A guest with an I/O path of its own has discards forgotten that were put off in `range`, before it tries to get its permit; `None`: there
-    /// are none.
-    #[must_use]
-    pub fn forget_discards(
-        &self,
-        disk: &SimDisk,
-        range: ByteRange,
-    ) -> Option<Pending<Result<(), Arc<Error>>>> {
-        let reactor = self.reactor.as_ref()?;
-        if !disk.0.has_discards_put_off() || reactor.planted.has(PlantedBug::DiscardNotForgotten) {
-            return None;
-        }
-        let (answer, asked) = ask();
-        self.send(Command::ForgetDiscards { disk: disk.0.id(), range, answer });
-        Some(Pending(asked))
+    pub(super) fn writers(&self) -> &Arc<Writers> {
+        &self.writers
     }
 
     /// The last handle of a disk is gone.
@@ -360,21 +364,14 @@ impl SimEngine {
         self.reactor().first_disk
     }
 
-    /// Such a guest has clusters copied, by that job alone.
+    /// A guest with an I/O path of its own has clusters copied, by that job alone.
     #[must_use]
-    pub fn copy(&self, job: JobId, clusters: ClusterRange) -> Pending<Result<(), Arc<Error>>> {
-        self.copy_for(job, clusters, ByteRange::new(0, 0))
-    }
-
-    /// He is about to change `range`: the other jobs are asked beside that one.
-    #[must_use]
-    pub fn copy_for(
-        &self,
-        job: JobId,
-        clusters: ClusterRange,
-        range: ByteRange,
-    ) -> Pending<Result<(), Arc<Error>>> {
-        Pending(self.inbox().ask_copy(Wish { job, clusters, range }, Duration::ZERO))
+    pub fn copy(&self, job: JobId, clusters: ClusterRange) -> PendingCopy {
+        let inbox = self.inbox();
+        let (answer, asked) = ask_noting(inbox.left());
+        let wish = Wish { job, clusters, range: ByteRange::new(0, 0) };
+        inbox.send(Command::Copy { wish, waited: Waited::default(), answer });
+        PendingCopy(asked)
     }
 
     /// Read a range as it was at the t0 of a job.
@@ -388,6 +385,9 @@ impl SimEngine {
     /// The first half of a turn: everything up to the wait.
     #[must_use]
     pub fn act(&mut self) -> Option<Wait> {
+        while let Some(command) = self.writers.take() {
+            self.send(command);
+        }
         self.reactor_mut().act()
     }
 
@@ -417,6 +417,7 @@ impl SimEngine {
     /// The ring thread dies.
     pub fn die(&mut self) {
         self.reactor.take().expect("it dies once").die("killed by a test");
+        self.writers.die();
     }
 }
 

@@ -18,6 +18,7 @@ use std::time::Duration;
 use super::DiskId;
 use super::command::{GroupFailure, NewFleece, NewGroup, NewJob};
 use super::controller::Controller;
+use super::groups::Look;
 use super::jobs::{JobId, Watch};
 use super::reactor::{NewlyMade, Reactor};
 use crate::copier::Copier;
@@ -126,7 +127,8 @@ impl<R: Ring> Reactor<R> {
         on_failure: GroupFailure,
         now: Timestamp,
     ) -> Result<NewlyMade, Error> {
-        let NewJob { disk: id, target, fleece, geometry, set, shared, share, depth, plan, at_end } = job;
+        let NewJob { disk: id, target, fleece, geometry, set, shared, share, depth, plan, at_end, last_look } =
+            job;
         let Some(disk) = self.disks.get(&id) else {
             let reason = "its disk has left the engine";
             return Err(Error::refused(Refusal::Unavailable, Operation::Copy, "disk", reason));
@@ -168,6 +170,7 @@ impl<R: Ring> Reactor<R> {
             watch,
             group,
             on_failure,
+            look: Look::of(last_look),
         })
     }
 

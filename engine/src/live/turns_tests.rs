@@ -25,21 +25,21 @@ use crate::ring::sim::{Disk, DiskTraits, FaultPlan, SharedWorld, SimRing, SimSoc
 use crate::ring::{BufferRange, FileId, Wait};
 use crate::units::{ByteRange, ClusterRange, ClusterSize, Geometry, Length};
 
-const CLUSTER: u64 = 8192;
-const LENGTH: u64 = 20 * CLUSTER;
+pub(super) const CLUSTER: u64 = 8192;
+pub(super) const LENGTH: u64 = 20 * CLUSTER;
 const SLOTS: u32 = 4;
 /// How long anything may take that should take a moment.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A disk and a target.
-struct Bench {
-    world: SharedWorld,
-    engine: SimEngine,
-    disk: SimDisk,
+pub(super) struct Bench {
+    pub(super) world: SharedWorld,
+    pub(super) engine: SimEngine,
+    pub(super) disk: SimDisk,
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let world = World::shared();
         let length = usize::try_from(LENGTH).unwrap();
         let traits = DiskTraits { fixed_length: true, ..DiskTraits::default() };
@@ -63,7 +63,7 @@ impl Bench {
     }
 
     /// A turn that waits for a millisecond at most.
-    fn turn(&mut self) {
+    pub(super) fn turn(&mut self) {
         let wait = self.engine.act().expect("it has not ended");
         let soon = self.engine.now().after(Duration::from_millis(1));
         self.engine.wait(match wait {
@@ -73,7 +73,7 @@ impl Bench {
         });
     }
 
-    fn turn_until<T>(&mut self, mut found: impl FnMut(&mut Self) -> Option<T>) -> T {
+    pub(super) fn turn_until<T>(&mut self, mut found: impl FnMut(&mut Self) -> Option<T>) -> T {
         for _ in 0..100_000 {
             if let Some(found) = found(self) {
                 return found;
@@ -84,7 +84,7 @@ impl Bench {
     }
 
     /// The same with half a turn of one's own.
-    fn turn_until_with<T>(&mut self, mut act: impl FnMut(&mut Self) -> Option<T>) -> T {
+    pub(super) fn turn_until_with<T>(&mut self, mut act: impl FnMut(&mut Self) -> Option<T>) -> T {
         for _ in 0..100_000 {
             if let Some(found) = act(self) {
                 return found;
@@ -95,12 +95,12 @@ impl Bench {
         panic!("it never comes")
     }
 
-    fn turn_for(&mut self, time: Duration) {
+    pub(super) fn turn_for(&mut self, time: Duration) {
         let until = self.engine.now().after(time);
         self.turn_until(|bench| (bench.engine.now() >= until).then_some(()));
     }
 
-    fn job(&self, policy: ErrorPolicy, cbw_timeout: Option<Duration>) -> SimJob {
+    pub(super) fn job(&self, policy: ErrorPolicy, cbw_timeout: Option<Duration>) -> SimJob {
         let geometry = Geometry::new(Length(LENGTH), ClusterSize::new(CLUSTER).unwrap());
         let plan = move |source: Side, file: FileId, memory: BufferRange| Plan {
             geometry,
@@ -127,6 +127,7 @@ impl Bench {
                 cbw_timeout,
                 reserved_slots: 1,
                 space_reserved: false,
+                may_unmap: true,
             }),
             limits: Limits::default(),
             planted: None,
@@ -150,7 +151,11 @@ impl Bench {
         self.engine.reactor_mut().conclude_jobs(now);
     }
 
-    fn ask_for(&mut self, job: SimJob, timeout: Duration) -> (JobHandle, Pending<Result<Vec<JobId>, Error>>) {
+    pub(super) fn ask_for(
+        &mut self,
+        job: SimJob,
+        timeout: Duration,
+    ) -> (JobHandle, Pending<Result<Vec<JobId>, Error>>) {
         let (mut handles, started) = self.engine.start(vec![job], GroupFailure::GoOn, timeout);
         (handles.pop().unwrap(), started)
     }

@@ -1,22 +1,34 @@
 //! What guests who write by themselves ask of the ring thread: copies, and to have put-off discards forgotten. Who goes is forgotten himself. Who
 //! asks for nothing is looked for.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use super::DiskId;
 use super::ask::Answer;
-use super::asks::{Asker, MAX_ASKS, Wish, ask_jobs, forget_unwanted};
-use super::hosted::too_many;
+use super::asks::{Asker, Copied, MAX_ASKS, Waited, Wish, ask_jobs, forget_unwanted};
+use super::hosted::{HostedDisk, too_many};
+use super::own_write::Writer;
 use super::reactor::{Job, Reactor};
 use crate::error::{Error, Operation};
 use crate::ring::Ring;
 use crate::units::{ByteRange, Timestamp};
 
-/// One who waits until a discard that was put off, and is just being carried out, is over.
+/// One who is about to write by himself: no discard of his range is put off.
 pub(super) struct ForgetWait {
     disk: DiskId,
     range: ByteRange,
-    answer: Answer<Result<(), Arc<Error>>>,
+    writer: Weak<Writer>,
+    /// Until none is just being carried out there.
+    answer: Option<Answer<Result<(), Arc<Error>>>>,
+}
+
+impl ForgetWait {
+    /// Forget what was put off there, on `disk`, before anybody is told that it is done. One that is under way he is not told of, but waits for.
+    pub(super) fn forget(&self, disk: &mut HostedDisk) {
+        if self.disk == disk.shared.id() && self.writer.strong_count() > 0 {
+            disk.carrier.forget_discards(self.range);
+        }
+    }
 }
 
 impl<R: Ring> Reactor<R> {
@@ -25,30 +37,40 @@ impl<R: Ring> Reactor<R> {
         &mut self,
         disk: DiskId,
         range: ByteRange,
+        writer: Weak<Writer>,
         answer: Answer<Result<(), Arc<Error>>>,
     ) {
-        self.forgetting.push(ForgetWait { disk, range, answer });
+        if self.forgetting.len() >= MAX_ASKS {
+            let name = self.disks.get(&disk).map_or_else(String::new, |disk| disk.shared.name().to_string());
+            return answer.give(Err(Arc::new(too_many(Operation::Queue, name, MAX_ASKS))));
+        }
+        self.forgetting.push(ForgetWait { disk, range, writer, answer: Some(answer) });
         self.answer_forgotten();
     }
 
-    /// Let those go who have nothing more to wait for.
+    /// Let those go who have nothing more to wait for, and forget those who have written, or gone.
     pub(super) fn answer_forgotten(&mut self) {
         let disks = &mut self.disks;
-        let waits = |wait: &ForgetWait| {
-            disks.get_mut(&wait.disk).is_some_and(|disk| !disk.carrier.forget_discards(wait.range))
-        };
-        let (waiting, over): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.forgetting).into_iter().partition(waits);
-        self.forgetting = waiting;
-        over.into_iter().for_each(|wait| wait.answer.give(Ok(())));
+        let mut over = Vec::new();
+        self.forgetting.retain_mut(|wait| {
+            let alive = wait.writer.strong_count() > 0;
+            let free = |disk: &mut HostedDisk| disk.carrier.forget_discards(wait.range);
+            if alive && wait.answer.is_some() && !disks.get_mut(&wait.disk).is_none_or(free) {
+                return true;
+            }
+            over.extend(wait.answer.take());
+            alive
+        });
+        over.into_iter().for_each(|answer| answer.give(Ok(())));
     }
 
-    /// A guest has waited since then to have copied what it wishes.
+    /// A guest wishes to have something copied, and jobs were asked for him before.
     pub(super) fn copy_before_write(
         &mut self,
         wish: Wish,
-        answer: Answer<Result<(), Arc<Error>>>,
-        since: Timestamp,
+        waited: Waited,
+        answer: Answer<Copied>,
+        now: Timestamp,
     ) {
         // He may have left word before his command was taken.
         if !answer.is_wanted() {
@@ -57,9 +79,13 @@ impl<R: Ring> Reactor<R> {
         let full = |job: &Job| job.watch.id() == wish.job && job.asks.len() >= MAX_ASKS;
         if let Some((_, job)) = self.jobs.iter().find(|(_, job)| full(job)) {
             let name = self.disks[&job.disk].shared.name().to_string();
-            return answer.give(Err(Arc::new(too_many(Operation::CopyBeforeWrite, name, MAX_ASKS))));
+            let error = too_many(Operation::CopyBeforeWrite, name, MAX_ASKS);
+            return answer.give(Copied { outcome: Err(Arc::new(error)), waited });
         }
-        ask_jobs(&mut self.jobs, wish, Asker::Guest(answer), since);
+        let since = |job, clusters| Timestamp(now.0.saturating_sub(waited.of(job, clusters)));
+        if let Err(Asker::Guest(answer)) = ask_jobs(&mut self.jobs, wish, Asker::Guest(answer), since) {
+            answer.give(Copied { outcome: Ok(()), waited });
+        }
     }
 
     /// Tell the jobs of those guests who write by themselves and ask for nothing, for all is copied where they write.

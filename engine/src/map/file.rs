@@ -20,7 +20,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, openat, renameat};
+use nix::fcntl::{AtFlags, OFlag, RenameFlags, openat, renameat, renameat2};
 use nix::sys::stat::{Mode, fstatat};
 use nix::unistd::{AccessFlags, UnlinkatFlags, faccessat, unlinkat};
 use parking_lot::Mutex;
@@ -174,16 +174,30 @@ impl MapFile {
             return Err(Errno::EEXIST);
         }
         let next = self.write_next(contents)?;
-        let temporary = self.temporary();
-        let renamed =
-            renameat(&self.directory, temporary.as_os_str(), &self.directory, self.name.as_os_str());
-        if let Err(errno) = renamed {
+        if let Err(errno) = self.give_name() {
             self.remove_temporary();
             return Err(errno);
         }
         *self.current.lock() = Current { locked: next, stands_in: false };
         // From here on the new map has the name; that this is durable is not sure unless this succeeds.
         sync_directory(&self.directory)
+    }
+
+    /// Put the next version in the place of the last one, and in nobody else's: writing it took its time.
+    fn give_name(&self) -> std::result::Result<(), Errno> {
+        let (temporary, name) = (self.temporary(), self.name.as_os_str());
+        let is_free = name_of(&self.directory, &self.name)?.is_none();
+        if !is_free && self.is_anothers()? {
+            return Err(Errno::EEXIST);
+        }
+        let flags = if is_free { RenameFlags::RENAME_NOREPLACE } else { RenameFlags::empty() };
+        match renameat2(&self.directory, temporary.as_os_str(), &self.directory, name, flags) {
+            // File systems without it (NFS, some of FUSE).
+            Err(Errno::EINVAL | Errno::ENOSYS) if is_free => {
+                renameat(&self.directory, temporary.as_os_str(), &self.directory, name)
+            }
+            other => other,
+        }
     }
 
     /// Whether its name means another file by now: somebody has removed the map, and another run has one there.
@@ -200,7 +214,7 @@ impl MapFile {
 
     fn remove(&self) -> std::result::Result<Published, Errno> {
         if self.is_anothers()? {
-            return Ok(Published::Durably);
+            return Err(Errno::EEXIST);
         }
         match unlinkat(&self.directory, self.name.as_os_str(), UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => {}

@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
-use nix::sys::socket::sockopt::{AcceptConn, SockType, TcpNoDelay};
+use nix::sys::socket::sockopt::{AcceptConn, KeepAlive, SockType, TcpNoDelay};
 use nix::sys::socket::{Shutdown, SockFlag, accept4, getsockopt, setsockopt, shutdown};
 
 use super::{MAX_SOCKET_BYTES, Op, SocketId};
@@ -168,12 +168,15 @@ impl Sockets {
         if place == self.limit {
             return Err(Errno::ENFILE);
         }
-        // A reply that is not a full segment must not wait for the peer's acknowledgement of the one before.
-        if tcp
-            && !listens
-            && let Err(errno) = setsockopt(&descriptor, TcpNoDelay, &true)
-        {
-            tracing::debug!(%errno, "TCP_NODELAY was refused");
+        if tcp && !listens {
+            // A reply that is not a full segment must not wait for the peer's acknowledgement of the one before.
+            if let Err(errno) = setsockopt(&descriptor, TcpNoDelay, &true) {
+                tracing::debug!(%errno, "TCP_NODELAY was refused");
+            }
+            // A peer whose host has vanished is missed in the end, by the system's settings, and does not keep its place for ever.
+            if let Err(errno) = setsockopt(&descriptor, KeepAlive, &true) {
+                tracing::debug!(%errno, "SO_KEEPALIVE was refused");
+            }
         }
         let entry = Some(Entry { descriptor, listens, tcp, shut: false, uses: [Use::Nobody; 2] });
         if place == self.entries.len() {
@@ -331,6 +334,24 @@ mod tests {
         assert_eq!(sockets.add(datagram.into()), Err(Errno::ESOCKTNOSUPPORT));
         let file = std::fs::File::open("/dev/null").unwrap();
         assert_eq!(sockets.add(file.into()), Err(Errno::ENOTSOCK));
+    }
+
+    #[test]
+    fn connections_over_tcp_are_set_up_for_replies_and_for_peers_that_vanish() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut sockets = Sockets::new(3, Waiting::Never);
+        let listener = sockets.add(listener.into()).unwrap();
+        let peer = std::net::TcpStream::connect(address).unwrap();
+        let accepted = sockets.accept(listener).unwrap();
+        let connected = sockets.add(peer.into()).unwrap();
+        for socket in [accepted, connected] {
+            let descriptor = sockets.descriptor(socket);
+            assert_eq!(getsockopt(&descriptor, TcpNoDelay), Ok(true));
+            assert_eq!(getsockopt(&descriptor, KeepAlive), Ok(true));
+        }
+        // Others are taken as they are.
+        assert!(sockets.add(UnixStream::pair().unwrap().0.into()).is_ok());
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! A block device as a storage.
 //!
 //! All of it is data: a device does not tell what it holds. Ranges given to [`Storage::write_zeroes`] and
-//! [`Storage::discard`] are multiples of the logical block size, else the kernel answers `EINVAL`; where the device has no
-//! such operation it answers `EOPNOTSUPP`, and the logic writes zeros instead.
+//! [`Storage::discard`] are multiples of the logical block size, else the kernel answers `EINVAL`. Where the device has no
+//! such operation it answers `EOPNOTSUPP` to a discard and to [`ZeroMethod::Unmap`], and the logic tries the next way; for
+//! [`ZeroMethod::Keep`] it writes zeros by itself, as slowly as they are written, and does not tell. So on a device that one is not
+//! for those who want zeros only where they are fast.
 
 use std::fs::File;
 use std::os::fd::AsFd;

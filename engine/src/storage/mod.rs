@@ -132,6 +132,12 @@ pub enum Published {
     Unsynced(Errno),
 }
 
+/// Whether making zeros in the space that they have ([`ZeroMethod::Keep`]) never means to write them. A file that has no such operation says so.
+/// For a block device the kernel writes them then, and whether it has to is not known before.
+pub(crate) fn keep_is_fast(storage: &dyn Storage) -> bool {
+    !storage.descriptors().is_some_and(|descriptors| descriptors.block_device)
+}
+
 /// A small file that is replaced as a whole.
 pub trait Document: Send + Sync {
     /// Replace it atomically and durably, or remove it durably.

@@ -321,5 +321,5 @@ fn is_named(path: &Path, resolved: &str) -> bool {
 
 fn map_refused(resume: &Resume<'_>, reason: String) -> Error {
     Error::new(ErrorKind::MapRefused, Operation::UseMap, resume.map_path, reason)
-        .advise("name the same source and target as before, or remove the map file and add --force to copy everything again")
+        .advise("name the same source and target as before, or the map of this copy, or remove the map file and add --force to copy everything again")
 }

@@ -166,6 +166,7 @@ impl Run {
         let carrier = Carrier::new(CarrierPlan {
             file: Side { file: FileId(0), name: Arc::from("disk"), direct_alignment: scenario.alignment },
             length: Length(scenario.length),
+            keep_is_fast: true,
             buffers: BufferRange { start: 4096, length: scenario.buffers },
             limits: scenario.limits,
             planted,

@@ -5,6 +5,7 @@
 #[allow(dead_code, clippy::cast_possible_truncation, reason = "shared with the tests of the protocol")]
 #[path = "../nbd_protocol/client.rs"]
 mod client;
+mod crowds;
 mod peer;
 mod questions;
 mod run;

@@ -386,6 +386,7 @@ impl<'a> Run<'a> {
                 cbw_timeout: None,
                 reserved_slots: 2,
                 space_reserved: false,
+                may_unmap: true,
             }),
             limits: Limits { retries: 3, retry_pause: Duration::from_millis(2), ..Limits::default() },
             planted: None,

@@ -106,6 +106,7 @@ impl Setup {
                 cbw_timeout: self.cbw_timeout,
                 reserved_slots: 6,
                 space_reserved: false,
+                may_unmap: true,
             }),
             limits: Limits { retries: 2, retry_pause: Duration::from_millis(2), ..Limits::default() },
             planted: self.planted,

@@ -1,14 +1,12 @@
 //! An engine turned by hand: who asks what in which order is told, and each answer looked at.
 
 use std::num::NonZeroU64;
-use std::sync::Arc;
 use std::time::Duration;
 
 use engine::copy::SyncMode;
-use engine::error::Error;
 use engine::job::{JobHandle, Outcome, Status};
 use engine::live::JobId;
-use engine::live::sim::{Pending, SimDisk, SimEngine};
+use engine::live::sim::{PendingCopy, SimDisk, SimEngine};
 use engine::ring::Wait;
 use engine::ring::sim::{SharedWorld, SimRing};
 use engine::units::{ByteRange, ClusterRange, Length, Speed};
@@ -65,11 +63,11 @@ impl Hand {
         }
     }
 
-    fn copy(&self, start: u64, end: u64) -> Pending<Result<(), Arc<Error>>> {
+    fn copy(&self, start: u64, end: u64) -> PendingCopy {
         self.engine.copy(self.job, ClusterRange::new(start, end))
     }
 
-    fn answered(&mut self, pending: &Pending<Result<(), Arc<Error>>>) {
+    fn answered(&mut self, pending: &PendingCopy) {
         for _ in 0..1000 {
             if let Some(answer) = pending.take() {
                 return answer.expect("nothing fails");

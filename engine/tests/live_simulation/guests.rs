@@ -1,13 +1,17 @@
 //! The guests of a live disk: those whose I/O the engine carries, and those who take permits and write by themselves.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use engine::error::Error;
+use engine::live::Permit;
 use engine::live::carrier::{IoId, IoOutcome, IoRequest};
-use engine::live::sim::{Pending, SimDisk, SimEngine};
-use engine::live::{Attempt, Permit};
+use engine::live::sim::{Pending, SimBeginWrite, SimDisk, SimEngine};
 use engine::ring::sim::SharedWorld;
 use engine::units::{ByteRange, Timestamp};
 use fastrand::Rng;
@@ -55,17 +59,61 @@ impl Act {
     }
 }
 
+/// How one who writes by himself waits for his permit.
+enum Waiting {
+    /// When he looks next; as soon as he is woken, or later, or for nothing.
+    Future { future: SimBeginWrite, woken: Arc<Woken>, look_at: Option<Timestamp> },
+    /// What he was told, on the ring thread or at once.
+    Callback(Arc<Mutex<Option<Result<Permit, Error>>>>),
+}
+
+#[derive(Default)]
+struct Woken(AtomicBool);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Waiting {
+    /// His permit, or why there is none. A future is only asked if he `looks`.
+    fn answer(&mut self, looks: bool) -> Option<Result<Permit, Error>> {
+        match self {
+            Self::Callback(told) => told.lock().unwrap().take(),
+            Self::Future { future, woken, look_at } if looks => {
+                *look_at = None;
+                woken.0.store(false, Ordering::Relaxed);
+                let waker = Waker::from(Arc::clone(woken));
+                match Pin::new(future).poll(&mut Context::from_waker(&waker)) {
+                    Poll::Ready(permit) => Some(permit),
+                    Poll::Pending => None,
+                }
+            }
+            Self::Future { .. } => None,
+        }
+    }
+
+    /// When he looks next of his own accord.
+    fn next_look(&self) -> Option<Timestamp> {
+        match self {
+            Self::Future { woken, look_at, .. } => {
+                look_at.or_else(|| woken.0.load(Ordering::Relaxed).then(Timestamp::default))
+            }
+            Self::Callback(_) => None,
+        }
+    }
+}
+
 enum Stage {
-    /// Tries to get his permit, not before this.
-    Trying(Timestamp),
-    /// Has discards forgotten before.
-    Forgetting(Pending<Result<(), Arc<Error>>>),
-    Copying(Pending<Result<(), Arc<Error>>>),
+    Waiting(Waiting),
     /// Writes at that time.
     Holding {
         _permit: Permit,
         until: Timestamp,
     },
+    /// He does without.
+    Refused(Error),
 }
 
 struct Own {
@@ -73,8 +121,6 @@ struct Own {
     range: ByteRange,
     act: Act,
     stage: Stage,
-    /// Discards that were put off are forgotten.
-    forgotten: bool,
     since: Timestamp,
 }
 
@@ -133,9 +179,10 @@ impl Guests {
 
     /// When they do something next of their own accord.
     pub(crate) fn next_event(&self) -> Option<Timestamp> {
-        let own = self.own.iter().filter_map(|own| match own.stage {
-            Stage::Trying(at) | Stage::Holding { until: at, .. } => Some(at),
-            Stage::Copying(_) | Stage::Forgetting(_) => None,
+        let own = self.own.iter().filter_map(|own| match &own.stage {
+            Stage::Holding { until, .. } => Some(*until),
+            Stage::Waiting(waiting) => waiting.next_look(),
+            Stage::Refused(_) => None,
         });
         own.chain(self.may_submit().then_some(self.next_at)).min()
     }
@@ -155,17 +202,21 @@ impl Guests {
         }
         let mut at = 0;
         while at < self.own.len() {
-            if self.step(at, engine, now, seen) {
+            if self.step(at, now, seen) {
                 at += 1;
                 continue;
             }
-            let Own { id, range, act, stage, since, .. } = self.own.swap_remove(at);
+            let Own { id, range, act, stage, since } = self.own.swap_remove(at);
             if matches!(stage, Stage::Holding { .. }) {
                 self.longest = self.longest.max(now.since(since));
                 jobs.iter().try_for_each(|job| job.check_copied(self.number, range, world))?;
                 self.write(world, id, range, act);
             }
         }
+        let steps = engine.take_steps();
+        seen.at_barrier += steps.at_barrier;
+        seen.copies += steps.copies;
+        seen.forgot += steps.forgot;
         self.leave(seen);
         Ok(())
     }
@@ -217,7 +268,7 @@ impl Guests {
         };
         let range = self.range(own);
         if own {
-            return self.submit_own(id, range, now);
+            return self.submit_own(engine, id, range, now);
         }
         let bytes = usize::try_from(range.length).unwrap();
         let choice = self.rng.u8(..20);
@@ -242,7 +293,7 @@ impl Guests {
         self.carried.insert(id, Carried { kind, pending, since: now });
     }
 
-    fn submit_own(&mut self, id: IoId, mut range: ByteRange, now: Timestamp) {
+    fn submit_own(&mut self, engine: &SimEngine, id: IoId, mut range: ByteRange, now: Timestamp) {
         let act = match self.rng.u8(..8) {
             0 => Act::Nothing,
             1 | 2 => Act::Punch,
@@ -252,51 +303,71 @@ impl Guests {
             let start = range.offset.next_multiple_of(BLOCK);
             range = ByteRange::between(start, (range.end() / BLOCK * BLOCK).max(start));
         }
-        if !range.is_empty() {
-            // A discard that is asked for meanwhile may come after it.
-            if self.spec.path == Path::Mixed
-                && let Some(content) = act.content(id)
-            {
-                self.shadow.change(id, range, content);
-            }
-            self.own.push(Own { id, range, act, stage: Stage::Trying(now), forgotten: false, since: now });
+        if range.is_empty() {
+            return;
         }
+        let waiting = if self.rng.bool() {
+            let future = engine.begin_write(&self.disk, range);
+            Waiting::Future { future, woken: Arc::default(), look_at: Some(now) }
+        } else {
+            let told = Arc::new(Mutex::new(None));
+            let tells = Arc::clone(&told);
+            // If he has gone by then, his permit goes at once.
+            engine.begin_write_with(&self.disk, range, move |permit| *tells.lock().unwrap() = Some(permit));
+            Waiting::Callback(told)
+        };
+        self.own.push(Own { id, range, act, stage: Stage::Waiting(waiting), since: now });
+    }
+
+    /// One who is woken looks at once, or takes his time; now and then somebody looks for nothing.
+    fn looks(&mut self, at: usize, now: Timestamp) -> bool {
+        let Stage::Waiting(Waiting::Future { woken, look_at, .. }) = &mut self.own[at].stage else {
+            return false;
+        };
+        if look_at.is_none() && woken.0.load(Ordering::Relaxed) {
+            let most = match self.rng.u8(..16) {
+                0 if !self.spec.patient => 60_000,
+                1..4 => 2000,
+                4..8 => 30,
+                _ => 0,
+            };
+            *look_at = Some(now.after(Duration::from_micros(self.rng.u64(0..=most))));
+        }
+        look_at.is_some_and(|at| at <= now) || self.rng.u8(..64) == 0
     }
 
     /// One who writes by himself does what he can; `false`: he is through.
-    fn step(&mut self, at: usize, engine: &mut SimEngine, now: Timestamp, seen: &mut Seen) -> bool {
-        let hold = self.random_time(self.spec.hold);
-        let pause = Duration::from_micros(self.rng.u64(10..500));
+    fn step(&mut self, at: usize, now: Timestamp, seen: &mut Seen) -> bool {
         let gives_up = !self.spec.patient && self.rng.u16(..500) == 0;
+        let looks = self.looks(at, now);
+        match &mut self.own[at].stage {
+            // He does not wait. What goes on for him does no harm.
+            Stage::Waiting(_) if gives_up => false,
+            Stage::Waiting(_) => {
+                self.take_permit(at, looks, now, seen);
+                true
+            }
+            Stage::Holding { until, .. } => *until > now,
+            Stage::Refused(_) => true,
+        }
+    }
+
+    /// Take in his permit, if it is there. What he does with it comes after what was told to be done before.
+    fn take_permit(&mut self, at: usize, looks: bool, now: Timestamp, seen: &mut Seen) {
+        let hold = self.random_time(self.spec.hold);
         let own = &mut self.own[at];
-        match &mut own.stage {
-            Stage::Trying(due) if *due <= now && !own.forgotten => {
-                own.forgotten = true;
-                if let Some(pending) = engine.forget_discards(&self.disk, own.range) {
-                    seen.forgot += 1;
-                    own.stage = Stage::Forgetting(pending);
+        let Stage::Waiting(waiting) = &mut own.stage else { return };
+        match waiting.answer(looks) {
+            None => {}
+            Some(Ok(permit)) => {
+                seen.granted += 1;
+                own.stage = Stage::Holding { _permit: permit, until: now.after(hold) };
+                if let Some(content) = own.act.content(own.id) {
+                    self.shadow.change(own.id, own.range, content);
                 }
             }
-            Stage::Trying(due) if *due <= now => match engine.attempt(&self.disk, own.range) {
-                Attempt::Granted(permit) => {
-                    seen.granted += 1;
-                    own.stage = Stage::Holding { _permit: permit, until: now.after(hold) };
-                }
-                Attempt::AtBarrier => {
-                    seen.at_barrier += 1;
-                    own.stage = Stage::Trying(now.after(pause));
-                }
-                Attempt::Copy(job, clusters) => {
-                    seen.copies += 1;
-                    own.stage = Stage::Copying(engine.copy_for(job, clusters, own.range));
-                }
-            },
-            // He does not wait; the copy goes on.
-            Stage::Copying(_) if gives_up => return false,
-            Stage::Holding { until, .. } if *until <= now => return false,
-            Stage::Trying(_) | Stage::Forgetting(_) | Stage::Copying(_) | Stage::Holding { .. } => {}
+            Some(Err(error)) => own.stage = Stage::Refused(error),
         }
-        true
     }
 
     fn write(&mut self, world: &SharedWorld, id: IoId, range: ByteRange, act: Act) {
@@ -307,13 +378,8 @@ impl Guests {
             Act::Punch => disk.punch(range.offset / BLOCK..range.end() / BLOCK),
             Act::Nothing => {}
         }
-        match act.content(id) {
-            None => {}
-            Some(_) if self.spec.path == Path::Mixed => self.shadow.changed(id, Some(true)),
-            Some(content) => {
-                self.shadow.change(id, range, content);
-                self.shadow.changed(id, Some(true));
-            }
+        if act.content(id).is_some() {
+            self.shadow.changed(id, Some(true));
         }
     }
 
@@ -325,6 +391,10 @@ impl Guests {
         may_fail: bool,
         seen: &mut Seen,
     ) -> Result<(), String> {
+        // Who has got his permit in this turn may have got it before others were told what ends in it.
+        for at in 0..self.own.len() {
+            self.take_permit(at, false, now, seen);
+        }
         let ids: Vec<IoId> = self.carried.keys().copied().collect();
         for id in ids {
             let Some(outcome) = self.carried[&id].pending.take() else { continue };
@@ -333,21 +403,13 @@ impl Guests {
             self.take_outcome(id, kind, outcome, world, may_fail, seen)
                 .map_err(|wrong| format!("disk {}, {kind:?} {id:?}: {wrong}", self.number))?;
         }
-        for own in &mut self.own {
-            let (Stage::Copying(pending) | Stage::Forgetting(pending)) = &own.stage else { continue };
-            match pending.take() {
-                None => {}
-                Some(Ok(())) => own.stage = Stage::Trying(now),
-                Some(Err(_)) if may_fail => {
-                    seen.refused += 1;
-                    // He does without.
-                    own.stage = Stage::Trying(now);
-                    own.range = ByteRange::new(own.range.offset, 0);
-                }
-                Some(Err(error)) => return Err(format!("a copy for {} failed: {error}", own.range)),
+        for own in self.own.extract_if(.., |own| matches!(own.stage, Stage::Refused(_))) {
+            let Stage::Refused(error) = own.stage else { unreachable!("just seen") };
+            if !may_fail {
+                return Err(format!("a copy for {} failed: {error}", own.range));
             }
+            seen.refused += 1;
         }
-        self.own.retain(|own| !own.range.is_empty());
         Ok(())
     }
 
@@ -391,36 +453,35 @@ impl Guests {
         now: Timestamp,
         seen: &mut Seen,
     ) -> Result<(), String> {
-        let copying = self
-            .own
-            .iter()
-            .filter(|own| matches!(own.stage, Stage::Copying(_) | Stage::Forgetting(_)))
-            .count();
+        let waits = |own: &&Own| matches!(own.stage, Stage::Waiting(_));
+        let waiting = self.own.iter().filter(waits).count();
         let carried = self.carried.len();
         for (id, Carried { kind, pending, .. }) in std::mem::take(&mut self.carried) {
             let outcome = pending.take().ok_or_else(|| format!("{kind:?} {id:?} waits for the dead"))?;
             // What had ended before may be told yet.
             self.take_outcome(id, kind, outcome, world, true, seen)?;
         }
-        let own_before = self.own.len();
+        // One may have been refused before.
         self.take_answers(world, now, true, seen)?;
-        if self.own.iter().any(|own| matches!(own.stage, Stage::Copying(_) | Stage::Forgetting(_))) {
-            return Err("a copy waits for the dead".into());
+        seen.orphaned += (carried + waiting) as u64;
+        for at in 0..self.own.len() {
+            self.take_permit(at, true, now, seen);
         }
-        seen.orphaned += (carried + copying) as u64;
-        if own_before != self.own.len() {
-            return Err("a copy that nobody makes any more keeps a guest from writing".into());
+        self.take_answers(world, now, true, seen)?;
+        if let Some(own) = self.own.iter().find(waits) {
+            return Err(format!("{} waits for the dead", own.range));
         }
-        for mut own in std::mem::take(&mut self.own) {
-            if !matches!(own.stage, Stage::Holding { .. }) {
-                let Attempt::Granted(permit) = engine.attempt(&self.disk, own.range) else {
-                    return Err(format!("{} waits for the dead", own.range));
-                };
-                own.stage = Stage::Holding { _permit: permit, until: now };
-            }
+        for own in std::mem::take(&mut self.own) {
             self.write(world, own.id, own.range, own.act);
         }
-        Ok(())
+        // One who comes later writes, too.
+        let late = engine.begin_write(&self.disk, ByteRange::new(0, self.spec.length));
+        let mut late = Waiting::Future { future: late, woken: Arc::default(), look_at: None };
+        match late.answer(true) {
+            Some(Ok(_)) => Ok(()),
+            Some(Err(error)) => Err(format!("nobody writes beside the dead: {error}")),
+            None => Err("one who comes after its death waits for the engine".into()),
+        }
     }
 
     /// Whether the disk holds what the guests left there.
@@ -433,10 +494,12 @@ impl Guests {
     pub(crate) fn tell(&self) -> String {
         let carried: Vec<_> = self.carried.iter().map(|(id, carried)| (id, carried.kind)).collect();
         let own = self.own.iter().map(|own| match &own.stage {
-            Stage::Trying(_) => format!("{} tries", own.range),
-            Stage::Forgetting(_) => format!("{} has discards forgotten", own.range),
-            Stage::Copying(_) => format!("{} copies", own.range),
+            Stage::Waiting(Waiting::Future { woken, look_at, .. }) => {
+                format!("{} waits, woken {:?}, looks at {look_at:?}", own.range, woken.0)
+            }
+            Stage::Waiting(Waiting::Callback(_)) => format!("{} waits to be called", own.range),
             Stage::Holding { .. } => format!("{} holds", own.range),
+            Stage::Refused(_) => format!("{} was refused", own.range),
         });
         format!("disk {}: {carried:?} {:?}", self.number, own.collect::<Vec<_>>())
     }

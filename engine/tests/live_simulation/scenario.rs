@@ -381,6 +381,7 @@ impl JobSpec {
                 cbw_timeout: spec.cbw_timeout,
                 reserved_slots: spec.reserved,
                 space_reserved: spec.space_reserved && spec.target_is_zero,
+                may_unmap: true,
             }),
             limits: Limits {
                 retries: 3,

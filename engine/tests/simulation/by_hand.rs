@@ -41,10 +41,15 @@ struct ByHand {
 impl ByHand {
     fn new(scenario: &Scenario, hole: bool) -> Self {
         let set = Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap());
-        let arena =
-            Arena::new(usize::try_from(u64::from(scenario.slots) * scenario.cluster).unwrap()).unwrap();
         let target_before = scenario.target_before(&scenario.world());
         let copier = Copier::new(Plan { target_before, ..scenario.plan(blank()) }, set);
+        Self::of(copier, scenario, hole)
+    }
+
+    /// `copier` has a plan of `scenario`'s slots and clusters.
+    fn of(copier: Copier, scenario: &Scenario, hole: bool) -> Self {
+        let arena =
+            Arena::new(usize::try_from(u64::from(scenario.slots) * scenario.cluster).unwrap()).unwrap();
         let mut new =
             Self { copier, arena, now: Timestamp::default(), waiting: Vec::new(), hole, events: Vec::new() };
         new.poll();
@@ -67,6 +72,15 @@ impl ByHand {
     /// The operations that wait and that `pick` picks.
     fn count(&self, pick: impl Fn(&Op) -> bool) -> usize {
         self.waiting.iter().filter(|(_, op)| pick(op)).count()
+    }
+
+    /// Answer one with success.
+    fn answer_token(&mut self, token: Token) {
+        let at = self.waiting.iter().position(|(waits, _)| *waits == token).expect("it waits");
+        let (token, op) = self.waiting.swap_remove(at);
+        let result = Ok(self.success(&op));
+        self.copier.on_completion(Completion { token, result }, &self.arena, self.now);
+        self.poll();
     }
 
     fn complete(&mut self, pick: impl Fn(&Op) -> bool, result: Result<(), Errno>) {
@@ -316,6 +330,7 @@ fn the_rest_of_a_short_read_is_as_urgent_as_a_guest_has_made_it() {
             cbw_timeout: None,
             reserved_slots: 1,
             space_reserved: false,
+            may_unmap: true,
         };
         let set = Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap());
         let mut copier = Copier::new(Plan { live: Some(live), ..scenario.plan(blank()) }, set);
@@ -339,6 +354,72 @@ fn the_rest_of_a_short_read_is_as_urgent_as_a_guest_has_made_it() {
     }
 }
 
+/// The ring thread stands still for longer than a guest may wait, while the last operation of his copy is on the ring.
+#[test]
+fn a_copy_that_is_complete_is_not_late_however_late_that_is_seen() {
+    let scenario = Scenario { length: 32 * CLUSTER, ..Scenario::plain(36) };
+    // What comes first when it goes on: what has completed, the next turn, or nothing ever.
+    for first in ["completion", "turn", "nothing"] {
+        let live = LivePlan {
+            on_cbw_error: CbwErrorPolicy::BreakSnapshot,
+            cbw_timeout: Some(Duration::from_secs(1)),
+            reserved_slots: 1,
+            space_reserved: false,
+            may_unmap: true,
+        };
+        let set = Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap());
+        let mut copier = Copier::new(Plan { live: Some(live), ..scenario.plan(blank()) }, set);
+        let (mut arena, mut now, mut ops) = (Arena::new(1 << 20).unwrap(), Timestamp::default(), Vec::new());
+        copier.copy_before_write(CbwId(0), ClusterRange::new(30, 31), now);
+        let write = loop {
+            while copier.poll(now, Places::alone(usize::MAX), &mut ops) {}
+            let of_guest = |op: &Op| matches!(op, Op::Read { offset, .. } | Op::Write { offset, .. } if *offset == 30 * CLUSTER);
+            let (token, op) = ops.extract_if(.., |(_, op)| of_guest(op)).next().expect("he is served");
+            let Op::Read { buffer, .. } = op else { break token };
+            arena.slice_mut(buffer).fill(1);
+            copier.on_completion(Completion { token, result: Ok(Output::Bytes(8192)) }, &arena, now);
+        };
+        now = now.after(Duration::from_secs(60));
+        let written = Completion { token: write, result: Ok(Output::Bytes(8192)) };
+        if first == "completion" {
+            copier.on_completion(written, &arena, now);
+        } else {
+            copier.poll(now, Places::alone(usize::MAX), &mut ops);
+            assert!(copier.take_cbw_outcomes().is_empty() && !copier.is_ending(), "nobody has looked yet");
+            assert_eq!(copier.next_deadline(now), Some(Timestamp(Duration::from_secs(1))));
+            if first == "turn" {
+                copier.on_completion(written, &arena, now);
+            }
+        }
+        copier.poll(now, Places::alone(usize::MAX), &mut ops);
+        let outcomes = copier.take_cbw_outcomes();
+        assert!(matches!(outcomes[..], [(CbwId(0), Ok(()))]), "{outcomes:?}");
+        assert_eq!(copier.is_ending(), first == "nothing", "{first}");
+    }
+}
+
+/// He has asked elsewhere for longer than he may wait here, and the sweep has copied everything meanwhile.
+#[test]
+fn one_who_asks_late_for_what_is_done_is_not_refused() {
+    let scenario = Scenario { length: 32 * CLUSTER, ..Scenario::plain(36) };
+    let live = LivePlan {
+        on_cbw_error: CbwErrorPolicy::BreakGuestWrite,
+        cbw_timeout: Some(Duration::from_secs(1)),
+        reserved_slots: 1,
+        space_reserved: false,
+        may_unmap: true,
+    };
+    let set = Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap());
+    let mut copier = Copier::new(Plan { live: Some(live), ..scenario.plan(blank()) }, Arc::clone(&set));
+    let now = Timestamp(Duration::from_secs(60));
+    copier.poll(now, Places::alone(0), &mut Vec::new());
+    set.mark_done(ClusterRange::new(30, 31));
+    copier.copy_before_write(CbwId(0), ClusterRange::new(30, 31), Timestamp::default());
+    copier.poll(now, Places::alone(0), &mut Vec::new());
+    let outcomes = copier.take_cbw_outcomes();
+    assert!(matches!(outcomes[..], [(CbwId(0), Ok(()))]), "{outcomes:?}");
+}
+
 /// The largest run of zeros, in bytes, of a live copy of a large hole to a target that takes so long over each, when guests have nothing to ask for.
 fn largest_zero_run(each: Duration) -> u64 {
     let scenario = Scenario { cluster: 65_536, slots: 4, ..Scenario::plain(37) };
@@ -348,6 +429,7 @@ fn largest_zero_run(each: Duration) -> u64 {
         cbw_timeout: None,
         reserved_slots: 1,
         space_reserved: false,
+        may_unmap: true,
     };
     let plan = scenario.plan(blank());
     let limits = Limits { zero_run_bytes: 32 << 20, ..plan.limits };
@@ -378,6 +460,57 @@ fn runs_of_zeros_are_as_large_as_the_target_is_quick_with_them() {
     assert_eq!(largest_zero_run(Duration::from_micros(100)), 32 << 20);
     assert_eq!(largest_zero_run(Duration::from_millis(4)), 512 << 10, "it is not quick with the first");
     assert_eq!(largest_zero_run(Duration::from_millis(50)), 512 << 10);
+}
+
+/// How a live copy makes zeros on its target: of a hole, or of data that is zero.
+fn ways_of_zeros(may_unmap: bool, is_new: bool, hole: bool) -> Vec<ZeroMethod> {
+    let scenario = Scenario { length: 32 * CLUSTER, ..Scenario::plain(39) };
+    let live = LivePlan {
+        on_cbw_error: CbwErrorPolicy::BreakSnapshot,
+        cbw_timeout: None,
+        reserved_slots: 1,
+        space_reserved: is_new,
+        may_unmap,
+    };
+    let plan = Plan {
+        live: Some(live),
+        target_is_zero: is_new,
+        allocate_ahead: false,
+        zero_detect: true,
+        ..scenario.plan(blank())
+    };
+    let mut copier = Copier::new(plan, Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap()));
+    let (arena, now) = (Arena::new(1 << 20).unwrap(), Timestamp::default());
+    let (mut ops, mut ways) = (Vec::new(), Vec::new());
+    while !copier.is_finished() {
+        while copier.poll(now, Places::alone(usize::MAX), &mut ops) {}
+        for (token, op) in ops.drain(..) {
+            let output = match op {
+                Op::Extents { range, .. } => Output::Extents(vec![Extent { range, present: !hole }]),
+                Op::Read { buffer, .. } => Output::Bytes(buffer.length),
+                Op::Write { .. } => panic!("zeros as data"),
+                Op::WriteZeroes { method, .. } => {
+                    ways.push(method);
+                    Output::Done
+                }
+                _ => Output::Done,
+            };
+            copier.on_completion(Completion { token, result: Ok(output) }, &arena, now);
+        }
+    }
+    ways.dedup();
+    ways
+}
+
+#[test]
+fn space_of_a_target_that_may_not_be_given_back_is_kept() {
+    for hole in [true, false] {
+        assert_eq!(ways_of_zeros(true, false, hole), [ZeroMethod::Unmap]);
+        assert_eq!(ways_of_zeros(false, false, hole), [ZeroMethod::Keep]);
+        // What was reserved, and nothing was written to.
+        assert_eq!(ways_of_zeros(true, true, hole), [ZeroMethod::Unmap]);
+        assert_eq!(ways_of_zeros(false, true, hole), []);
+    }
 }
 
 /// A cancel that was accepted while the last checkpoint was on its way: the map stays, and the next run has nothing left to copy.
@@ -459,7 +592,7 @@ fn a_pause_begins_with_a_checkpoint() {
     assert!(copy.events.iter().any(drained) && copy.waiting.is_empty(), "{:?}", copy.events);
 }
 
-/// One that fails for want of memory says nothing of the next.
+/// One that fails for want of memory says nothing of the next, and one place that cannot be made zero nothing of the others.
 #[test]
 fn a_zero_operation_that_fails_once_is_tried_again() {
     for (failures, as_data) in [(1, false), (2, true)] {
@@ -471,4 +604,79 @@ fn a_zero_operation_that_fails_once_is_tried_again() {
         let (_, written) = copy.finish();
         assert_eq!(!written.is_empty(), as_data, "{failures} failures");
     }
+}
+
+/// However many others succeed between its failures.
+#[test]
+fn a_place_that_cannot_be_made_zero_is_written_and_the_others_are_made_zero() {
+    let scenario = to_a_device();
+    let geometry = scenario.geometry();
+    let limits = Limits { zero_run_bytes: 2 * CLUSTER, ..scenario.plan(blank()).limits };
+    let set = Arc::new(IntervalSet::new(geometry.clusters()).unwrap());
+    let target_before = scenario.target_before(&scenario.world());
+    let copier = Copier::new(Plan { limits, target_before, ..scenario.plan(blank()) }, set);
+    let mut copy = ByHand::of(copier, &scenario, true);
+    let bad = ByteRange::new(4 * CLUSTER, 2 * CLUSTER);
+    let is_bad = |op: &Op| matches!(op, Op::WriteZeroes { range, .. } if range.intersection(bad).is_some());
+    let (mut attempts, mut zeroed, mut written) = (0, 0, 0);
+    for _ in 0..200 {
+        if copy.copier.is_finished() {
+            break;
+        }
+        // The others first, one at a time, so that there is always one that has just succeeded.
+        if let Some((token, op)) = copy.waiting.iter().find(|(_, op)| !is_bad(op)) {
+            match op {
+                Op::WriteZeroes { range, .. } => zeroed += range.length,
+                Op::Write { offset, buffer, .. } => {
+                    let range = ByteRange::new(*offset, u64::from(buffer.length));
+                    assert!(range.intersection(bad).is_some(), "{range} is made zero");
+                    written += range.length;
+                }
+                _ => {}
+            }
+            copy.answer_token(*token);
+        }
+        if copy.count(is_bad) > 0 {
+            attempts += copy.count(is_bad);
+            copy.answer(is_bad, Err(Errno::EIO));
+        }
+    }
+    assert!(copy.copier.is_finished(), "{attempts} attempts, {:?}", copy.waiting);
+    assert_eq!((attempts, zeroed, written), (2, 22 * CLUSTER, 2 * CLUSTER));
+}
+
+/// A flush of nothing, after one that failed, says nothing of whether the target takes anything.
+#[test]
+fn a_target_whose_flushes_fail_is_given_up_however_long_they_take() {
+    let scenario = Scenario {
+        length: 24 * CLUSTER,
+        map: true,
+        target_policy: ErrorPolicy::Ignore,
+        checkpoint_bytes: 4 * CLUSTER,
+        checkpoint_interval: Duration::from_secs(5),
+        zero_detect: false,
+        ..Scenario::plain(41)
+    };
+    let mut copy = ByHand::new(&scenario, false);
+    let is_flush = |op: &Op| matches!(op, Op::Flush { .. });
+    let (mut is_dirty, mut failed) = (false, 0);
+    while !copy.copier.is_finished() {
+        assert!(failed < 100, "it goes round");
+        is_dirty |= copy.count(|op| matches!(op, Op::Write { .. })) > 0;
+        if copy.count(|op| !is_flush(op)) > 0 {
+            copy.answer(|op| !is_flush(op), Ok(()));
+        } else if copy.count(is_flush) > 0 {
+            // It takes so long that another checkpoint is due at its end, and the kernel tells once of what was lost.
+            copy.now = copy.now.after(Duration::from_secs(6));
+            failed += u32::from(is_dirty);
+            let result = if std::mem::take(&mut is_dirty) { Err(Errno::EIO) } else { Ok(()) };
+            copy.answer(is_flush, result);
+        } else {
+            copy.now = copy.now.after(Duration::from_secs(1));
+            copy.poll();
+        }
+    }
+    let failure = |event: &Event| matches!(event, Event::Finished(Ending::Failed(_)));
+    assert!(copy.events.iter().any(failure), "{:?}", copy.events);
+    assert_eq!(failed, 1 + scenario.plan(blank()).limits.retries);
 }

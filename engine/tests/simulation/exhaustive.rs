@@ -38,22 +38,36 @@ const FAULTS: [Fault; 7] = [
     Fault::Errno(Errno::EOPNOTSUPP),
 ];
 
+// One test for each policy, which run side by side.
+
 #[test]
-fn every_single_fault_at_every_operation() {
+fn every_single_fault_at_every_operation_reported() {
+    every_single_fault_at_every_operation(ErrorPolicy::Report);
+}
+
+#[test]
+fn every_single_fault_at_every_operation_stopped_at() {
+    every_single_fault_at_every_operation(ErrorPolicy::Stop);
+}
+
+#[test]
+fn every_single_fault_at_every_operation_ignored() {
+    every_single_fault_at_every_operation(ErrorPolicy::Ignore);
+}
+
+fn every_single_fault_at_every_operation(policy: ErrorPolicy) {
     for scenario in scenarios() {
         let operations = {
             let world = scenario.world();
             run(&scenario, &world, FaultPlan::default(), Script::default()).operations
         };
         assert!(operations > 50, "a copy of some substance");
-        for policy in [ErrorPolicy::Report, ErrorPolicy::Stop, ErrorPolicy::Ignore] {
-            for operation in 0..operations {
-                for fault in FAULTS {
-                    let mut scenario = scenario.clone();
-                    scenario.source_policy = policy;
-                    scenario.target_policy = policy;
-                    single_fault(&scenario, operation, fault);
-                }
+        for operation in 0..operations {
+            for fault in FAULTS {
+                let mut scenario = scenario.clone();
+                scenario.source_policy = policy;
+                scenario.target_policy = policy;
+                single_fault(&scenario, operation, fault);
             }
         }
     }

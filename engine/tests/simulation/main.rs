@@ -8,6 +8,7 @@
 //! names its seed, and `SIM_FIRST=<seed> SIM_SEEDS=1` repeats it.
 
 mod by_hand;
+mod consent;
 mod exhaustive;
 mod maps;
 mod oracle;

@@ -111,6 +111,9 @@ pub struct CarrierPlan {
     pub file: Side,
     /// Its length.
     pub length: Length,
+    /// Whether making zeros in the space that they have ([`crate::ring::ZeroMethod::Keep`]) never means to write them. A block device that has no
+    /// operation for it has the kernel write them, and does not tell.
+    pub keep_is_fast: bool,
     /// The carrier's part of the arena; starts on a page.
     pub buffers: BufferRange,
     /// Bounds.

@@ -67,7 +67,7 @@ impl<P> Carrier<P> {
             return Turn::Next;
         }
         if let Body::Zeroes { may_unmap, only_fast: true } = self.requests[key].body
-            && self.zero_method(may_unmap).is_none()
+            && self.zero_method(may_unmap, true).is_none()
         {
             let error = self.not_fast(key);
             self.finish(key, Err(error));
@@ -101,19 +101,20 @@ impl<P> Carrier<P> {
             Body::Write(_) => self.cutter.data(Act::Write, rest),
             Body::Flush => Window::FLUSH,
             Body::Discard | Body::Deferred => unreachable!("discards are cut where they are started"),
-            Body::Zeroes { may_unmap, .. } => {
-                self.cutter.zeroes(rest, self.zero_method(may_unmap), |range| {
+            Body::Zeroes { may_unmap, only_fast } => {
+                self.cutter.zeroes(rest, self.zero_method(may_unmap, only_fast), |range| {
                     !request.narrow && host.discards(range).now == Some(range)
                 })
             }
         }
     }
 
-    fn zero_method(&self, may_unmap: bool) -> Option<ZeroMethod> {
+    fn zero_method(&self, may_unmap: bool, only_fast: bool) -> Option<ZeroMethod> {
         if may_unmap && self.can_unmap {
             return Some(ZeroMethod::Unmap);
         }
-        self.can_keep.then_some(ZeroMethod::Keep)
+        let fast_enough = self.plan.keep_is_fast || !only_fast;
+        (self.can_keep && fast_enough).then_some(ZeroMethod::Keep)
     }
 
     /// Lock what `running` changes and get its permit. `false`: the request waits for one of them, and holds nothing.

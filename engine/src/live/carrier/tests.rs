@@ -74,6 +74,10 @@ struct Rig {
 
 impl Rig {
     fn new(alignment: Option<u32>) -> Self {
+        Self::with(alignment, true)
+    }
+
+    fn with(alignment: Option<u32>, keep_is_fast: bool) -> Self {
         let limits = CarrierLimits {
             requests: 8,
             slot_bytes: 4096,
@@ -84,6 +88,7 @@ impl Rig {
         let plan = CarrierPlan {
             file: Side { file: FileId(3), name: Arc::from("disk.img"), direct_alignment: alignment },
             length: Length(LENGTH),
+            keep_is_fast,
             buffers: BufferRange { start: 4096, length: 16384 },
             limits,
             planted: None,
@@ -321,6 +326,37 @@ fn zeros_step_down_to_data() {
         IoRequest::WriteZeroes { range: ByteRange::new(0, 512), may_unmap: true, only_fast: false },
     );
     assert_eq!(shape(&rig.succeed()), ("write", 0, 512), "it is remembered");
+}
+
+/// Of a block device nobody knows whether the kernel would write them.
+#[test]
+fn zeros_that_keep_their_space_are_fast_on_files_alone() {
+    for keep_is_fast in [true, false] {
+        let mut rig = Rig::with(Some(512), keep_is_fast);
+        let zeroes = |may_unmap: bool, only_fast: bool| {
+            let range = ByteRange::new(0, 512);
+            IoRequest::WriteZeroes { range, may_unmap, only_fast }
+        };
+        rig.submit(1, zeroes(true, true));
+        assert_eq!(shape(&rig.succeed()), ("unmap", 0, 512));
+        assert!(rig.outcome(1).is_ok());
+        // Neither asked for as a hole, nor where the disk makes none.
+        for (id, may_unmap) in [(2, false), (3, true)] {
+            rig.submit(id, zeroes(may_unmap, true));
+            if may_unmap {
+                rig.fail(Errno::EOPNOTSUPP);
+            }
+            if keep_is_fast {
+                assert_eq!(shape(&rig.succeed()), ("zero", 0, 512));
+            }
+            let told = rig.outcome(id).map_err(|error| error.kind());
+            assert_eq!(told.is_ok(), keep_is_fast, "{told:?}");
+            assert!(told.is_ok() || told == Err(ErrorKind::Io(Errno::EOPNOTSUPP)));
+        }
+        rig.submit(4, zeroes(true, false));
+        assert_eq!(shape(&rig.succeed()), ("zero", 0, 512), "slow ones are wanted even so");
+        assert!(rig.outcome(4).is_ok());
+    }
 }
 
 #[test]

@@ -42,6 +42,14 @@ pub(in crate::live) struct ServedIo {
     then: Then,
 }
 
+#[cfg(test)]
+impl ServedIo {
+    /// One that is never told anything.
+    pub(in crate::live) fn of_test() -> Self {
+        Self { client: 0, io: IoId(0), then: Then::Done }
+    }
+}
+
 /// What follows when a request has succeeded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Then {
@@ -412,7 +420,7 @@ mod tests {
     fn polled(client: &mut Client) -> (Vec<Token>, bool) {
         let (mut ops, mut wanted, mut shut) = (Vec::new(), Vec::new(), Vec::new());
         let mut effects = Effects { ops: &mut ops, wanted: &mut wanted, shut: &mut shut };
-        client.poll(&mut Table::new(None), &mut effects);
+        client.poll(&mut Table::new(None, 2), &mut effects);
         (ops.into_iter().map(|(token, _)| token).collect(), !shut.is_empty())
     }
 

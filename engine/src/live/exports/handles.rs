@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::super::DiskId;
-use super::super::ask::{Answer, ask};
+use super::super::ask::{Answer, ask, may_wait};
 use super::super::backup::Snapshot;
 use super::super::command::Command;
 use super::super::disk::{LiveDisk, LiveInbox};
@@ -29,7 +29,8 @@ pub(in crate::live) struct ExportId(pub(in crate::live) u64);
 /// Bounds of a server.
 #[derive(Clone, Debug)]
 pub struct NbdOptions {
-    /// Most clients at a time, 1 to 1,024. Whoever comes then waits in the listener's backlog until one leaves.
+    /// Most clients at a time, 1 to 1,024. Whoever comes then waits in the listener's backlog until one leaves. With 1 nobody is offered to come in
+    /// several times (`NBD_FLAG_CAN_MULTI_CONN`); with 2 or 3 a tool that does, as nbdcopy does four times, waits for itself.
     pub clients: usize,
     /// Bytes that the clients' payloads may take together, at least 256 KiB. Beyond that each has a little of its own, so that
     /// one who does not read what it asked for keeps nobody else waiting: see [`crate::nbd::ConnectionLimits`].
@@ -38,12 +39,36 @@ pub struct NbdOptions {
     pub default_export: Option<String>,
     /// Take no clients before [`NbdServer::open`]: whoever comes earlier waits, rather than miss the exports that are still to be added.
     pub closed: bool,
+    /// Who hears of it when a client cannot be accepted, as where the host has no descriptor left: he waits then, or is closed.
+    pub on_not_accepted: Option<NotAccepted>,
+}
+
+/// Called on the ring thread when a client cannot be accepted; once, until one is accepted again.
+#[derive(Clone)]
+pub struct NotAccepted(Arc<dyn Fn(&Error) + Send + Sync>);
+
+impl NotAccepted {
+    /// `call` must not block.
+    #[must_use]
+    pub fn new(call: impl Fn(&Error) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(call))
+    }
+
+    pub(super) fn tell(&self, error: &Error) {
+        crate::foreign::call("a callback", || (self.0)(error));
+    }
+}
+
+impl fmt::Debug for NotAccepted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NotAccepted").finish_non_exhaustive()
+    }
 }
 
 impl Default for NbdOptions {
     /// 1,024 clients, 64 MiB.
     fn default() -> Self {
-        Self { clients: 1024, memory: 64 << 20, default_export: None, closed: false }
+        Self { clients: 1024, memory: 64 << 20, default_export: None, closed: false, on_not_accepted: None }
     }
 }
 
@@ -151,6 +176,7 @@ impl Handle {
         &self,
         command: impl FnOnce(Answer<Result<(), Error>>) -> ExportCommand<OwnedFd>,
     ) -> Result<(), Error> {
+        may_wait();
         let (answer, asked) = ask();
         self.inbox.send(Command::Exports(command(answer)));
         asked.wait()
@@ -192,7 +218,11 @@ impl NbdServer {
     ///
     /// # Errors
     /// Refusals: a name that is taken or too long, a writable export of something that takes no writes.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn add_export(&self, options: ExportOptions) -> Result<Export, Error> {
+        may_wait();
         let ExportOptions { name, description, source, writable, trim, on_gone } = options;
         super::check(&name, &source, writable)?;
         let id = ExportId(self.0.next_export.fetch_add(1, Ordering::Relaxed));
@@ -213,6 +243,9 @@ impl NbdServer {
     ///
     /// # Errors
     /// When it was stopped, or the engine has died.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn open(&self) -> Result<(), Error> {
         self.0.ask(|answer| ExportCommand::Open { server: self.0.server, answer })
     }
@@ -222,6 +255,9 @@ impl NbdServer {
     ///
     /// # Errors
     /// When the engine has died.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn stop(&self) -> Result<(), Error> {
         self.0.ask(|answer| ExportCommand::Stop { server: self.0.server, answer })
     }
@@ -231,7 +267,11 @@ impl NbdServer {
     ///
     /// # Errors
     /// When the engine has died.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn stop_within(&self, limit: Duration) -> Result<bool, Error> {
+        may_wait();
         let (answer, asked) = ask();
         let server = self.0.server;
         self.0.inbox.send(Command::Exports(ExportCommand::Stop { server, answer }));
@@ -252,6 +292,9 @@ impl Export {
     ///
     /// # Errors
     /// With [`Removal::IfUnused`], when it has clients.
+    ///
+    /// # Panics
+    /// In a callback on the ring thread, before anything is done: it would wait for itself.
     pub fn remove(&self, removal: Removal) -> Result<(), Error> {
         self.server.0.ask(|answer| ExportCommand::Remove { export: self.id, removal, answer })
     }

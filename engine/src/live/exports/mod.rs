@@ -26,6 +26,7 @@ mod table;
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use slab::Slab;
 
 use super::DiskId;
@@ -45,7 +46,9 @@ pub(super) use client::{Question, ServedIo, Wanted};
 #[cfg(feature = "sim")]
 pub(super) use handles::NewExport;
 pub(super) use handles::{Backend, ExportCommand, ExportId, ServerId};
-pub use handles::{Export, ExportOptions, ExportSource, NbdListener, NbdOptions, NbdServer, Removal};
+pub use handles::{
+    Export, ExportOptions, ExportSource, NbdListener, NbdOptions, NbdServer, NotAccepted, Removal,
+};
 
 /// How long a client may take to choose an export.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(30);
@@ -68,6 +71,9 @@ struct Server {
     closed: bool,
     /// No accept before this.
     accept_after: Timestamp,
+    /// The last accept has failed, which was told.
+    in_trouble: bool,
+    on_not_accepted: Option<NotAccepted>,
     table: Table,
     clients: usize,
     most_clients: usize,
@@ -157,7 +163,7 @@ impl Hub {
         options: NbdOptions,
         ring: &mut R,
     ) -> Result<(), Error> {
-        let NbdOptions { clients, memory, default_export, closed } = options;
+        let NbdOptions { clients, memory, default_export, closed, on_not_accepted } = options;
         let limits = ConnectionLimits::default();
         if !(1..=MAX_CLIENTS).contains(&clients) || memory < limits.piece_bytes as u64 {
             let reason = format!("{clients} clients with {memory} bytes");
@@ -179,7 +185,9 @@ impl Hub {
             accepting: false,
             closed,
             accept_after: Timestamp::default(),
-            table: Table::new(default_export),
+            in_trouble: false,
+            on_not_accepted,
+            table: Table::new(default_export, clients),
             clients: 0,
             most_clients: clients,
             shared: SharedBytes::new(usize::try_from(memory).unwrap_or(usize::MAX)),
@@ -269,6 +277,7 @@ impl Hub {
             Ok(Output::Accepted(socket)) if server.stopping.is_some() => ring.remove_socket(socket),
             Ok(Output::Accepted(socket)) => {
                 server.clients += 1;
+                server.in_trouble = false;
                 let place = self.clients.vacant_entry();
                 let connection = Connection::new(ConnectionLimits::default(), server.shared.clone());
                 let client = place.key();
@@ -279,7 +288,7 @@ impl Hub {
             Ok(other) => unreachable!("an accept gave {other:?}"),
             Err(errno) => {
                 if server.stopping.is_none() {
-                    tracing::warn!(%errno, "cannot accept a client");
+                    server.not_accepted(errno);
                 }
                 server.accept_after = now.after(ACCEPT_PAUSE);
             }
@@ -383,6 +392,18 @@ impl Hub {
 }
 
 impl Server {
+    /// An accept has failed: somebody waits, or was closed.
+    fn not_accepted(&mut self, errno: Errno) {
+        tracing::warn!(%errno, "cannot accept a client");
+        if std::mem::replace(&mut self.in_trouble, true) {
+            return;
+        }
+        let error = Error::io(Operation::Export, "a client", None, errno);
+        if let Some(call) = &self.on_not_accepted {
+            call.tell(&error);
+        }
+    }
+
     fn wants_clients(&self) -> bool {
         !self.closed && self.stopping.is_none() && self.clients < self.most_clients
     }

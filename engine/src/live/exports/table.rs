@@ -39,12 +39,15 @@ pub(super) struct Table {
     entries: BTreeMap<Arc<str>, Entry>,
     /// The export for those who ask for none by name.
     default: Option<String>,
+    /// Whether a client may come in more than once.
+    many: bool,
 }
 
 impl Table {
-    /// An empty one.
-    pub(super) fn new(default: Option<String>) -> Self {
-        Self { entries: BTreeMap::new(), default }
+    /// An empty one, of a server that takes so many clients at a time. Where that is one, nobody is told that he may come in again: he would
+    /// wait for himself to leave.
+    pub(super) fn new(default: Option<String>, most_clients: usize) -> Self {
+        Self { entries: BTreeMap::new(), default, many: most_clients > 1 }
     }
 
     /// Add one.
@@ -55,6 +58,7 @@ impl Table {
         let NewExport { id, name, description, length, writable, trim, backend, hold, on_gone } = new;
         let mut export = Export::new(name, length, !writable)?.describe(description)?;
         export.features.trim = trim;
+        export.features.multi_conn &= self.many;
         let name = Arc::clone(export.name());
         if self.entries.contains_key(&name) {
             let reason = "an export of that name is there already";

@@ -1,0 +1,133 @@
+//! Those who write by themselves, turn by turn, over the simulated ring: futures that are polled when it suits.
+
+use std::future::Future;
+use std::num::NonZeroU64;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use super::GroupFailure;
+use super::admission::{Attempt, Permit};
+use super::carrier::IoRequest;
+use super::jobs::JobId;
+use super::sim::{SimBeginWrite, SimJob};
+use super::turns_tests::{Bench, CLUSTER, LENGTH, PATIENCE};
+use crate::error::Error;
+use crate::modes::ErrorPolicy;
+use crate::ring::sim::{Disk, DiskTraits};
+use crate::units::{ByteRange, ClusterRange, Speed};
+
+/// What one who writes by himself has; he is not woken.
+fn poll(write: &mut SimBeginWrite) -> Option<Result<Permit, Error>> {
+    match Pin::new(write).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(permit) => Some(permit),
+        Poll::Pending => None,
+    }
+}
+
+impl Bench {
+    /// Have a permit that was waited for long enough: all that it waits for has come.
+    fn permit(&mut self, mut write: SimBeginWrite) -> Permit {
+        let permit = self.turn_until(|_| poll(&mut write));
+        permit.expect("nothing fails")
+    }
+
+    /// Two copies of the disk with these time-outs, whose sweeps get nowhere.
+    fn two_slow_jobs(&mut self, timeouts: [Duration; 2]) -> Vec<JobId> {
+        let target = Disk::sparse(usize::try_from(LENGTH).unwrap(), DiskTraits::default());
+        self.world.borrow_mut().add_disk(target);
+        let [first, second] = timeouts.map(|timeout| self.job(ErrorPolicy::Report, Some(timeout)));
+        let jobs = vec![first, SimJob { target: 2, ..second }];
+        let (handles, started) = self.engine.start(jobs, GroupFailure::GoOn, PATIENCE);
+        for handle in &handles {
+            handle.set_speed(NonZeroU64::new(1).map(Speed)).unwrap();
+        }
+        self.turn_until(|_| started.take()).unwrap()
+    }
+
+    fn discard(&mut self, cluster: u64) {
+        let range = ByteRange::new(cluster * CLUSTER, CLUSTER);
+        let discard = self.engine.io(&self.disk, IoRequest::Discard { range });
+        assert!(self.turn_until(|_| discard.take()).result.is_ok());
+    }
+
+    fn holds(&self, cluster: u64, byte: u8) -> bool {
+        let bytes =
+            usize::try_from(cluster * CLUSTER).unwrap()..usize::try_from((cluster + 1) * CLUSTER).unwrap();
+        self.world.borrow_mut().disk(0).view()[bytes].iter().all(|&here| here == byte)
+    }
+}
+
+/// The barrier of a start that gives up. `first`: he had discards forgotten before it was up.
+#[test]
+fn what_is_discarded_while_a_guest_waits_at_a_barrier_is_discarded_before_his_write() {
+    for first in [true, false] {
+        let mut bench = Bench::new();
+        let (handle, started) = bench.ask_for(bench.job(ErrorPolicy::Report, None), PATIENCE);
+        handle.set_speed(NonZeroU64::new(1).map(Speed)).unwrap();
+        let id = bench.turn_until(|_| started.take()).unwrap()[0];
+        let copied = bench.engine.copy(id, ClusterRange::new(10, 11));
+        assert!(bench.turn_until(|_| copied.take()).is_ok());
+        bench.discard(15);
+        let range = ByteRange::new(10 * CLUSTER, CLUSTER);
+        let Attempt::Granted(held) = bench.engine.attempt(&bench.disk, range) else { panic!("it is copied") };
+        let mut write = bench.engine.begin_write(&bench.disk, range);
+        if first {
+            assert!(poll(&mut write).is_none(), "one is put off");
+            bench.turn();
+        }
+        let timeout = Duration::from_millis(100);
+        let (_, starts) = bench.ask_for(bench.job(ErrorPolicy::Report, None), timeout);
+        bench.turn();
+        assert!(poll(&mut write).is_none(), "the barrier is up");
+        bench.discard(10);
+        // What comes with the barrier's coming down is on the ring then, and has not happened.
+        assert!(bench.turn_until_with(|bench| bench.engine.act().and_then(|_| starts.take())).is_err());
+        let permit = bench.permit(write);
+        bench.world.borrow_mut().disk(0).fill(range.offset, &[9; 8192]);
+        drop((permit, held));
+        handle.cancel().unwrap();
+        bench.turn_for(timeout);
+        assert!(bench.holds(10, 9), "first: {first}");
+        assert!(bench.holds(15, 0), "first: {first}");
+    }
+}
+
+/// Two jobs, of which the second could not copy while the first did; and a guest who is in no hurry.
+#[test]
+fn between_an_answer_and_the_next_question_nobodys_time_goes_by() {
+    for pause in [Duration::ZERO, Duration::from_secs(10)] {
+        let mut bench = Bench::new();
+        let timeout = Duration::from_millis(500);
+        let ids = bench.two_slow_jobs([timeout, timeout]);
+        // All slots of the second are taken.
+        bench.world.borrow_mut().disk(2).set_stuck();
+        let many = bench.engine.copy(ids[1], ClusterRange::new(1, 9));
+        bench.turn_for(Duration::from_millis(5));
+        let range = ByteRange::new(15 * CLUSTER, 1);
+        let mut write = bench.engine.begin_write(&bench.disk, range);
+        assert!(poll(&mut write).is_none());
+        bench.turn_for(Duration::from_millis(100));
+        bench.world.borrow_mut().disk(2).set_free();
+        drop(many);
+        bench.turn_for(pause);
+        assert!(bench.engine.jobs().count() == 2 && poll(&mut write).is_none(), "the second has not copied");
+        drop(bench.permit(write));
+        assert_eq!(bench.engine.jobs().filter(|job| !job.fails).count(), 2, "{pause:?}");
+    }
+}
+
+/// The time for which they were asked together is that of both.
+#[test]
+fn time_for_which_jobs_were_asked_together_goes_by_for_both() {
+    let mut bench = Bench::new();
+    bench.two_slow_jobs([400, 500].map(Duration::from_millis));
+    bench.world.borrow_mut().disk(1).set_stuck();
+    bench.world.borrow_mut().disk(2).set_stuck();
+    let before = bench.engine.now();
+    let write = bench.engine.begin_write(&bench.disk, ByteRange::new(15 * CLUSTER, 1));
+    drop(bench.permit(write));
+    let waited = bench.engine.now().since(before);
+    assert!(waited >= Duration::from_millis(500) && waited < Duration::from_millis(550), "{waited:?}");
+    assert!(bench.engine.jobs().all(|job| job.fails), "both have waited for too long");
+}
