@@ -340,7 +340,7 @@ mod tests {
     fn connections_over_tcp_are_set_up_for_replies_and_for_peers_that_vanish() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let mut sockets = Sockets::new(3, Waiting::Never);
+        let mut sockets = Sockets::new(4, Waiting::Never);
         let listener = sockets.add(listener.into()).unwrap();
         let peer = std::net::TcpStream::connect(address).unwrap();
         let accepted = sockets.accept(listener).unwrap();
