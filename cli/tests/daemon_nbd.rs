@@ -295,7 +295,7 @@ fn the_operator_hears_what_guests_felt() {
     });
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     let told = support::json(&output);
-    let guests = &told["report"]["guests"];
+    let guests = &told["guests"];
     for phase in ["before", "during", "after"] {
         let felt = &guests[phase];
         let requests = felt["requests"].as_u64().expect("a number");

@@ -11,7 +11,7 @@ use std::process::Output;
 use kernel::LoopDevice;
 use serde_json::json;
 use support::qmp::Daemon;
-use support::{code, dense, directory, run_in, same, stderr};
+use support::{Running, code, dense, directory, run_in, same, stderr};
 
 const LENGTH: usize = 4 << 20;
 
@@ -94,6 +94,63 @@ fn what_shares_its_bytes_with_an_idle_disk_is_no_target() {
     let (a, b) = (a.expect("read"), b.expect("read"));
     assert!(a == b[..LENGTH], "the first is the copy");
     assert!(b[LENGTH..] == std::fs::read(&before).expect("read")[LENGTH..], "the second is as it was");
+}
+
+#[test]
+fn disks_that_share_bytes_are_refused_at_the_start() {
+    if !kernel::is_root() {
+        return;
+    }
+    let there = directory();
+    let file = there.path().join("a.img");
+    dense(&file, 2 * LENGTH, 1);
+    // As a disk with two partitions.
+    let (first, second) = (
+        LoopDevice::with(&file, &["--sizelimit", &LENGTH.to_string()]),
+        LoopDevice::with(&file, &["--offset", &LENGTH.to_string()]),
+    );
+    // One that begins all the same would not end.
+    let start = |a: &str, b: &str| {
+        let (a, b) = (format!("vda={a}"), format!("vdb={b}"));
+        let arguments = ["daemon", "--qmp", "unix:qmp.sock", "--disk", &a, "--disk", &b];
+        Running::program(there.path(), &arguments).end()
+    };
+    for part in [first.text(), second.text()] {
+        for (a, b) in [("a.img", part), (part, "a.img")] {
+            let (code, _, messages) = start(a, b);
+            let told = "--disk vda and --disk vdb share their bytes; give one of them";
+            assert!(code == 2 && messages.contains(told), "{a} {b}: {messages}");
+        }
+    }
+    // What lies side by side shares nothing.
+    let disks = ["--disk", &format!("vda={}", first.text()), "--disk", &format!("vdb={}", second.text())];
+    let daemon = Daemon::start(there.path(), &disks);
+    daemon.client().ok("quit", json!({}));
+}
+
+/// Nobody is disconnected for an honest question.
+#[test]
+fn all_nodes_are_told_however_long_their_paths_are() {
+    let there = directory();
+    let directory = there.path().join(vec!["x".repeat(200); 18].join("/"));
+    std::fs::create_dir_all(&directory).expect("made");
+    let disk = directory.join("disk.img");
+    dense(&disk, 4096, 1);
+    let daemon = Daemon::start(there.path(), &[]);
+    let mut client = daemon.client();
+    let file = json!({ "driver": "file", "node-name": "disk", "filename": disk.display().to_string() });
+    client.ok("blockdev-add", file);
+    for number in 1..1024 {
+        let name = format!("over{number}");
+        client.ok("blockdev-add", json!({ "driver": "raw", "node-name": name, "file": "disk" }));
+    }
+    let nodes = client.ok("query-named-block-nodes", json!({}));
+    assert_eq!(nodes.as_array().map(Vec::len), Some(1024));
+    assert!(nodes.to_string().len() > 7 << 20, "more than may wait of events");
+    client.ok("query-version", json!({}));
+    let output =
+        run_in(there.path(), &["backup", "--qmp", "qmp.sock", "--disk", "none", "--target", "y.img"]);
+    refused(&output, "the daemon has no disk none; it has: ");
 }
 
 #[test]

@@ -43,7 +43,10 @@ fn a_backup_is_the_disk_and_leaves_nothing_behind() {
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     let told = object(&output);
     assert_eq!((&told["result"], &told["exit_code"]), (&json!("complete"), &json!(0)));
-    assert_eq!(told["report"]["done"], LENGTH);
+    assert_eq!(
+        (&told["bytes"], &told["done"], &told["skipped_bytes"]),
+        (&json!(LENGTH), &json!(LENGTH), &json!(0))
+    );
     assert!(same(&there.path().join("disk.img"), &there.path().join("copy.img")));
     let mut client = daemon.client();
     assert_eq!(client.ok("query-jobs", json!({})), json!([]));
@@ -216,6 +219,9 @@ fn a_signal_or_somebody_else_cancels() {
         assert_eq!(code, wanted, "{messages}");
         let told: Value = serde_json::from_str(&output).expect("JSON");
         assert_eq!(told["result"], "cancelled");
+        assert_eq!(told["signal"], signal.map_or(Value::Null, |name| json!(format!("SIG{name}"))));
+        let error = if signal.is_some() { Value::Null } else { json!("cancelled") };
+        assert_eq!(told["error"]["kind"], error);
         assert!(!there.path().join("copy.img").exists(), "{messages}");
         assert!(jobs(there.path()).is_empty());
     }

@@ -35,6 +35,34 @@ fn a_file_as_json() {
     assert_eq!(object["io_uring"]["available"] == true, object["io_uring"]["reason"].is_null());
 }
 
+/// It is a hint, never a guess: what is copied are the bytes as they are.
+#[test]
+fn contents_that_begin_like_an_image_are_hinted_at() {
+    let there = directory();
+    let hint = "the contents begin like a qcow2 image; it is treated as raw here";
+    for (name, start, begins) in
+        [("image", &b"QFI\xfb"[..], true), ("nearly", b"QFI\xfa", false), ("short", b"QFI", false)]
+    {
+        let mut bytes = start.to_vec();
+        if name != "short" {
+            bytes.resize(100_000, 7);
+        }
+        fs::write(there.path().join(name), &bytes).expect("written");
+        let text = stdout(&run_in(there.path(), &["info", name]));
+        assert_eq!(text.lines().filter(|line| line.contains(hint)).count(), usize::from(begins), "{text}");
+        assert!(text.contains("raw (as given"), "{text}");
+        let object = json(&run_in(there.path(), &["info", "--json", name]));
+        assert_eq!(object["begins_like"], if begins { "qcow2".into() } else { serde_json::Value::Null });
+        assert_eq!(object["format"], "raw");
+        let copy = format!("{name}.copy");
+        let output = run_in(there.path(), &["copy", name, &copy]);
+        assert_eq!(code(&output), 0, "{}", stderr(&output));
+        let told = stderr(&output).lines().filter(|line| line.contains(&format!("{name}: {hint}"))).count();
+        assert_eq!(told, usize::from(begins), "{}", stderr(&output));
+        assert!(fs::read(there.path().join(&copy)).expect("read") == bytes);
+    }
+}
+
 fn blocks(metadata: fs::Metadata) -> u64 {
     std::os::unix::fs::MetadataExt::blocks(&metadata) * 512
 }

@@ -4,9 +4,11 @@ use std::fs;
 use std::num::NonZeroU64;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use engine::error::ErrorKind;
 use engine::job::{JobEvent, JobHandle, Observer, Outcome, Status};
 use engine::live::{BackupOptions, DiskOptions, Engine, EngineOptions, GroupFailure, LiveDisk};
 use engine::modes::SyncMode;
@@ -232,4 +234,26 @@ fn all_are_finalized_by_one() {
     }
     assert!(fs::read(fixture.path("a")).unwrap() == fixture.contents);
     assert!(fs::read(fixture.path("b")).unwrap() == fixture.contents);
+}
+
+#[test]
+fn a_start_that_nobody_wants_any_more_touches_nothing() {
+    let fixture = Fixture::new();
+    fs::write(fixture.path("old"), b"old contents").unwrap();
+    let onto = |name: &str| BackupOptions {
+        force: true,
+        ..BackupOptions::new(fixture.path(name).display().to_string())
+    };
+    let unwanted = AtomicBool::new(true);
+    for name in ["old", "new"] {
+        let disks = [(fixture.disk.clone(), onto(name))];
+        let start = fixture.engine.start_group_unless(&disks, GroupFailure::GoOn, PATIENCE, &unwanted);
+        assert_eq!(start.unwrap_err().kind(), ErrorKind::Cancelled, "{name}");
+    }
+    assert_eq!(fs::read(fixture.path("old")).unwrap(), b"old contents");
+    assert!(!fixture.path("new").exists());
+    // Its locks and its room are free again.
+    let backup = fixture.engine.start_backup(&fixture.disk, &onto("old")).unwrap();
+    assert!(matches!(backup.job.wait().outcome, Outcome::Complete));
+    assert!(fs::read(fixture.path("old")).unwrap() == fixture.contents);
 }

@@ -4,7 +4,7 @@
 #![no_main]
 
 use engine_cli::qmp::commands::find;
-use engine_cli::qmp::session::{MAX_OUTPUT, Session};
+use engine_cli::qmp::session::{MAX_REPLY, Session};
 use engine_cli::qmp::{QmpError, check};
 use libfuzzer_sys::fuzz_target;
 use serde_json::{Value, json};
@@ -23,7 +23,7 @@ fn talk(bytes: &[u8], size: usize) -> Vec<u8> {
                 };
                 session.answer(&request, answer);
             }
-            assert!(session.output().len() <= MAX_OUTPUT);
+            assert!(session.output().len() <= MAX_REPLY);
             if session.output().is_empty() {
                 break;
             }

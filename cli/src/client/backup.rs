@@ -16,9 +16,11 @@ use crate::out;
 use crate::progress::{Meter, Snapshot};
 use crate::report::latencies::words;
 use crate::report::units::{bytes, span};
-use crate::report::{DONE, FAILED, INCOMPLETE, REFUSED, deliver};
-use crate::signals::Signalled;
+use crate::report::{DONE, FAILED, INCOMPLETE, REFUSED, backup, deliver};
+use crate::signals::{Ending, Signalled};
 
+/// How the JSON object of a copy calls it.
+const SKIPPED: &str = "complete_with_skipped";
 /// How often the job is looked at.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -60,10 +62,15 @@ pub(crate) fn run(args: &BackupArgs, logging: bool) -> u8 {
     if !args.output.json {
         return ended.code;
     }
-    let object = json!({
-        "command": "backup", "result": ended.result, "disk": args.disk, "target": args.target,
-        "bytes": ended.last["len"], "report": ended.last["x-report"], "error": ended.error,
-        "exit_code": ended.code,
+    let by_signal = signalled.ending().filter(|_| ended.result == "cancelled");
+    let object = backup::json(&backup::Ended {
+        disk: &args.disk,
+        target: &args.target,
+        result: ended.result,
+        error: ended.error.as_deref(),
+        signal: by_signal.map(Ending::name),
+        last: &ended.last,
+        exit_code: ended.code,
     });
     deliver(&object, ended.code)
 }
@@ -76,7 +83,7 @@ fn lines(args: &BackupArgs, ended: &Ended) -> Vec<String> {
         let (target, disk) = (&args.target, &args.disk);
         let held = bytes(count("done"));
         lines.push(format!("{target} keeps the old contents of {held} of {disk}, which guests changed"));
-    } else if ended.result == "complete" || ended.result == "skipped" {
+    } else if matches!(ended.result, "complete" | SKIPPED) {
         let time = span(Duration::from_secs_f64(report["seconds"].as_f64().unwrap_or(0.0)));
         lines.push(format!("{}: {} of {} backed up in {time}", args.target, bytes(count("done")), args.disk));
     }
@@ -102,7 +109,7 @@ fn back_up(
     let mut client = Client::connect(&args.socket.path)?;
     check_disk(&mut client, &args.disk)?;
     let mut ended = follow(&mut client, args, signalled, meter, last)?;
-    if matches!(ended.result, "complete" | "skipped") {
+    if matches!(ended.result, "complete" | SKIPPED) {
         watch_after(&mut client, args, signalled, &mut ended);
     }
     Ok(ended)
@@ -296,7 +303,7 @@ fn completed(data: &Value) -> Ended {
     let left_out = data["x-report"]["skipped-bytes"].as_u64().unwrap_or(0) > 0;
     let (result, code) = match &error {
         None => ("complete", DONE),
-        Some(_) if left_out => ("skipped", INCOMPLETE),
+        Some(_) if left_out => (SKIPPED, INCOMPLETE),
         Some(_) => ("failed", FAILED),
     };
     Ended { result, code, error: error.filter(|_| code == FAILED), last: data.clone(), told: 0 }

@@ -1,4 +1,5 @@
-//! `blockdev-backup`, `x-backup` and `transaction`: what is asked for becomes jobs of the engine, all at one instant or none.
+//! `blockdev-backup`, `x-backup` and `transaction`: what is asked for becomes jobs of the engine, all at one instant or none. This is what can be told
+//! without a look at a path; `starting` does the rest.
 //!
 //! # Targets
 //! A node is overwritten where it is, as with QEMU: it has to be as long as the source. Of a path (`x-backup`) the engine makes a target as `copy` does:
@@ -6,8 +7,8 @@
 //! succeed. No client can do that from outside without changing a file that is then refused.
 //!
 //! # Order
-//! Each action is checked in turn, against the nodes and jobs as they are and against those before it. Only when all are fine is the engine
-//! asked, which checks the rest (locks, sizes, room) before it touches any target. A client hears of a job `created` for each action
+//! Each action is checked in turn, against the nodes and jobs as they are and against those before it. Only when all are fine are paths looked at, and is the
+//! engine asked, which checks the rest (locks, sizes, room) before it touches any target. A client hears of a job `created` for each action
 //! that was fine, and when the whole does not come about, of its end; nothing was copied then, and no target touched.
 
 use std::num::NonZeroU64;
@@ -22,22 +23,23 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::control::Control;
-use super::jobs::{Job, MAX_JOBS};
+use super::errands::Carried;
+use super::jobs::MAX_JOBS;
 use super::mailbox::JobSerial;
 use super::nodes::{SECTOR, busy, is_well_formed};
 use crate::qmp::{Arguments, QmpError};
 
 /// How long guests may wait, at the start, for writes that are under way.
-const START_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const START_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most jobs of one transaction.
 const MAX_ACTIONS: usize = 64;
 
 /// What `blockdev-backup` and `x-backup` take; checked before.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-struct Asked {
+pub(super) struct Asked {
     #[serde(default)]
-    job_id: String,
+    pub(super) job_id: String,
     device: String,
     /// A node; empty where `path` is given.
     #[serde(default)]
@@ -47,7 +49,7 @@ struct Asked {
     force: bool,
     sync: String,
     #[serde(default)]
-    speed: i64,
+    pub(super) speed: i64,
     #[serde(default = "report")]
     on_source_error: String,
     #[serde(default = "report")]
@@ -56,10 +58,10 @@ struct Asked {
     #[serde(default)]
     cbw_timeout: u32,
     #[serde(default = "yes")]
-    auto_finalize: bool,
+    pub(super) auto_finalize: bool,
     #[serde(default = "yes")]
-    auto_dismiss: bool,
-    filter_node_name: Option<String>,
+    pub(super) auto_dismiss: bool,
+    pub(super) filter_node_name: Option<String>,
     x_perf: Option<Perf>,
     x_fleece: Option<Fleece>,
 }
@@ -113,13 +115,13 @@ struct Properties {
 }
 
 /// A job that was checked.
-struct Planned {
-    asked: Asked,
-    serial: JobSerial,
-    source: String,
+pub(super) struct Planned {
+    pub(super) asked: Asked,
+    pub(super) serial: JobSerial,
+    pub(super) source: String,
     /// The node, if it is one.
-    target: Option<String>,
-    options: BackupOptions,
+    pub(super) target: Option<String>,
+    pub(super) options: BackupOptions,
 }
 
 fn refuse<T>(text: impl Into<String>) -> Result<T, QmpError> {
@@ -128,13 +130,13 @@ fn refuse<T>(text: impl Into<String>) -> Result<T, QmpError> {
 
 impl Control {
     /// `blockdev-backup` and `x-backup`.
-    pub(super) fn backup(&mut self, arguments: &Arguments) -> Result<Value, QmpError> {
+    pub(super) fn backup(&mut self, arguments: &Arguments) -> Result<Carried, QmpError> {
         let planned = self.plan(arguments, &[])?;
         self.start(vec![planned], GroupFailure::GoOn)
     }
 
     /// `transaction`.
-    pub(super) fn transaction(&mut self, arguments: &Arguments) -> Result<Value, QmpError> {
+    pub(super) fn transaction(&mut self, arguments: &Arguments) -> Result<Carried, QmpError> {
         let asked: Transaction = decode(arguments)?;
         if asked.actions.len() > MAX_ACTIONS {
             return refuse(format!("{MAX_ACTIONS} actions are the most in a transaction"));
@@ -156,11 +158,11 @@ impl Control {
                 }
             }
         }
-        if planned.is_empty() { Ok(json!({})) } else { self.start(planned, on_failure) }
+        if planned.is_empty() { Ok(Carried::Out(json!({}))) } else { self.start(planned, on_failure) }
     }
 
     /// Jobs that were fine and do not come about, for another's sake.
-    fn tell_aborted(&mut self, planned: &[Planned]) {
+    pub(super) fn tell_aborted(&mut self, planned: &[Planned]) {
         let now = SystemTime::now();
         for job in planned {
             self.tell_status(now, &job.asked.job_id, Status::Created);
@@ -179,7 +181,7 @@ impl Control {
         let (source, length) = (nodes.bottom_of(&asked.device)?, nodes.length_of(&asked.device)?);
         let target = match &asked.path {
             Some(path) => {
-                self.check_path(path)?;
+                check_absolute("path", path)?;
                 None
             }
             None => Some(nodes.bottom_of(&asked.target)?),
@@ -232,29 +234,15 @@ impl Control {
         Ok(Planned { serial: self.jobs.next_serial(), asked, source, target, options })
     }
 
-    /// What the engine cannot know of a target's path.
-    fn check_path(&self, path: &str) -> Result<(), QmpError> {
-        check_absolute("path", path)?;
-        self.check_no_claim(path, "target")
-    }
-
-    /// No disk of the daemon is overwritten because its path is given where no node is meant. Nobody may use it at present, and then
-    /// no lock would tell.
-    fn check_no_claim(&self, path: &str, what_for: &str) -> Result<(), QmpError> {
-        match self.nodes.claim_on(path) {
-            Some(claim) => refuse(format!("{claim}; choose another {what_for}")),
-            None => Ok(()),
-        }
-    }
-
     fn check_job_id(&self, id: &str, before: &[Planned]) -> Result<(), QmpError> {
         if !is_well_formed(id) {
             return refuse(format!("Invalid job ID '{id}'"));
         }
-        if self.jobs.by_id(id).is_ok() || before.iter().any(|other| other.asked.job_id == id) {
+        let taken = self.jobs.by_id(id).is_ok() || self.starting(id).is_some();
+        if taken || before.iter().any(|other| other.asked.job_id == id) {
             return refuse(format!("Job ID '{id}' already in use"));
         }
-        if self.jobs.list.len() + before.len() >= MAX_JOBS {
+        if self.jobs.list.len() + self.count_starting() + before.len() >= MAX_JOBS {
             return refuse(format!("{MAX_JOBS} jobs are the most; dismiss some"));
         }
         Ok(())
@@ -265,7 +253,6 @@ impl Control {
             None => None,
             Some(fleece) => {
                 check_absolute("x-fleece.path", &fleece.path)?;
-                self.check_no_claim(&fleece.path, "fleece file")?;
                 let mut options = FleeceOptions::new(fleece.path.clone());
                 if let Some(size) = fleece.size {
                     options.size = u64::try_from(size).map_err(|_| {
@@ -304,77 +291,9 @@ impl Control {
             fleece,
             ..BackupOptions::new(match &asked.path {
                 Some(path) => path.clone(),
-                None => self.nodes.locator_of(&asked.target)?,
+                None => self.nodes.site_of(&asked.target)?.locator().to_owned(),
             })
         })
-    }
-
-    fn start(&mut self, planned: Vec<Planned>, on_failure: GroupFailure) -> Result<Value, QmpError> {
-        let mut disks = Vec::new();
-        let mut opened = Ok(());
-        for job in &planned {
-            match self.nodes.use_disk(&self.engine, &job.source) {
-                Ok(disk) => {
-                    let observer = Some(self.mailbox.post().observer(job.serial));
-                    disks.push((disk, BackupOptions { observer, ..job.options.clone() }));
-                }
-                Err(error) => {
-                    opened = Err(error);
-                    break;
-                }
-            }
-        }
-        let began = SystemTime::now();
-        let started = opened.and_then(|()| {
-            let started = self.engine.start_group(&disks, on_failure, START_TIMEOUT);
-            started.map_err(|error| QmpError::generic(error.to_string()))
-        });
-        let used = disks.len();
-        drop(disks);
-        let backups = match started {
-            Ok(backups) => backups,
-            Err(error) => {
-                planned[..used].iter().for_each(|job| self.nodes.release(&job.source));
-                if planned.len() > 1 {
-                    self.tell_aborted(&planned);
-                }
-                return Err(error);
-            }
-        };
-        for (job, backup) in planned.into_iter().zip(backups) {
-            let Planned { asked, serial, source, target, options } = job;
-            if let Some(target) = &target {
-                self.nodes.set_target(target, true);
-            }
-            if let Some(filter) = &asked.filter_node_name {
-                self.nodes.add_filter(filter, &source);
-            }
-            for notice in &backup.notices {
-                crate::out::say(format_args!("job {}: {notice}", asked.job_id));
-            }
-            self.tell_status(began, &asked.job_id, Status::Created);
-            self.jobs.list.push(Job {
-                serial,
-                id: asked.job_id,
-                handle: backup.job,
-                snapshot: backup.snapshot,
-                source,
-                target,
-                filter: asked.filter_node_name,
-                status: Status::Created,
-                failure: None,
-                cluster: options.cluster_size.bytes(),
-                speed: asked.speed,
-                auto_finalize: asked.auto_finalize,
-                auto_dismiss: asked.auto_dismiss,
-                released: false,
-                notices: backup.notices,
-                pause_logged: false,
-            });
-        }
-        // What has happened since the start comes after what was just told.
-        self.look_into_mailbox();
-        Ok(json!({}))
     }
 }
 

@@ -3,6 +3,8 @@
 //! # Model
 //! Everything here happens on the control thread, one command after the other, so nothing needs a lock. What other threads have to say comes by
 //! the [`Mailbox`] and becomes events; it is looked into before each command, so a command sees what its client could have heard of.
+//! What a command has to open is opened in a thread of its own, and the command finished when that is back (`errands`): a path that does not
+//! answer keeps nobody but its own client.
 //!
 //! # Waiting
 //! A few commands take hold on the ring thread a moment later: a pause, a cancel, a finalize. Their replies wait for that as QEMU's do, but
@@ -15,8 +17,9 @@ use engine::live::Engine;
 use engine::units::Speed;
 use serde_json::{Value, json};
 
+use super::errands::{Carried, Errands};
 use super::exports::Exports;
-use super::jobs::{Jobs, log_error};
+use super::jobs::{Job, Jobs, log_error};
 use super::mailbox::{Happening, JobSerial, Letter, Mailbox};
 use super::nodes::Nodes;
 use super::serving::Serving;
@@ -29,6 +32,8 @@ use crate::report::latencies::numbers;
 pub(super) const PATIENCE: Duration = Duration::from_millis(100);
 /// How long the end of the daemon waits for its jobs.
 const QUIT_PATIENCE: Duration = Duration::from_secs(30);
+/// How long it waits for paths that are being opened. A start that nothing hinders takes no longer: its instant is looked for twice at most.
+const PATHS_PATIENCE: Duration = Duration::from_secs(10);
 
 /// See the module's header.
 pub(super) struct Control {
@@ -37,6 +42,7 @@ pub(super) struct Control {
     pub(super) jobs: Jobs,
     pub(super) serving: Serving,
     pub(super) mailbox: Mailbox,
+    pub(super) errands: Errands,
     /// Events that were not sent yet.
     events: Vec<Value>,
     quitting: bool,
@@ -56,6 +62,7 @@ impl Control {
             jobs: Jobs::default(),
             serving: Serving::new(exports, most_connections),
             mailbox: Mailbox::new()?,
+            errands: Errands::default(),
             events: Vec::new(),
             quitting: false,
             death: None,
@@ -77,8 +84,8 @@ impl Control {
         std::mem::take(&mut self.events)
     }
 
-    /// Carry out a command.
-    pub(super) fn execute(&mut self, name: &str, arguments: &Arguments) -> Result<Value, QmpError> {
+    /// Carry out a command, or begin to.
+    pub(super) fn execute(&mut self, name: &str, arguments: &Arguments) -> Result<Carried, QmpError> {
         let Some(command) = find(name) else {
             return Err(QmpError::not_found(format!("The command {name} has not been found")));
         };
@@ -86,7 +93,11 @@ impl Control {
         self.look_into_mailbox();
         let text = |name: &str| arguments.get(name).and_then(Value::as_str).unwrap_or_default();
         let nothing = |done: Result<(), QmpError>| done.map(|()| json!({}));
-        match name {
+        let done = match name {
+            "blockdev-add" => return self.add_node(arguments),
+            "block-export-add" => return self.add_export(arguments),
+            "blockdev-backup" | "x-backup" => return self.backup(arguments),
+            "transaction" => return self.transaction(arguments),
             "query-version" => Ok(version()),
             "query-commands" => Ok(query_commands()),
             "query-qmp-schema" => Ok(query_qmp_schema()),
@@ -94,27 +105,45 @@ impl Control {
                 self.quit();
                 Ok(json!({}))
             }
-            "blockdev-add" => nothing(self.nodes.add(arguments)),
             "blockdev-del" => nothing(self.nodes.remove(text("node-name"))),
             "query-named-block-nodes" => Ok(self.nodes.query()),
             "nbd-server-start" => nothing(self.start_server(arguments)),
             "nbd-server-stop" => nothing(self.stop_server()),
-            "block-export-add" => nothing(self.add_export(arguments)),
             "block-export-del" => nothing(self.remove_export(text("id"), text("mode") == "hard")),
             "query-block-exports" => Ok(self.serving.query()),
-            "blockdev-backup" | "x-backup" => self.backup(arguments),
-            "transaction" => self.transaction(arguments),
-            "query-jobs" => Ok(self.jobs.newest_first().map(super::jobs::Job::query).collect()),
-            "query-block-jobs" => Ok(self.jobs.newest_first().map(super::jobs::Job::query_block).collect()),
+            "query-jobs" => {
+                Ok(self.query_starting(false).chain(self.jobs.newest_first().map(Job::query)).collect())
+            }
+            "query-block-jobs" => {
+                let started = self.jobs.newest_first().map(Job::query_block);
+                Ok(self.query_starting(true).chain(started).collect())
+            }
             "x-query-latencies" => self.nodes.latencies(text("node-name")).map(|felt| numbers(&felt)),
             _ => nothing(self.verb(name, arguments)),
-        }
+        };
+        done.map(Carried::Out)
     }
 
     /// A command on one job.
     fn verb(&mut self, name: &str, arguments: &Arguments) -> Result<(), QmpError> {
         let text = |name: &str| arguments.get(name).and_then(Value::as_str);
         let id = text("device").or_else(|| text("id")).unwrap_or_default();
+        if let Some(start) = self.starting(id) {
+            // With another verb it would have to be remembered.
+            let verb = name.trim_start_matches("block-").trim_start_matches("job-");
+            return match verb {
+                "cancel" => {
+                    start.call_off();
+                    Ok(())
+                }
+                "resume" => Err(QmpError::generic("Can't resume a job that was not paused")),
+                _ => {
+                    let state = Status::Created;
+                    let text = format!("Job '{id}' in state '{state}' cannot accept command verb '{verb}'");
+                    Err(QmpError::generic(text))
+                }
+            };
+        }
         let (verb, job) = match name.strip_prefix("block-job-") {
             Some(verb) => (verb, self.jobs.by_device(id)?),
             None => (name.strip_prefix("job-").unwrap_or(name), self.jobs.by_id(id)?),
@@ -175,15 +204,18 @@ impl Control {
         }
         self.quitting = true;
         self.look_into_mailbox();
+        self.call_errands_back();
         self.shut_serving_down();
         for (_, handle) in self.jobs.running() {
             // One that is ending already needs no telling.
             handle.cancel().ok();
         }
         let deadline = Instant::now() + QUIT_PATIENCE;
+        let paths_deadline = Instant::now() + PATHS_PATIENCE;
         loop {
             let running = self.jobs.running();
-            if running.is_empty() && self.serving.is_empty() {
+            let paths = !self.errands.is_empty() && Instant::now() < paths_deadline;
+            if running.is_empty() && self.serving.is_empty() && !paths {
                 break;
             }
             // A cancel that came while the end was being written down was too late; then the job waits to be finalized, at most.
@@ -199,6 +231,10 @@ impl Control {
             if let Some(letter) = self.mailbox.wait(left.min(PATIENCE)) {
                 self.open(letter);
             }
+        }
+        if !self.errands.is_empty() {
+            out::say("there are paths that do not answer; leaving what was to be opened there");
+            self.leave_errands();
         }
         let concluded: Vec<JobHandle> = self.jobs.list.iter().map(|job| job.handle.clone()).collect();
         for handle in concluded {
@@ -220,6 +256,12 @@ impl Control {
     }
 
     pub(super) fn open(&mut self, letter: Letter) {
+        if let Some(start) = letter.what.job().and_then(|job| self.errands.start_of(job)) {
+            if !start.keep(letter) {
+                self.mailbox.lose();
+            }
+            return;
+        }
         let Letter { at, what } = letter;
         match what {
             Happening::Status(serial, status) => self.on_status(serial, status, at),
@@ -241,6 +283,7 @@ impl Control {
                     self.push(at, "BLOCK_EXPORT_DELETED", json!({ "id": id }));
                 }
             }
+            Happening::Back(serial, found) => self.on_back(serial, *found),
             Happening::NotAccepted(why) => {
                 out::say(format_args!(
                     "cannot accept an NBD client: {why}; who comes waits until that is over"

@@ -1,10 +1,9 @@
 //! Sockets that the daemon listens on: made with mode 0600, taken over when nobody answers on them, removed at the end.
 //!
 //! # Order
-//! A socket is bound under a file mode mask that leaves it to its owner alone, so there is no moment at which others may
-//! connect. That mask is the whole process's for this moment; no other thread of the daemon creates files. A path where
-//! something stands is tried first: a socket on which nobody answers is left over and goes, anything else is refused. Trying never waits: where
-//! the backlog is full somebody listens.
+//! A socket has its mode before it is bound, so there is no moment at which others may connect. (A file mode mask would be the whole process's, and
+//! other threads create files.) A path where something stands is tried first: a socket on which nobody answers is left over and goes, anything else
+//! is refused. Trying never waits: where the backlog is full somebody listens.
 //!
 //! A socket that is bound and not listened on yet looks like one that is left over, and of two daemons that find the same one left over, the
 //! second would remove what the first has made. So each has a [`Claim`] on the path from its first look until it listens.
@@ -22,9 +21,10 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, fcntl};
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, connect, getsockname, socket,
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, bind, connect,
+    getsockname, listen as listen_on, socket,
 };
-use nix::sys::stat::{Mode, umask};
+use nix::sys::stat::{Mode, fchmod};
 
 /// The port of NBD.
 pub(crate) const NBD_PORT: u16 = 10809;
@@ -214,10 +214,11 @@ pub(crate) fn listen_unix(path: &Path) -> Result<(UnixListener, SocketFile), Str
 }
 
 fn bind_unix(path: &Path) -> io::Result<UnixListener> {
-    let before = umask(Mode::from_bits_truncate(0o177));
-    let bound = UnixListener::bind(path);
-    umask(before);
-    bound
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen_on(&socket, Backlog::MAXALLOWABLE)?;
+    Ok(socket.into())
 }
 
 /// Remove a socket on which nobody answers.
@@ -322,8 +323,6 @@ fn activated_count(variable: impl Fn(&str) -> Option<String>, own: u32) -> Resul
 mod tests {
     use std::os::unix::fs::PermissionsExt;
     use std::sync::Barrier;
-
-    use nix::sys::socket::{Backlog, bind};
 
     use super::*;
 
@@ -432,7 +431,7 @@ mod tests {
         let path = there.path().join("socket");
         let busy = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).expect("one");
         bind(busy.as_raw_fd(), &UnixAddr::new(&path).expect("an address")).expect("bound");
-        nix::sys::socket::listen(&busy, Backlog::new(1).expect("small")).expect("listens");
+        listen_on(&busy, Backlog::new(1).expect("small")).expect("listens");
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
         let mut waiting = Vec::new();
         loop {

@@ -1,7 +1,7 @@
 //! What other threads tell the control thread, in order, and how it wakes up for it.
 //!
 //! Senders never wait: the ring thread is one of them. What is sent is bounded by what the control thread has asked for (states of jobs,
-//! exports that are gone), but for errors under the policy `ignore`; of these at most [`MAX_ERRORS`] wait, and more are only counted.
+//! exports that are gone, errands that are back), but for errors under the policy `ignore`; of these at most [`MAX_ERRORS`] wait, and more are only counted.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -12,6 +12,9 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use engine::error::Error;
 use engine::job::{ErrorAction, JobEvent, JobResult, Observer, Status};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::errands::{ErrandSerial, Found};
+use crate::qmp::QmpError;
 
 /// Most errors that wait to be told.
 const MAX_ERRORS: usize = 1024;
@@ -35,10 +38,22 @@ pub(super) enum Happening {
     Ended(JobSerial, Box<JobResult>),
     /// An export is gone.
     ExportGone(ExportSerial),
+    /// An errand is back.
+    Back(ErrandSerial, Box<Result<Found, QmpError>>),
     /// An NBD client could not be accepted, for this reason; told once until one is accepted again.
     NotAccepted(String),
     /// The engine has died, for this reason: it carries nothing any more. Its jobs and exports are told of besides, then or later.
     EngineDied(String),
+}
+
+impl Happening {
+    /// Whose it is, if it is a job's.
+    pub(super) fn job(&self) -> Option<JobSerial> {
+        match self {
+            Self::Status(job, _) | Self::JobError { job, .. } | Self::Ended(job, _) => Some(*job),
+            Self::ExportGone(_) | Self::Back(..) | Self::NotAccepted(_) | Self::EngineDied(_) => None,
+        }
+    }
 }
 
 /// A happening and when it was.
@@ -127,6 +142,11 @@ impl Mailbox {
     /// How many errors were not told, since this was last asked.
     pub(super) fn lost(&self) -> usize {
         self.shared.lost.swap(0, Ordering::Relaxed)
+    }
+
+    /// One more error is not told.
+    pub(super) fn lose(&self) {
+        self.shared.lost.fetch_add(1, Ordering::Relaxed);
     }
 
     fn taken(&self, letter: Option<Letter>) -> Option<Letter> {

@@ -3,20 +3,23 @@
 //! | module | its idea |
 //! |---|---|
 //! | `control` | What the daemon knows and does: one thread, one command after the other. |
-//! | `nodes` | The disks by name, and who uses them. |
-//! | `backup`, `jobs`, `report` | Jobs: how they begin, what clients know of them, how they ended. |
+//! | `nodes`, `doors` | The disks by name, and who uses them; their paths, and their ways into the engine. |
+//! | `backup`, `starting`, `jobs`, `report` | Jobs: what is asked for, how they begin, what clients know of them, how they ended. |
+//! | `errands` | What is under way in threads of its own, since it touches paths. |
 //! | `serving`, `exports` | The NBD server, and the seam to the engine's. |
 //! | `monitors` | The loop: clients, signals, and what other threads tell. |
 //! | `mailbox` | What other threads tell. |
 //! | `listen`, `notify` | Sockets; the service manager. |
-//! | `same` | Disks of the command line that are one and the same. |
+//! | `same` | Disks of the command line that are one and the same, or share bytes. |
 //!
 //! The ring thread is the engine's. The control thread waits for it where a command needs its answer, never the other way round. If it dies, nothing is
 //! left to serve: the control thread is told, tells clients how their jobs ended, and the daemon ends as one that has failed.
 
 mod backup;
 mod control;
+mod doors;
 mod engine_exports;
+mod errands;
 pub(crate) mod exports;
 mod jobs;
 pub(crate) mod listen;
@@ -27,6 +30,7 @@ mod notify;
 mod report;
 mod same;
 mod serving;
+mod starting;
 #[cfg(test)]
 mod tests;
 
@@ -40,6 +44,7 @@ use std::time::Duration;
 use engine::error::Error;
 use engine::live::{Engine, EngineEnd, EngineOptions};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, Signal};
 use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
@@ -55,6 +60,7 @@ use listen::{Endpoint, Listener, activated, listen, listen_unix};
 use mailbox::{Happening, Post};
 pub(crate) use monitors::MAX_MONITORS;
 use monitors::Monitors;
+use nodes::NodeOptions;
 pub(crate) use serving::MAX_CONNECTIONS;
 
 /// Why the daemon did not start.
@@ -107,9 +113,7 @@ fn serve(args: &DaemonArgs) -> Result<u8, NotStarted> {
         let mistake = "--qmp and --nbd are the same socket; give each a path of its own";
         return Err(NotStarted::Usage(mistake));
     }
-    if let Some((a, b)) = same::same_disk(&args.disks) {
-        return Err(format!("--disk {a} and --disk {b} are the same disk; give it once").into());
-    }
+    same::refuse_same(&args.disks)?;
     let nbd = match (&args.nbd, handed_over) {
         (Some(endpoint), None) => {
             let bound = listen(endpoint)?;
@@ -207,7 +211,9 @@ fn set_up(
 ) -> Result<(), NotStarted> {
     let told = |what: &str, error: crate::qmp::QmpError| NotStarted::Refused(format!("{what}: {error}"));
     for disk in &args.disks {
-        let added = control.nodes.add_path(&disk.name, &disk.path);
+        // Nobody is there yet to be kept waiting, and a second signal ends this.
+        let options = NodeOptions::of_path(&disk.name, &disk.path);
+        let added = options.and_then(|options| control.nodes.open_and_add(&options));
         added.map_err(|error| told(&format!("--disk {}={}", disk.name, disk.path), error))?;
     }
     let Some((listener, file)) = nbd else { return Ok(()) };
@@ -223,6 +229,7 @@ fn set_up(
         let writable = !control.nodes.is_read_only(&disk.name).unwrap_or(true);
         let export = json!({ "type": "nbd", "id": disk.name, "node-name": disk.name, "writable": writable });
         let added = control.add_export(export.as_object().expect("an object"));
+        let added = added.and_then(|carried| control.finish(carried));
         added.map_err(|error| told(&format!("--disk {}={}", disk.name, disk.path), error))?;
     }
     // Clients may be waiting already: whoever had the socket handed over, or saw it appear.
@@ -240,7 +247,8 @@ const SAME_SIGNAL: Duration = Duration::from_millis(200);
 
 /// The first signal that asks for the end makes a pipe readable; a second one, a while later, ends the process inside the signal handler.
 ///
-/// A thread of its own arms the second one: the control thread may be where nothing answers, in the first open of a path on a server that is gone.
+/// A thread of its own arms the second one: the control thread may be where nothing answers, with a disk of the command line on a server that is gone.
+/// It alone hears signals: a thread that waits for a path could be the one that the system chooses, and would not get to it.
 struct Signals {
     pipe: UnixStream,
     heard: Arc<AtomicBool>,
@@ -258,9 +266,13 @@ impl Signals {
             flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&armed))?;
         }
         flag::register(SIGXFSZ, Arc::default())?;
+        let alone: SigSet = ending.iter().filter_map(|&signal| Signal::try_from(signal).ok()).collect();
         let mut coming = signal_hook::iterator::Signals::new(ending)?;
+        // Threads that are started from here on inherit it.
+        alone.thread_block()?;
         let heard = Arc::clone(&signals.heard);
         thread::Builder::new().name("signals".into()).spawn(move || {
+            alone.thread_unblock().expect("they were blocked in the same way");
             if coming.forever().next().is_none() {
                 return;
             }
@@ -271,6 +283,10 @@ impl Signals {
             armed.store(true, Ordering::SeqCst);
             if !heard.load(Ordering::SeqCst) {
                 out::say("ending has to wait for what is under way; a second signal ends at once");
+            }
+            // For the second one.
+            loop {
+                thread::park();
             }
         })?;
         Ok(signals)

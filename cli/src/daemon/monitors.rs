@@ -3,7 +3,8 @@
 //! # Model
 //! One `poll` over the listening socket, the clients, the mailbox and the pipe of signals. A client is a [`Session`] with a socket that
 //! never blocks. Whatever has happened goes to all clients as events before the next command is carried out, and the events of a command
-//! go out before its reply, as with QEMU.
+//! go out before its reply, as with QEMU. A client whose command waits for a path ([`Carried::UnderWay`]) has its reply later, and its next command is
+//! taken after that; the others go on.
 //!
 //! # Bounds
 //! [`MAX_MONITORS`] clients; whoever comes after waits to be accepted, as everybody does for a moment ([`ACCEPT_PAUSE`]) when the host has no
@@ -20,8 +21,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::Signals;
 use super::control::Control;
+use super::errands::{Carried, ErrandSerial};
 use crate::out;
-use crate::qmp::session::{MAX_INPUT, Session};
+use crate::qmp::session::{MAX_INPUT, Request, Session};
 
 /// Most clients at a time.
 pub(crate) const MAX_MONITORS: usize = 32;
@@ -36,6 +38,8 @@ struct Monitor {
     number: u64,
     stream: UnixStream,
     session: Session,
+    /// The command that is under way, with its errand.
+    awaits: Option<(ErrandSerial, Request)>,
     /// It sends no more; what it sent is still answered.
     ended: bool,
     gone: bool,
@@ -75,8 +79,12 @@ impl<'a> Monitors<'a> {
             let ready = self.wait(control)?;
             if ready.signalled {
                 self.signals.heard();
-                let jobs = if control.jobs.running().is_empty() { "" } else { ": cancelling jobs" };
-                out::say(format_args!("ending{jobs}; a second signal ends at once"));
+                let what = match (control.jobs.running().is_empty(), control.errands.is_empty()) {
+                    (false, _) => ": cancelling jobs",
+                    (true, false) => ": waiting for paths that are being opened",
+                    (true, true) => "",
+                };
+                out::say(format_args!("ending{what}; a second signal ends at once"));
                 super::notify::notify(super::notify::STOPPING);
                 control.quit();
             }
@@ -86,8 +94,12 @@ impl<'a> Monitors<'a> {
                 self.accept();
             }
             for at in 0..self.list.len() {
-                if ready.monitors.get(at).is_some_and(|readable| *readable) {
-                    self.list[at].receive();
+                let monitor = &mut self.list[at];
+                match ready.monitors.get(at) {
+                    // Nobody is there to be told, and it would be seen again and again until then.
+                    Some(Sign::Hung) if monitor.awaits.is_some() => monitor.gone = true,
+                    Some(Sign::Something | Sign::Hung) => monitor.receive(),
+                    Some(Sign::Nothing) | None => {}
                 }
                 self.serve(at, control);
             }
@@ -101,25 +113,40 @@ impl<'a> Monitors<'a> {
     /// Carry out what a client has asked for.
     fn serve(&mut self, at: usize, control: &mut Control) {
         for _ in 0..TURN {
-            if control.is_quitting() {
+            if control.is_quitting() || self.list[at].awaits.is_some() || self.list[at].gone {
                 return;
             }
             let Some(request) = self.list[at].session.next_request() else { return };
             if request.name == "quit" {
                 super::notify::notify(super::notify::STOPPING);
             }
-            let result = control.execute(&request.name, &request.arguments);
+            let result = match control.execute(&request.name, &request.arguments) {
+                Ok(Carried::UnderWay(errand)) => {
+                    self.list[at].awaits = Some((errand, request));
+                    return self.broadcast(control);
+                }
+                Ok(Carried::Out(value)) => Ok(value),
+                Err(error) => Err(error),
+            };
             self.broadcast(control);
             self.list[at].session.answer(&request, result);
         }
     }
 
-    /// Tell all clients what has happened.
+    /// Tell all clients what has happened, then those who wait for it what their commands came to.
     fn broadcast(&mut self, control: &mut Control) {
         for event in control.take_events() {
             for monitor in &mut self.list {
                 monitor.session.event(&event);
             }
+        }
+        for (errand, result) in control.errands.take_finished() {
+            let waits =
+                |monitor: &&mut Monitor| monitor.awaits.as_ref().is_some_and(|(own, _)| *own == errand);
+            // Who has left meanwhile is not told.
+            let Some(monitor) = self.list.iter_mut().find(waits) else { continue };
+            let (_, request) = monitor.awaits.take().expect("it waits");
+            monitor.session.answer(&request, result);
         }
         for monitor in self.list.iter_mut().filter(|monitor| monitor.session.is_overrun() && !monitor.gone) {
             out::say(format_args!("QMP client {} does not read its events: disconnected", monitor.number));
@@ -145,7 +172,7 @@ impl<'a> Monitors<'a> {
             }
             self.next += 1;
             let (number, session) = (self.next, Session::new());
-            self.list.push(Monitor { number, stream, session, ended: false, gone: false });
+            self.list.push(Monitor { number, stream, session, awaits: None, ended: false, gone: false });
         }
     }
 
@@ -182,9 +209,14 @@ impl<'a> Monitors<'a> {
             Err(errno) => return Err(errno.into()),
         }
         let ready = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
+        let sign = |fd: &PollFd<'_>| match fd.revents() {
+            Some(events) if events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) => Sign::Hung,
+            _ if ready(fd) => Sign::Something,
+            _ => Sign::Nothing,
+        };
         Ok(Ready {
             signalled: ready(&fds[0]),
-            monitors: fds[2..2 + monitors].iter().map(ready).collect(),
+            monitors: fds[2..2 + monitors].iter().map(sign).collect(),
             accept: accepts.is_some() && fds.last().is_some_and(ready),
         })
     }
@@ -213,8 +245,17 @@ impl<'a> Monitors<'a> {
 struct Ready {
     signalled: bool,
     /// For each client.
-    monitors: Vec<bool>,
+    monitors: Vec<Sign>,
     accept: bool,
+}
+
+/// What is to be seen of a client.
+enum Sign {
+    Nothing,
+    /// It has sent something, or reads.
+    Something,
+    /// It has closed its end altogether.
+    Hung,
 }
 
 impl Monitor {
@@ -224,7 +265,7 @@ impl Monitor {
 
     /// Whether a command could be carried out without hearing more from it.
     fn has_work(&self) -> bool {
-        self.session.has_input() && self.session.takes_requests()
+        self.awaits.is_none() && self.session.has_input() && self.session.takes_requests()
     }
 
     fn poll_fd(&self) -> PollFd<'_> {
@@ -261,7 +302,7 @@ impl Monitor {
                 Err(_) => self.gone = true,
             }
         }
-        if self.ended && !self.has_work() {
+        if self.ended && self.awaits.is_none() && !self.has_work() {
             self.gone = true;
         }
     }

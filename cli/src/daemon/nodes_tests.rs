@@ -18,7 +18,8 @@ fn path(there: &TempDir, name: &str) -> String {
 }
 
 fn add(nodes: &mut Nodes, options: Value) -> Result<(), String> {
-    nodes.add(options.as_object().expect("an object")).map_err(|error| error.text)
+    let options = NodeOptions::of(options.as_object().expect("an object"));
+    options.and_then(|options| nodes.open_and_add(&options)).map_err(|error| error.text)
 }
 
 fn file(there: &TempDir, name: &str, node: &str) -> Value {
@@ -94,14 +95,36 @@ fn nothing_stands_on_the_filter_of_a_job() {
     assert_eq!(names(&nodes), ["a"]);
 }
 
+/// A path in `there` of some 4,000 letters, and what is below it made; a file with quotes in its name.
+fn long_path(there: &TempDir, letter: &str) -> String {
+    let part = letter.repeat(200);
+    let parts = (4000 - there.path().as_os_str().len()) / 201;
+    let directory = there.path().join(vec![part; parts - 1].join("/"));
+    std::fs::create_dir_all(&directory).expect("made");
+    let file = directory.join("\"".repeat(200));
+    std::fs::write(&file, [1; 4096]).expect("written");
+    file.display().to_string()
+}
+
+#[test]
+fn a_path_that_takes_too_much_to_tell_is_refused() {
+    let there = there();
+    let mut nodes = Nodes::default();
+    let file =
+        |letter: &str| json!({ "driver": "file", "filename": long_path(&there, letter), "node-name": "a" });
+    let told = add(&mut nodes, file("\u{1}")).expect_err("six bytes for each letter");
+    assert!(told.ends_with("the path is too long to be told"), "{told}");
+    add(&mut nodes, file("x")).expect("added");
+    let told = nodes.query().to_string();
+    assert!((8000..2 * MAX_PATH_TEXT + MAX_NODE_TEXT).contains(&told.len()), "{}", told.len());
+}
+
 /// The answer to `query-named-block-nodes` of as many nodes as there may be.
 #[test]
 fn our_client_reads_what_all_nodes_come_to() {
     let there = there();
     let mut nodes = Nodes::default();
-    let long = "x".repeat(200);
-    std::fs::write(there.path().join(&long), [1; 4096]).expect("written");
-    let below = json!({ "driver": "file", "filename": path(&there, &long) });
+    let below = json!({ "driver": "file", "filename": long_path(&there, "x") });
     let name = "n".repeat(MAX_NODE_NAME);
     add(&mut nodes, json!({ "driver": "raw", "node-name": name, "file": below })).expect("added");
     let two = nodes.query();
@@ -227,26 +250,31 @@ fn a_disk_that_was_replaced_is_not_taken_for_the_one_that_was_added() {
     let mut nodes = Nodes::default();
     add(&mut nodes, file(&there, "a.img", "a")).expect("added");
     std::fs::rename(there.path().join("b.img"), there.path().join("a.img")).expect("renamed");
-    let error = nodes.locator_of("a").expect_err("it is another file");
+    let error = nodes.site_of("a").expect("there").check().expect_err("it is another file");
     assert!(error.text.contains("another file has taken its place"), "{error}");
 }
 
 #[test]
 fn a_disk_leaves_the_engine_with_its_last_reader() {
     let there = there();
-    let engine = Engine::start(&engine::live::EngineOptions::default()).expect("an engine");
+    let engine = engine::live::Engine::start(&engine::live::EngineOptions::default()).expect("an engine");
     let mut nodes = Nodes::default();
-    nodes.add_path("a", &path(&there, "a.img")).expect("added");
+    let options = NodeOptions::of_path("a", &path(&there, "a.img")).expect("options");
+    nodes.open_and_add(&options).expect("added");
     let bottom = nodes.bottom_of("a").expect("there");
-    nodes.use_disk(&engine, "a").expect("used");
-    nodes.use_disk(&engine, "a").expect("used again");
+    let door = nodes.enter("a").expect("used");
+    assert!(door.opened().is_none());
+    door.open(&engine).expect("opened");
+    let again = nodes.enter("a").expect("used again");
+    assert!(again.opened().is_some(), "it is opened once");
+    drop((door, again));
     assert_eq!(nodes.remove("a").expect_err("in use").text, "Block device a is in use");
     nodes.release(&bottom);
     assert_eq!(nodes.is_read("a"), Ok(true));
     nodes.release(&bottom);
     assert_eq!(nodes.is_read("a"), Ok(false));
     nodes.set_target(&bottom, true);
-    assert_eq!(nodes.use_disk(&engine, "a").expect_err("a target").text, busy("a").text);
+    assert_eq!(nodes.enter("a").expect_err("a target").text, busy("a").text);
     assert_eq!(nodes.remove("a").expect_err("a target").text, busy("a").text);
     nodes.set_target(&bottom, false);
     nodes.remove("a").expect("removed");

@@ -1,10 +1,13 @@
-//! Disks of the command line that are one and the same, whatever path leads there.
+//! Disks of the command line that are one and the same, whatever path leads there, or share bytes: a partition and its whole device, a loop
+//! device and the file under it.
 //!
 //! The engine opens a disk once and refuses it then; a daemon that exports nothing would open neither before the first job. So this is
 //! looked at before anything is opened. What cannot be looked at is refused by whoever opens it.
 
 use std::fs::Metadata;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use engine::storage::share_bytes;
 
 use crate::args::DiskArg;
 
@@ -26,18 +29,24 @@ pub(super) fn identity(found: &Metadata) -> Identity {
     }
 }
 
-/// The first two of `disks` that are the same, by their names.
-pub(super) fn same_disk(disks: &[DiskArg]) -> Option<(&str, &str)> {
-    let mut seen: Vec<(&str, Identity)> = Vec::new();
+/// What is wrong with the first two of `disks` that are the same or share bytes, in one line.
+pub(super) fn refuse_same(disks: &[DiskArg]) -> Result<(), String> {
+    let mut seen: Vec<(&str, Metadata)> = Vec::new();
     for disk in disks {
         let Ok(found) = std::fs::metadata(&disk.path) else { continue };
-        let own = identity(&found);
-        if let Some((other, _)) = seen.iter().find(|(name, other)| *other == own && *name != disk.name) {
-            return Some((other, &disk.name));
+        let own = &disk.name;
+        // Names given twice are refused as such.
+        for (other, before) in seen.iter().filter(|(other, _)| other != own) {
+            if identity(before) == identity(&found) {
+                return Err(format!("--disk {other} and --disk {own} are the same disk; give it once"));
+            }
+            if share_bytes(before, &found) {
+                return Err(format!("--disk {other} and --disk {own} share their bytes; give one of them"));
+            }
         }
-        seen.push((&disk.name, own));
+        seen.push((own, found));
     }
-    None
+    Ok(())
 }
 
 #[cfg(test)]
@@ -54,11 +63,11 @@ mod tests {
         std::os::unix::fs::symlink("a", path("soft")).expect("linked");
         let disk = |name: &str, file: &str| DiskArg { name: name.into(), path: path(file) };
         let disks = |second: &str| [disk("vda", "a"), disk("none", "missing"), disk("vdb", second)];
+        let told = "--disk vda and --disk vdb are the same disk; give it once";
         for second in ["a", "hard", "soft"] {
-            assert_eq!(same_disk(&disks(second)), Some(("vda", "vdb")), "{second}");
+            assert_eq!(refuse_same(&disks(second)), Err(told.into()), "{second}");
         }
-        assert_eq!(same_disk(&disks("b")), None);
-        // Names given twice are refused as such.
-        assert_eq!(same_disk(&[disk("vda", "a"), disk("vda", "a")]), None);
+        assert_eq!(refuse_same(&disks("b")), Ok(()));
+        assert_eq!(refuse_same(&[disk("vda", "a"), disk("vda", "a")]), Ok(()));
     }
 }

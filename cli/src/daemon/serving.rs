@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
+use engine::live::LiveDisk;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::control::Control;
+use super::errands::Carried;
 use super::exports::{ExportOptions, ExportSource, Exported, Exports, MAX_NAME, NbdOptions};
 use super::listen::{Endpoint, Listener, SocketFile, listen};
 use super::mailbox::{ExportSerial, Happening, JobSerial};
@@ -184,7 +186,16 @@ impl Control {
     }
 
     /// `block-export-add`.
-    pub(super) fn add_export(&mut self, arguments: &Arguments) -> Result<(), QmpError> {
+    pub(super) fn add_export(&mut self, arguments: &Arguments) -> Result<Carried, QmpError> {
+        self.export(arguments, None)
+    }
+
+    /// The same, once more when its disk is `opened`.
+    pub(super) fn export(
+        &mut self,
+        arguments: &Arguments,
+        opened: Option<LiveDisk>,
+    ) -> Result<Carried, QmpError> {
         let asked: AskedExport = decode(arguments)?;
         if !is_well_formed(&asked.id) {
             return refuse("Invalid block export id");
@@ -218,7 +229,13 @@ impl Control {
         let node = self.nodes.lasting(&asked.node_name)?.to_owned();
         let (source, job) = match &asked.x_snapshot {
             None if self.nodes.is_target(&bottom)? => return Err(busy(&asked.node_name)),
-            None => (ExportSource::Disk(self.nodes.use_disk(&self.engine, &bottom)?), None),
+            None => {
+                let door = self.nodes.enter(&bottom)?;
+                let Some(disk) = opened.or_else(|| door.opened()) else {
+                    return Ok(self.open_before_export(arguments, bottom, door));
+                };
+                (ExportSource::Disk(disk), None)
+            }
             Some(id) => {
                 let job = self.jobs.by_id(id)?;
                 if job.source != bottom || job.status.is_over() {
@@ -240,7 +257,7 @@ impl Control {
                 let id = asked.id;
                 let export = Export { serial, id, name, node, reads, job, handle, shutting_down: false };
                 self.serving.exports.push(export);
-                Ok(())
+                Ok(Carried::Out(json!({})))
             }
             Err(why) => {
                 if job.is_none() {

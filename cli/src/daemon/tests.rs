@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,10 +15,13 @@ use tempfile::TempDir;
 
 use super::Signals;
 use super::control::Control;
+use super::errands::{Carried, MAX_ERRANDS, Purpose};
 use super::exports::{ExportOptions, Exported, Exports, Gone, NbdOptions, StillInUse};
 use super::listen::Listener;
 use super::mailbox::Happening;
 use super::monitors::Monitors;
+use super::nodes::NodeOptions;
+use crate::qmp::QmpError;
 
 const LENGTH: usize = 1 << 20;
 
@@ -103,7 +106,8 @@ impl Fixture {
 
     fn run(&mut self, command: &str, arguments: Value) -> Result<Value, (String, String)> {
         let arguments = arguments.as_object().expect("an object").clone();
-        let done = self.control.execute(command, &arguments);
+        let begun = self.control.execute(command, &arguments);
+        let done = begun.and_then(|carried| self.control.finish(carried));
         self.events.extend(self.control.take_events());
         done.map_err(|error| (error.class.as_str().to_owned(), error.text))
     }
@@ -430,6 +434,36 @@ fn quitting_cancels_jobs_with_their_events() {
             .into();
         assert_eq!(own[own.len() - 4..], last.iter().collect::<Vec<_>>()[..], "{told:?}");
     }
+}
+
+#[test]
+fn errands_are_bounded_and_always_come_back() {
+    let mut fixture = Fixture::new();
+    let purpose = || Purpose::Node(NodeOptions::of_path("x", "/none").expect("options"));
+    let gate = Arc::new(Mutex::new(()));
+    let shut = gate.lock().expect("not poisoned");
+    let mut send = || {
+        let gate = Arc::clone(&gate);
+        let work = move || {
+            drop(gate.lock());
+            Err(QmpError::generic("back"))
+        };
+        fixture.control.send_off(purpose(), work)
+    };
+    let waiting: Vec<Carried> = (0..MAX_ERRANDS).map(|_| send()).collect();
+    let one_more = send();
+    let told = |told: Result<Value, QmpError>| told.expect_err("no success").text;
+    let refused = told(fixture.control.finish(one_more));
+    assert!(refused.starts_with("128 commands wait for paths to be opened"), "{refused}");
+    // Others are served meanwhile.
+    fixture.ok("query-jobs", json!({}));
+    drop(shut);
+    for carried in waiting {
+        assert_eq!(told(fixture.control.finish(carried)), "back");
+    }
+    let panics = fixture.control.send_off(purpose(), || panic!("planted"));
+    assert_eq!(told(fixture.control.finish(panics)), "internal error: see the log");
+    assert!(fixture.control.errands.is_empty());
 }
 
 #[test]

@@ -29,9 +29,9 @@ pub struct Limits {
 impl Limits {
     /// Of what is asked for: a command and its arguments.
     pub const REQUEST: Self = Self { bytes: 1 << 20, tokens: 1 << 15 };
-    /// Of what a daemon tells. Nothing is as long as the answer to `query-named-block-nodes`: these are 16 KiB and 512 tokens for each
+    /// Of what a daemon tells. Nothing is as long as the answer to `query-named-block-nodes`: these are 24 KiB and 512 tokens for each
     /// of 1,024 nodes, where ours tells about 100 tokens of a node, QEMU's some more, and both the path of its file twice.
-    pub const REPLY: Self = Self { bytes: 16 << 20, tokens: 1 << 19 };
+    pub const REPLY: Self = Self { bytes: 24 << 20, tokens: 1 << 19 };
 }
 
 /// Why a message is none.

@@ -7,8 +7,10 @@
 //!
 //! # Bounds
 //! A client that sends without reading is not listened to any more while [`MAX_REPLIES`] wait for it: the owner takes no requests out, and
-//! so receives no more ([`Session::wants_input`]). Events cannot wait, so a client for which [`MAX_OUTPUT`] are waiting is given up
-//! ([`Session::is_overrun`]): it has to connect again, and to ask how things stand.
+//! so receives no more ([`Session::wants_input`]). So one reply at most stands behind these, as large as its question makes it: who asks for much is
+//! not given up for it. Events cannot wait, so a client for which [`MAX_EVENTS`] are waiting behind the last reply is given up
+//! ([`Session::is_overrun`]): it has to connect again, and to ask how things stand. In all that is [`MAX_REPLIES`], twice [`MAX_EVENTS`] (a reply may
+//! come when so many wait) and one [`MAX_REPLY`].
 
 use serde_json::{Value, json};
 
@@ -17,12 +19,15 @@ use super::{Arguments, Limits, QmpError, Reader, check, version};
 
 /// Bytes that wait to be sent beyond which no request is taken.
 pub const MAX_REPLIES: usize = 256 << 10;
-/// Most bytes that wait to be sent.
-pub const MAX_OUTPUT: usize = 4 << 20;
+/// Most bytes of events that wait to be sent behind the last reply.
+pub const MAX_EVENTS: usize = 4 << 20;
+/// More bytes than any reply has: no limit in itself, but what follows from the limits of what can be asked for. The largest is that to
+/// `query-named-block-nodes`.
+pub const MAX_REPLY: usize = 20 << 20;
 /// Most bytes that were received and not looked at, beyond which nothing should be received.
 pub const MAX_INPUT: usize = 64 << 10;
 // Our own clients read whatever is sent.
-const _: () = assert!(MAX_OUTPUT <= Limits::REPLY.bytes);
+const _: () = assert!(MAX_REPLY <= Limits::REPLY.bytes && MAX_EVENTS <= Limits::REPLY.bytes);
 
 /// A command of a client.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,6 +48,10 @@ pub struct Session {
     /// Of `input`, what was looked at.
     taken: usize,
     output: Vec<u8>,
+    /// Of `output`, what was sent.
+    sent: usize,
+    /// Of `output`, the end of the last reply.
+    replied: usize,
     overrun: bool,
 }
 
@@ -62,16 +71,18 @@ impl Session {
             input: Vec::new(),
             taken: 0,
             output: Vec::new(),
+            sent: 0,
+            replied: 0,
             overrun: false,
         };
-        session.send(&json!({ "QMP": { "version": version(), "capabilities": [] } }));
+        session.reply(&json!({ "QMP": { "version": version(), "capabilities": [] } }));
         session
     }
 
     /// Whether more should be received: not while the client leaves its replies unread, nor before what has come was looked at.
     #[must_use]
     pub fn wants_input(&self) -> bool {
-        self.input.len() - self.taken < MAX_INPUT && self.output.len() < MAX_REPLIES
+        self.input.len() - self.taken < MAX_INPUT && self.takes_requests()
     }
 
     /// These bytes have come.
@@ -134,7 +145,7 @@ impl Session {
         if let Some(id) = &request.id {
             reply["id"] = id.clone();
         }
-        self.send(&reply);
+        self.reply(&reply);
     }
 
     fn refuse(&mut self, id: Option<&Value>, error: &QmpError) {
@@ -142,27 +153,32 @@ impl Session {
         if let Some(id) = id {
             reply["id"] = id.clone();
         }
-        self.send(&reply);
+        self.reply(&reply);
     }
 
     /// Something has happened; told to clients that have negotiated.
     pub fn event(&mut self, event: &Value) {
-        if self.negotiated {
-            self.send(event);
+        if !self.negotiated || self.overrun {
+            return;
+        }
+        let text = event.to_string();
+        if self.output.len() - self.replied.max(self.sent) + text.len() > MAX_EVENTS {
+            // Half of what is waiting is of no use to it.
+            self.overrun = true;
+            (self.output, self.sent, self.replied) = (Vec::new(), 0, 0);
+            return;
+        }
+        self.push(&text);
+    }
+
+    fn reply(&mut self, value: &Value) {
+        if !self.overrun {
+            self.push(&value.to_string());
+            self.replied = self.output.len();
         }
     }
 
-    fn send(&mut self, value: &Value) {
-        if self.overrun {
-            return;
-        }
-        let text = value.to_string();
-        if self.output.len() + text.len() > MAX_OUTPUT {
-            // Half of what is waiting is of no use to it.
-            self.overrun = true;
-            self.output = Vec::new();
-            return;
-        }
+    fn push(&mut self, text: &str) {
         self.output.extend_from_slice(text.as_bytes());
         self.output.extend_from_slice(b"\r\n");
     }
@@ -182,18 +198,25 @@ impl Session {
     /// Whether requests may be taken out: not while too many replies wait to be sent.
     #[must_use]
     pub fn takes_requests(&self) -> bool {
-        self.output.len() < MAX_REPLIES
+        self.output().len() < MAX_REPLIES
     }
 
     /// What is to be sent.
     #[must_use]
     pub fn output(&self) -> &[u8] {
-        &self.output
+        &self.output[self.sent..]
     }
 
     /// That much of the output was sent.
     pub fn sent(&mut self, bytes: usize) {
-        self.output.drain(..bytes);
+        self.sent += bytes;
+        assert!(self.sent <= self.output.len(), "no more is sent than there is");
+        // Not each time: it moves all that is left.
+        if self.sent >= self.output.len() / 2 {
+            self.output.drain(..self.sent);
+            self.replied = self.replied.saturating_sub(self.sent);
+            self.sent = 0;
+        }
         if self.output.is_empty() && self.output.capacity() > MAX_REPLIES {
             self.output = Vec::new();
         }

@@ -120,12 +120,44 @@ fn one_that_never_reads_is_not_listened_to_and_given_up_at_last() {
     assert!((100..120).contains(&told), "{told}: those that waited, and a few from before");
 
     let event = json!({ "event": "x".repeat(1000) });
-    for _ in 0..=MAX_OUTPUT / 1000 {
+    let replies = session.output().len();
+    for _ in 0..=MAX_EVENTS / 1000 {
         session.event(&event);
-        assert!(session.output().len() <= MAX_OUTPUT + 2);
+        assert!(session.output().len() <= replies + MAX_EVENTS + 2);
     }
     assert!(session.is_overrun());
     assert!(session.output().is_empty(), "its memory is given back");
+}
+
+#[test]
+fn who_asks_for_much_gets_it_and_the_events_meanwhile() {
+    let mut session = Session::new();
+    session.receive(READY.as_bytes());
+    session.receive(br#"{"execute":"x"}"#);
+    let request = session.next_request().expect("one");
+    let event = json!({ "event": "x".repeat(1000) });
+    let most = MAX_EVENTS / 1100;
+    (0..most).for_each(|_| session.event(&event));
+    session.answer(&request, Ok(json!("y".repeat(MAX_REPLY - 100))));
+    (0..most).for_each(|_| session.event(&event));
+    assert!(!session.is_overrun() && session.output().len() > MAX_REPLY + MAX_EVENTS);
+    assert!(!session.takes_requests() && !session.wants_input());
+    // It reads, a part at a time; nothing is lost.
+    let mut told = Vec::new();
+    while !session.output().is_empty() {
+        let part = session.output().len().min(200_000);
+        told.extend_from_slice(&session.output()[..part]);
+        session.sent(part);
+    }
+    let told = std::str::from_utf8(&told).expect("UTF-8");
+    let lines: Vec<&str> = told.split_terminator("\r\n").collect();
+    assert_eq!(lines.len(), 2 + most + 1 + most);
+    assert!(lines.iter().all(|line| line.starts_with('{') && line.ends_with('}')));
+    assert!(lines[2 + most].contains("yyy"), "in order");
+    assert!(session.takes_requests());
+    // Events alone are bounded as before.
+    (0..=MAX_EVENTS / 1000).for_each(|_| session.event(&event));
+    assert!(session.is_overrun());
 }
 
 fn messages() -> impl Strategy<Value = Vec<u8>> {

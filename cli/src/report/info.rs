@@ -21,8 +21,12 @@ pub(crate) fn lines(args: &InfoArgs, disk: &DiskInfo, offer: &Offer) -> String {
         ("path", out::one_line(&disk.path)),
         ("kind", kind(disk.kind).to_owned()),
         ("format", format!("{} (as given, not guessed)", args.format.name())),
-        ("size", exact(disk.length)),
     ];
+    if let Some(format) = disk.begins_like {
+        let hint = format!("the contents begin like a {format} image; it is treated as raw here");
+        rows.push(("hint", hint));
+    }
+    rows.push(("size", exact(disk.length)));
     if let Some(allocated) = disk.allocated_bytes {
         rows.push(("allocated", exact(allocated)));
         rows.push(("holes can be found", yes_no(disk.finds_holes).to_owned()));
@@ -92,6 +96,7 @@ pub(crate) fn json(args: &InfoArgs, disk: &DiskInfo, offer: &Offer) -> Value {
         "path": disk.path,
         "kind": kind(disk.kind),
         "format": args.format.name(),
+        "begins_like": disk.begins_like,
         "length": disk.length,
         "allocated_bytes": disk.allocated_bytes,
         "logical_block_bytes": disk.logical_block_bytes,

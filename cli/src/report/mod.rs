@@ -2,6 +2,7 @@
 //!
 //! Both are made from the same result by the module of the command; here is what they share.
 
+pub(crate) mod backup;
 pub(crate) mod compare;
 pub(crate) mod copy;
 pub(crate) mod demo;

@@ -398,6 +398,15 @@ impl Copier {
         if matches!(self.checkpoints.stage, Stage::Publishing) {
             self.checkpoints.stage = Stage::Idle;
         }
+        if let Ok(Output::Unsynced(errno)) = result {
+            // It claims what is true: nothing is lost by it.
+            let notice = format!(
+                "map file {} was removed, but its directory could not be synced: {}; after a power loss it may be there again: remove it then",
+                self.map_name(),
+                describe(*errno)
+            );
+            self.events.push(Event::Notice(notice));
+        }
         match result {
             Ok(_) => {
                 let was_stale = std::mem::replace(&mut self.checkpoints.map_stale, false);

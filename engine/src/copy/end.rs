@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use crate::error::{Error, ErrorKind, Operation};
+use crate::error::{Error, ErrorKind, Operation, describe};
 use crate::job::runner::AtEnd;
 use crate::job::{JobResult, Outcome};
 use crate::map::MapFile;
-use crate::storage::{Document, OpenedSource, OpenedTarget, source_unchanged};
+use crate::storage::{Document, OpenedSource, OpenedTarget, Published, source_unchanged};
 
 /// What is to be done when the copy is over: a target that is gone or a source that changed makes it a failure and its map
 /// useless, and a new target file of a copy that did not succeed and cannot go on is removed.
@@ -111,8 +111,14 @@ fn judge(result: &mut JobResult, error: Error, target: &str, shows_changes: bool
 
 /// Remove a map that every later run would refuse; says so.
 fn forget_map(map: &MapFile, why: &str) -> String {
+    let removed = || format!("{why}, so no run can go on from map file {}: it was removed", map.path());
     match map.publish(None) {
-        Ok(()) => format!("{why}, so no run can go on from map file {}: it was removed", map.path()),
+        Ok(Published::Durably) => removed(),
+        Ok(Published::Unsynced(errno)) => format!(
+            "{}, but its directory could not be synced: {}; after a power loss remove it by hand",
+            removed(),
+            describe(errno)
+        ),
         Err(errno) => Error::io(Operation::Remove, map.path(), None, errno).to_string(),
     }
 }

@@ -472,7 +472,7 @@ fn publish_first(map: &MapFile, header: &MapHeader, target: &OpenedTarget) -> Re
     if map.map().is_some() {
         return Ok(());
     }
-    map.publish(Some(&first_map(header))).map_err(|errno| {
+    map.publish(Some(&first_map(header))).map(drop).map_err(|errno| {
         // The new version may have the map's name already.
         if let Err(errno) = map.publish(None) {
             tracing::warn!(%errno, "map file stays behind");

@@ -76,6 +76,11 @@ pub struct BackupOptions {
     /// What the sweep does about an error of the target.
     pub on_target_error: ErrorPolicy,
     /// What becomes of a guest's write whose old contents cannot be copied.
+    ///
+    /// Where several jobs copy a disk, a guest waits for the first of them that has not copied what it is about to change, while the others copy
+    /// beside that one: should the copy of one of the others fail or run out of its time meanwhile, with [`CbwErrorPolicy::BreakGuestWrite`], the
+    /// guest's write waits for the first job all the same, and fails only after that. By then an error is tried once more, and a copy that was
+    /// late but is there by then does no harm.
     pub on_cbw_error: CbwErrorPolicy,
     /// How long a guest's write waits for its copy at most, counted from the moment it asks.
     pub cbw_timeout: Option<Duration>,

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::os::fd::OwnedFd;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -282,6 +282,8 @@ impl Engine {
     /// An existing file that is to be overwritten is emptied before the start, but not before an instant without writes was found, for a
     /// trial: a write that hangs leaves the old contents as they are.
     ///
+    /// Paths of targets and fleece files are opened in the caller's thread, for as long as that takes: `timeout` does not count it.
+    ///
     /// # Errors
     /// As [`Self::start_backup`].
     ///
@@ -293,7 +295,29 @@ impl Engine {
         on_failure: GroupFailure,
         timeout: Duration,
     ) -> Result<Vec<Backup>, Error> {
+        self.start_group_unless(disks, on_failure, timeout, &AtomicBool::new(false))
+    }
+
+    /// As [`Self::start_group`], for those whose paths may take long to answer: another thread that sets `unwanted` before the targets are
+    /// touched has them left as they are. One that sets it later may find that the jobs have started; then it cancels them.
+    ///
+    /// # Errors
+    /// As [`Self::start_backup`], and [`ErrorKind::Cancelled`](crate::error::ErrorKind::Cancelled).
+    ///
+    /// # Panics
+    /// As [`Self::start_group`].
+    pub fn start_group_unless(
+        &self,
+        disks: &[(LiveDisk, BackupOptions)],
+        on_failure: GroupFailure,
+        timeout: Duration,
+        unwanted: &AtomicBool,
+    ) -> Result<Vec<Backup>, Error> {
         may_wait();
+        let still_wanted = || match unwanted.load(Ordering::Acquire) {
+            false => Ok(()),
+            true => Err(Error::cancelled(disks.first().map_or("", |(disk, _)| disk.name()))),
+        };
         // All that can be refused before anything of any target is touched.
         for (disk, _) in disks {
             if !Arc::ptr_eq(&disk.inner.inbox, &self.handle.inbox) {
@@ -306,9 +330,11 @@ impl Engine {
         let checked: Result<Vec<_>, Error> =
             disks.iter().map(|(disk, options)| backup::check(disk, options, room)).collect();
         let checked = checked?;
+        still_wanted()?;
         if checked.iter().any(backup::Checked::destroys) {
             let more_disks = disks.iter().map(|(disk, _)| disk.inner.shared.id()).collect();
             self.ask_to_start(Vec::new(), more_disks, on_failure, timeout)?;
+            still_wanted()?;
         }
         let (mut jobs, mut backups) = (Vec::new(), Vec::new());
         for prepared in backup::prepare_all(checked)? {
@@ -316,7 +342,8 @@ impl Engine {
             jobs.push(job);
             backups.push(backup);
         }
-        match self.ask_to_start(jobs, Vec::new(), on_failure, timeout) {
+        let started = still_wanted().and_then(|()| self.ask_to_start(jobs, Vec::new(), on_failure, timeout));
+        match started {
             Ok(numbers) => {
                 let inbox = &self.handle.inbox;
                 let started = backups.into_iter().zip(numbers);

@@ -32,7 +32,7 @@ use crate::storage::lock::{self, Lock};
 use crate::storage::open::errno_of;
 use crate::storage::prepare::{open_directory, sync_directory};
 use crate::storage::topology::{self, Node};
-use crate::storage::{Document, Locator, OpenedSource};
+use crate::storage::{Document, Locator, OpenedSource, Published};
 
 /// Longest file name of Linux's file systems, in bytes.
 const MAX_NAME: usize = 255;
@@ -212,7 +212,7 @@ impl MapFile {
         has_name(&self.directory, &self.name, &self.current.lock().locked) != Ok(false)
     }
 
-    fn remove(&self) -> std::result::Result<(), Errno> {
+    fn remove(&self) -> std::result::Result<Published, Errno> {
         if self.is_anothers()? {
             return Err(Errno::EEXIST);
         }
@@ -221,14 +221,14 @@ impl MapFile {
             Err(errno) => return Err(errno),
         }
         self.current.lock().stands_in = false;
-        sync_directory(&self.directory)
+        Ok(sync_directory(&self.directory).map_or_else(Published::Unsynced, |()| Published::Durably))
     }
 }
 
 impl Document for MapFile {
-    fn publish(&self, contents: Option<&[u8]>) -> std::result::Result<(), Errno> {
+    fn publish(&self, contents: Option<&[u8]>) -> std::result::Result<Published, Errno> {
         match contents {
-            Some(contents) => self.replace(contents),
+            Some(contents) => self.replace(contents).map(|()| Published::Durably),
             None => self.remove(),
         }
     }

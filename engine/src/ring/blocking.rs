@@ -30,7 +30,7 @@ use xxhash_rust::xxh3::xxh3_128;
 use super::lent::Lent;
 use super::signal::Signal;
 use super::{FileId, Op, Output};
-use crate::storage::{Document, Storage};
+use crate::storage::{Document, Published, Storage};
 
 /// Most threads that a pool is made for.
 pub(crate) const MAX_THREADS: usize = 256;
@@ -142,7 +142,10 @@ fn execute(job: &mut Job) -> Result<Output, Errno> {
     match (&job.subject, &job.op) {
         (Subject::Storage(storage), op) => execute_on_storage(op, storage.as_ref(), job.lent.as_mut()),
         (Subject::Document(document), Op::Publish { contents, .. }) => {
-            document.publish(contents.as_deref()).map(|()| Output::Done)
+            document.publish(contents.as_deref()).map(|published| match published {
+                Published::Durably => Output::Done,
+                Published::Unsynced(errno) => Output::Unsynced(errno),
+            })
         }
         (Subject::Memory, Op::Digest { chunk, .. }) => {
             let bytes = job.lent.as_ref().expect("a digest has a buffer").look();

@@ -182,7 +182,8 @@ pub enum Op {
         /// Bytes a checksum.
         chunk: u32,
     },
-    /// Replace a document atomically and durably (`Some`), or remove it durably (`None`; it may be missing).
+    /// Replace a document atomically and durably (`Some`), or remove it durably (`None`; it may be missing). One that was removed, but perhaps
+    /// not durably, is [`Output::Unsynced`].
     Publish {
         /// Which document.
         document: DocumentId,
@@ -234,6 +235,8 @@ pub enum Op {
 pub enum Output {
     /// Nothing but success.
     Done,
+    /// A document was removed, but that is not on stable storage, for this error.
+    Unsynced(Errno),
     /// Bytes read or written.
     Bytes(u32),
     /// Extents in ascending order without gaps, the first starting where asked.

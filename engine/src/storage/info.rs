@@ -1,5 +1,5 @@
-//! What `engine-cli info` tells about a disk. Opens it for reading, claims, locks and changes nothing: it is told of a disk in use, too. Of an
-//! export over NBD it is what its server says.
+//! What `engine-cli info` tells about a disk. Opens it for reading, claims, locks and changes nothing: it is told of a disk in use, too. Of its
+//! contents it looks at the first few bytes, for a hint to people. Of an export over NBD it is what its server says.
 
 use std::fs::Metadata;
 use std::os::fd::AsFd;
@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::locator::{Locator, Place};
 use super::nbd::{NbdInfo, open_nbd};
-use super::open::{Access, OpenedPair, errno_of, length_of, open_both, refuse_non_disk};
+use super::open::{Access, OpenedPair, errno_of, image_in, length_of, open_both, refuse_non_disk};
 use super::sharing::{self, Permission};
 use super::{Storage, sys, topology};
 use crate::error::{Error, Operation, Refusal, Result};
@@ -63,6 +63,9 @@ pub struct DiskInfo {
     pub not_shared_by_others: Vec<Permission>,
     /// What the server of an export offers.
     pub nbd: Option<NbdInfo>,
+    /// The image format, `qcow2`, whose mark stands at the beginning; `None` for none that is known. It is a raw disk all the same: a guest
+    /// can write any mark into its disk.
+    pub begins_like: Option<&'static str>,
 }
 
 /// Look at a disk.
@@ -110,6 +113,7 @@ fn describe_export(locator: &Locator, uri: &NbdUri) -> Result<DiskInfo> {
         used_by_others: Vec::new(),
         not_shared_by_others: Vec::new(),
         nbd: Some(nbd),
+        begins_like: None,
     })
 }
 
@@ -144,6 +148,7 @@ fn describe(
         used_by_others,
         not_shared_by_others,
         nbd: None,
+        begins_like: image_in(&pair.buffered),
     };
     info.direct_io_alignment = pair.into_storage(Operation::Inspect, locator)?.limits().direct_alignment;
     Ok(info)

@@ -128,6 +128,15 @@ pub(crate) fn alignment_of(storage: &dyn Storage) -> Option<u32> {
     if storage.descriptors().is_some() { storage.limits().direct_alignment } else { Some(512) }
 }
 
+/// How a document was replaced or removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Published {
+    /// A crash changes nothing of it.
+    Durably,
+    /// It was removed, but its directory could not be synced: after a crash it may be there again.
+    Unsynced(Errno),
+}
+
 /// Whether making zeros in the space that they have ([`ZeroMethod::Keep`]) never means to write them. A file that has no such operation says so.
 /// For a block device the kernel writes them then, and whether it has to is not known before.
 pub(crate) fn keep_is_fast(storage: &dyn Storage) -> bool {
@@ -139,6 +148,6 @@ pub trait Document: Send + Sync {
     /// Replace it atomically and durably, or remove it durably.
     ///
     /// # Errors
-    /// The system call's; the old contents stand then.
-    fn publish(&self, contents: Option<&[u8]>) -> Result<(), Errno>;
+    /// The system call's; what stood there may stand there still.
+    fn publish(&self, contents: Option<&[u8]>) -> Result<Published, Errno>;
 }

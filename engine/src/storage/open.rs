@@ -6,7 +6,7 @@
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -22,6 +22,9 @@ use super::{BlockStorage, FileStorage, NullStorage, Storage, sys};
 use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
 use crate::modes::Format;
 use crate::units::{Length, MAX_LENGTH};
+
+/// What a qcow2 image begins with.
+const QCOW2_MARK: &[u8; 4] = b"QFI\xfb";
 
 /// How to open a source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -235,6 +238,11 @@ fn open_path(locator: &Locator, path: &Path, access: Access, role: Role) -> Resu
              mixes old and new contents"
         ));
     }
+    if matches!(role, Role::Source | Role::ForcedSource) {
+        warnings.extend(image_in(&opened.buffered).map(|format| {
+            format!("{locator}: the contents begin like a {format} image; it is treated as raw here")
+        }));
+    }
     let keep = opened.buffered.try_clone().map_err(|error| refused(errno_of(&error)))?;
     let identity = Identity::of(path, &opened.buffered, &opened.metadata, Length(length), is_device);
     let metadata = Some((keep, opened.metadata.clone()));
@@ -393,6 +401,13 @@ pub(super) fn refuse_format(operation: Operation, locator: &Locator, format: For
 /// Length of an open file or block device.
 pub(super) fn length_of(file: &File, metadata: &Metadata) -> std::result::Result<u64, Errno> {
     if metadata.file_type().is_block_device() { sys::device_length(file.as_fd()) } else { Ok(metadata.len()) }
+}
+
+/// The image format whose mark stands at the beginning of what is open as raw. A hint for people and nothing else: a guest can write any mark
+/// into its disk. What cannot be read begins like nothing; whoever copies it will be told.
+pub(super) fn image_in(file: &File) -> Option<&'static str> {
+    let mut mark = [0; QCOW2_MARK.len()];
+    (file.read_exact_at(&mut mark, 0).is_ok() && mark == *QCOW2_MARK).then_some("qcow2")
 }
 
 /// A line for a disk without direct I/O.

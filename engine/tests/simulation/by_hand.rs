@@ -266,8 +266,8 @@ fn a_copy_that_is_complete_is_not_late_however_late_that_is_seen() {
             on_cbw_error: CbwErrorPolicy::BreakSnapshot,
             cbw_timeout: Some(Duration::from_secs(1)),
             reserved_slots: 1,
-            may_unmap: true,
             space_reserved: false,
+            may_unmap: true,
         };
         let set = Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap());
         let mut copier = Copier::new(Plan { live: Some(live), ..scenario.plan(blank()) }, set);
@@ -308,8 +308,8 @@ fn one_who_asks_late_for_what_is_done_is_not_refused() {
         on_cbw_error: CbwErrorPolicy::BreakGuestWrite,
         cbw_timeout: Some(Duration::from_secs(1)),
         reserved_slots: 1,
-        may_unmap: true,
         space_reserved: false,
+        may_unmap: true,
     };
     let set = Arc::new(IntervalSet::new(scenario.geometry().clusters()).unwrap());
     let mut copier = Copier::new(Plan { live: Some(live), ..scenario.plan(blank()) }, Arc::clone(&set));

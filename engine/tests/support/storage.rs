@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use engine::ring::{Extent, ExtentQuery, IoPath, ZeroMethod};
-use engine::storage::{Descriptors, Document, Limits, Storage};
+use engine::storage::{Descriptors, Document, Limits, Published, Storage};
 use engine::units::{ByteRange, Length};
 use nix::errno::Errno;
 use parking_lot::{Condvar, Mutex};
@@ -127,7 +127,7 @@ impl Storage for Odd {
 pub(crate) struct PlainDocument(pub(crate) PathBuf);
 
 impl Document for PlainDocument {
-    fn publish(&self, contents: Option<&[u8]>) -> Result<(), Errno> {
+    fn publish(&self, contents: Option<&[u8]>) -> Result<Published, Errno> {
         let errno = |error: std::io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
         let fresh = self.0.with_extension("new");
         match contents {
@@ -139,6 +139,7 @@ impl Document for PlainDocument {
                 result => result,
             },
         }
+        .map(|()| Published::Durably)
         .map_err(errno)
     }
 }

@@ -12,7 +12,7 @@ use crate::ring::Op;
 pub enum Fault {
     /// It fails with this error.
     Errno(Errno),
-    /// It does less than was asked for (reads and writes, receives and sends; others are not affected).
+    /// It does less than was asked for (reads and writes, receives and sends; a removal of a document is not durable; others are not affected).
     Short,
     /// It reports success but changes one bit of what it writes.
     Corrupt,
@@ -116,7 +116,12 @@ impl FaultPlan {
                 hit(rates.eio).then_some(Fault::Errno(Errno::EIO))
             }
             Op::Extents { .. } => hit(rates.eio).then_some(Fault::Errno(Errno::EIO)),
-            Op::Publish { .. } => (hit(rates.eio) || hit(rates.publish)).then_some(Fault::Errno(Errno::EIO)),
+            Op::Publish { contents, .. } => {
+                let fails = hit(rates.eio) || hit(rates.publish);
+                let done_all_the_same = fails && contents.is_none() && rng.bool();
+                let fault = if done_all_the_same { Fault::Short } else { Fault::Errno(Errno::EIO) };
+                fails.then_some(fault)
+            }
             Op::Digest { .. } | Op::Cancel { .. } => None,
         }
     }

@@ -296,7 +296,8 @@ impl SimRing {
             }
             Op::Publish { document, contents } => {
                 world.publish(self.documents[document.0 as usize], contents.clone());
-                Ok(Output::Done)
+                let unsynced = contents.is_none() && slot.fault == Some(Fault::Short);
+                Ok(if unsynced { Output::Unsynced(Errno::EIO) } else { Output::Done })
             }
             Op::Cancel { .. } => Ok(Output::Done),
             Op::Accept { .. } | Op::Receive { .. } | Op::Send { .. } => unreachable!("it is on a socket"),
