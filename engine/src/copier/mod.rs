@@ -44,10 +44,12 @@ mod tasks;
 mod throttle;
 mod transfer;
 mod verify;
+mod write_back;
 mod zero_runs;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use slab::Slab;
 
@@ -77,6 +79,7 @@ use tally::Tally;
 use throttle::Throttle;
 use transfer::{Transfer, TransferId};
 use verify::Window;
+use write_back::WriteBack;
 use zero_runs::ZeroRuns;
 
 /// What the copier tells the job.
@@ -217,6 +220,7 @@ pub struct Copier {
     /// What was copied between the last two captures, while its flush is under way.
     closed_window: Window,
     checkpoints: Checkpoints,
+    write_back: WriteBack,
     tally: Tally,
     verified: u64,
     retry_count: u64,
@@ -307,6 +311,7 @@ impl Copier {
             window: Window::default(),
             closed_window: Window::default(),
             checkpoints: Checkpoints::new(resumed, plan.map.is_some()),
+            write_back: WriteBack::new(plan.limits.write_back),
             tally,
             verified: 0,
             retry_count: 0,
@@ -405,6 +410,12 @@ impl Copier {
         self.zero_runs.limit = zero_runs.max(1);
         self.sweep_limit = clusters.max(1);
         self.sweep_run = run.clamp(1, self.plan.max_run);
+    }
+
+    /// How long a flush of the target may take, as far as that is in the copy's hands; `None`: as long as it takes. Of a live copy alone: those of
+    /// others have nobody waiting.
+    pub fn set_flush_aim(&mut self, aim: Option<Duration>) {
+        self.write_back.set_aim(aim.filter(|_| self.plan.live.is_some()));
     }
 
     /// End without a result. What is in flight is waited for; with a map, a last checkpoint keeps what was done. `false`: too

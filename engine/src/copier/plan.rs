@@ -141,6 +141,24 @@ pub struct Limits {
     pub extents: usize,
     /// Bytes of sweep after which the page cache behind a buffered side is dropped.
     pub drop_step: u64,
+    /// How much of a live copy is written between two flushes.
+    pub write_back: WriteBackLimits,
+}
+
+/// Bounds of what is written to the target of a live copy between two flushes, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WriteBackLimits {
+    /// Before anything is known of the target.
+    pub start_bytes: u64,
+    /// At least, however long flushes take; above 0.
+    pub min_bytes: u64,
+    /// At most.
+    pub max_bytes: u64,
+}
+
+impl WriteBackLimits {
+    /// What a real device is good with.
+    pub const DEFAULT: Self = Self { start_bytes: 4 << 20, min_bytes: 1 << 20, max_bytes: 1 << 30 };
 }
 
 impl Default for Limits {
@@ -158,6 +176,7 @@ impl Default for Limits {
             allocation_window_max: 1 << 30,
             extents: 1024,
             drop_step: 32 << 20,
+            write_back: WriteBackLimits::DEFAULT,
         }
     }
 }

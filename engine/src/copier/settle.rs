@@ -63,6 +63,7 @@ impl Copier {
         }
         let halts = self.paused() && self.sweep_is_idle();
         let due = self.fleece.as_ref().is_some_and(|fleece| fleece.flush_is_due(now, halts));
+        let due = due || self.write_back.is_due(self.written);
         if due && self.checkpoints.is_idle() && !completes {
             self.begin_checkpoint(false, now);
         }
@@ -194,6 +195,7 @@ impl Copier {
         if let Some(fleece) = &mut self.fleece {
             fleece.capture(now);
         }
+        self.write_back.begin(self.written, now);
         self.push(Task::Flush, Op::Flush { file: self.plan.target.file });
         if planted!(self.plan, MapBeforeFlush) && self.plan.map.is_some() {
             let captured = self.checkpoints.captured.clone();
@@ -208,6 +210,7 @@ impl Copier {
                 if planted!(self.plan, CaptureAfterFlush) {
                     self.checkpoints.captured = self.capture();
                 }
+                self.write_back.end(now);
                 if let Some(fleece) = &mut self.fleece {
                     fleece.flushed();
                 }

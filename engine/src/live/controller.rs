@@ -43,6 +43,9 @@ const MAX_BYTES: u64 = 4 << 20;
 const START_BYTES: u64 = 2 << 20;
 /// Most runs of zeros at a time without guests.
 const ZERO_RUNS: u32 = 4;
+/// How long a flush of the target may take with guests, and without any: one may come any time.
+const GUEST_FLUSH: Duration = Duration::from_millis(5);
+const FLUSH: Duration = Duration::from_millis(100);
 /// How often it is looked for guests with an I/O path of their own.
 const LOOK: Duration = Duration::from_millis(10);
 /// How long a limit is kept before it is judged.
@@ -59,6 +62,8 @@ pub(super) struct Allowance {
     pub(super) run: u32,
     /// Most runs of zeros in flight.
     pub(super) zero_runs: u32,
+    /// How long a flush of the target may take.
+    pub(super) flush: Option<Duration>,
 }
 
 /// Guests with an I/O path of their own, as far as they are seen.
@@ -145,14 +150,14 @@ impl Controller {
     pub(super) fn allowance(&mut self, now: Timestamp, bytes: u64) -> Allowance {
         let clusters = |bytes: u64| u32::try_from((bytes / self.cluster_bytes).max(1)).unwrap_or(u32::MAX);
         if let SweepDepth::Fixed(fixed) = self.depth {
-            return Allowance { clusters: fixed.max(1), run: u32::MAX, zero_runs: ZERO_RUNS };
+            return Allowance { clusters: fixed.max(1), run: u32::MAX, zero_runs: ZERO_RUNS, flush: None };
         }
         if now < self.guest_until {
             // What is measured now tells nothing of a quiet disk.
             self.window = None;
             let bytes = self.beside_guests();
             let run = clusters(bytes / GUEST_RUNS);
-            return Allowance { clusters: clusters(bytes), run, zero_runs: 1 };
+            return Allowance { clusters: clusters(bytes), run, zero_runs: 1, flush: Some(GUEST_FLUSH) };
         }
         let tried = clusters(self.tried());
         match self.window {
@@ -165,7 +170,7 @@ impl Controller {
             }
             Some(_) => {}
         }
-        Allowance { clusters: tried, run: u32::MAX, zero_runs: ZERO_RUNS }
+        Allowance { clusters: tried, run: u32::MAX, zero_runs: ZERO_RUNS, flush: Some(FLUSH) }
     }
 
     /// A window at the limit that is being tried has given `rate`.

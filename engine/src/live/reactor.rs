@@ -318,6 +318,7 @@ impl<R: Ring> Reactor<R> {
             }
             let allowance = job.controller.allowance(now, job.runner.copier.counters().done);
             job.runner.copier.set_sweep_limit(allowance.clusters, allowance.run, allowance.zero_runs);
+            job.runner.copier.set_flush_aim(allowance.flush);
             more |= job.runner.poll(now, places, &mut self.ops);
             taken.of_jobs += job.runner.copier.beyond(division.own());
             for (token, op) in self.ops.drain(..) {

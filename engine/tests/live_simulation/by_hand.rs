@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use engine::copy::SyncMode;
 use engine::job::{JobHandle, Outcome, Status};
-use engine::live::JobId;
 use engine::live::sim::{PendingCopy, SimDisk, SimEngine};
+use engine::live::{JobId, SweepDepth};
 use engine::ring::Wait;
 use engine::ring::sim::{SharedWorld, SimRing};
 use engine::units::{ByteRange, ClusterRange, Length, Speed};
@@ -83,6 +83,17 @@ impl Hand {
         let mut world = self.world.borrow_mut();
         let source = world.disk(SOURCE).view()[bytes.clone()].to_vec();
         world.disk(TARGET).view().get(bytes) == Some(&source)
+    }
+
+    /// Clusters of the target that a power loss would leave.
+    fn stored(&self) -> usize {
+        let mut world = self.world.borrow_mut();
+        let source = world.disk(SOURCE).view().to_vec();
+        let target = world.disk(TARGET).medium().chunks(usize::try_from(CLUSTER).unwrap());
+        target
+            .zip(source.chunks(usize::try_from(CLUSTER).unwrap()))
+            .filter(|(copy, data)| copy == data)
+            .count()
     }
 
     fn written(&self) -> u64 {
@@ -323,4 +334,18 @@ fn guests_who_write_by_themselves_have_the_sweep_hold_back() {
     assert!(alone >= 24 && (1..=14).contains(&beside), "{alone} clusters alone, {beside} beside guests");
     let (alone, beside) = (most_in_flight(false, true).1, most_in_flight(true, true).1);
     assert!(alone > 1 && beside == 1, "{alone} runs of zeros alone, {beside} beside guests");
+}
+
+#[test]
+fn what_is_copied_is_stored_before_it_is_much() {
+    for (depth, stored) in [(SweepDepth::Auto, 16..=23), (SweepDepth::Fixed(1), 0..=0)] {
+        let mut hand = start(JobSpec { depth, slots: 3, ..JobSpec::plain(0, CLUSTER) }, dense);
+        // A flush every seven clusters, of which nobody knows yet how long they take.
+        for cluster in 1..25 {
+            let copy = hand.copy(cluster, cluster + 1);
+            hand.answered(&copy);
+            hand.turn(5);
+        }
+        assert!(stored.contains(&hand.stored()), "{depth:?}: {}", hand.stored());
+    }
 }

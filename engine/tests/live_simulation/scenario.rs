@@ -4,7 +4,7 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::copier::plan::{Limits, LivePlan, Plan, PlantedBug, Side};
+use engine::copier::plan::{Limits, LivePlan, Plan, PlantedBug, Side, WriteBackLimits};
 use engine::copy::{ErrorPolicy, SyncMode};
 use engine::job::TargetHolds;
 use engine::live::carrier::CarrierLimits;
@@ -329,6 +329,11 @@ impl JobSpec {
                 zero_run_bytes: 6 * spec.cluster,
                 extents: 3,
                 drop_step: 5 * spec.cluster,
+                write_back: WriteBackLimits {
+                    start_bytes: 6 * spec.cluster,
+                    min_bytes: spec.cluster,
+                    max_bytes: 40 * spec.cluster,
+                },
                 ..Limits::default()
             },
             planted,
