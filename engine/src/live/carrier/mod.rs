@@ -25,7 +25,8 @@
 //!
 //! # Discards
 //! A guest never waits for a discard. Whatever is in its way (clusters not copied, the barrier, a lock) puts it off: the guest is told that it is done, and
-//! it is carried out later, piece by piece, unless the guest writes there first.
+//! it is carried out later, piece by piece, unless the guest writes there first. Never in the poll that has put it off: whoever is about to write there
+//! by other means has it forgotten between two polls.
 //!
 //! # Bounds
 //! [`CarrierLimits`] has them. Operations given out at a time: two for each window whose buffers are held, and one for each other request.
@@ -176,6 +177,8 @@ struct Background {
     cursor: u64,
     /// Not before this.
     next_look: Timestamp,
+    /// Some were put off in this poll.
+    fresh: bool,
     /// A piece is being discarded: this one.
     running: bool,
     piece: ByteRange,
@@ -244,6 +247,7 @@ impl<P> Carrier<P> {
             background: Background {
                 cursor: 0,
                 next_look: Timestamp::default(),
+                fresh: false,
                 running: false,
                 piece: ByteRange::new(0, 0),
             },

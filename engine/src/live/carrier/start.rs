@@ -28,6 +28,7 @@ impl<P> Carrier<P> {
         host: &mut dyn AdmissionHost<Permit = P>,
         out: &mut Vec<(Token, Op)>,
     ) -> bool {
+        self.background.fresh = false;
         let most = self.plan.limits.steps_a_poll;
         let full = out.len() + room.min(most);
         for _ in 0..most {
@@ -265,6 +266,7 @@ impl<P> Carrier<P> {
         let free = host.discards(window.cover).now == Some(window.cover);
         if !free || !self.try_discard(key, window, host) {
             self.deferred.insert(rest);
+            self.background.fresh = true;
             self.finish(key, Ok(()));
         }
     }
@@ -292,7 +294,7 @@ impl<P> Carrier<P> {
     /// Look at discards that were put off, and carry one out that can be by now. `false`: none, for the time being.
     fn discard_deferred(&mut self, now: Timestamp, host: &mut dyn AdmissionHost<Permit = P>) -> bool {
         let idle = self.background.running || self.deferred.is_empty() || self.background.next_look > now;
-        if idle || self.dead.is_some() {
+        if idle || self.background.fresh || self.dead.is_some() {
             return false;
         }
         for _ in 0..self.plan.limits.discard_checks {
