@@ -151,6 +151,35 @@ fn between_an_answer_and_the_next_question_nobodys_time_goes_by() {
     }
 }
 
+/// The second fails beside the first, at once, for a reason that has gone since; the first keeps its guest for much longer than the second may.
+#[test]
+fn a_copy_that_has_failed_beside_another_has_the_rest_of_its_time() {
+    for carried in [false, true] {
+        let mut bench = Bench::new();
+        bench.two_slow_jobs([Duration::from_secs(30), Duration::from_millis(500)]);
+        let range = ByteRange::new(15 * CLUSTER, 512);
+        bench.world.borrow_mut().disk(1).set_stuck();
+        bench.world.borrow_mut().disk(2).set_bad(range);
+        let write = IoRequest::Write { offset: range.offset, data: vec![9; 512] };
+        let write = carried.then(|| bench.engine.io(&bench.disk, write));
+        let mut own = bench.engine.begin_write(&bench.disk, range);
+        assert!(carried || poll(&mut own).is_none());
+        bench.turn_for(Duration::from_millis(100));
+        bench.world.borrow_mut().disk(2).repair();
+        bench.turn_for(Duration::from_secs(2));
+        assert!(write.as_ref().is_none_or(|write| write.take().is_none()), "the first is stuck");
+        bench.world.borrow_mut().disk(1).set_free();
+        match write {
+            Some(write) => assert!(bench.turn_until(|_| write.take()).result.is_ok()),
+            None => drop(bench.permit(own)),
+        }
+        let fails = bench.engine.jobs().filter(|job| job.fails).count();
+        assert_eq!((fails, bench.engine.jobs().count()), (0, 2), "carried: {carried}");
+        let copied = bench.world.borrow_mut().disk(2).view()[usize::try_from(range.offset).unwrap()];
+        assert_eq!(copied, 7, "carried: {carried}");
+    }
+}
+
 /// The time for which they were asked together is that of both.
 #[test]
 fn time_for_which_jobs_were_asked_together_goes_by_for_both() {
