@@ -188,20 +188,28 @@ fn a_job_is_watched_while_events_keep_coming() {
 /// However its end comes to be known.
 #[test]
 fn a_job_that_has_left_something_out_is_no_failure() {
-    for (by_event, done, expected) in [(false, 90, 3), (true, 90, 3), (false, 50, 1), (true, 50, 1)] {
+    // What has left something out may have failed after all was counted.
+    for (by_event, only, expected) in [(false, true, 3), (true, true, 3), (false, false, 1), (true, false, 1)]
+    {
         let there = directory();
         let mut looks = 0;
         daemon(there.path(), move |_, teller| {
             looks += 1;
             let mut jobs = job(if by_event { "running" } else { "concluded" });
             if by_event && looks == 2 {
-                let report = json!({ "total": 100, "done": done, "skipped-bytes": 10 });
-                let data = json!({ "device": "nightly", "error": "Input/output error", "x-detail": "why", "x-report": report });
+                let report = json!({ "total": 100, "done": 90, "skipped-bytes": 10 });
+                let mut data = json!({ "device": "nightly", "error": "Input/output error", "x-detail": "why", "x-report": report });
+                if only {
+                    data["x-only-skipped"] = true.into();
+                }
                 teller.event("BLOCK_JOB_COMPLETED", data);
             } else if !by_event {
                 jobs[0]["error"] = "Input/output error".into();
                 jobs[0]["x-detail"] = "why".into();
-                jobs[0]["x-progress"] = json!({ "total": 100, "done": done, "skipped": 10 });
+                jobs[0]["x-progress"] = json!({ "total": 100, "done": 90, "skipped": 10 });
+                if only {
+                    jobs[0]["x-only-skipped"] = true.into();
+                }
             }
             teller.reply(jobs);
             true
@@ -212,6 +220,49 @@ fn a_job_that_has_left_something_out_is_no_failure() {
         let told = if expected == 3 { "is complete, but not as a whole: why" } else { "has failed: why" };
         assert!(messages.contains(&format!("job nightly {told}")), "{messages}");
     }
+}
+
+/// How a backup ends whose job has left out 10 bytes, and that by `event`, with `more` in its data.
+fn end_without_some(sync: &str, event: &'static str, more: Value) -> (i32, String, String) {
+    let there = directory();
+    let mut looks = 0;
+    daemon(there.path(), move |command, teller| {
+        if command == "x-backup" {
+            teller.status("nightly", "created");
+            teller.reply(json!({}));
+            return true;
+        }
+        looks += 1;
+        if looks == 2 {
+            let report = json!({ "total": 100, "done": 90, "skipped-bytes": 10, "skipped-ranges": 1 });
+            let mut data = json!({ "type": "backup", "device": "nightly", "len": 100, "offset": 100, "x-report": report });
+            data.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+            teller.event(event, data);
+            teller.status("nightly", "null");
+        }
+        teller.reply(job("running"));
+        true
+    });
+    let output = run_in(there.path(), &[&BACKUP[..], &["--sync", sync, "--json"]].concat());
+    let object: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    (code(&output), object["result"].as_str().expect("a word").to_owned(), stderr(&output))
+}
+
+#[test]
+fn a_backup_without_some_of_it_is_no_plain_success() {
+    let (code, result, told) = end_without_some("none", "BLOCK_JOB_CANCELLED", json!({}));
+    assert_eq!((code, result.as_str()), (3, "complete_with_skipped"), "{told}");
+    assert!(told.contains("copy.img keeps the old contents of 90 B of vda"), "{told}");
+    assert!(told.contains("10 B in 1 ranges were left out"), "{told}");
+    // It has left something out, and failed.
+    let error = json!({ "error": "Input/output error" });
+    for sync in ["full", "none"] {
+        let (code, result, told) = end_without_some(sync, "BLOCK_JOB_COMPLETED", error.clone());
+        assert_eq!((code, result.as_str()), (1, "failed"), "{told}");
+    }
+    let only = json!({ "error": "Input/output error", "x-only-skipped": true });
+    let (code, result, told) = end_without_some("full", "BLOCK_JOB_COMPLETED", only);
+    assert_eq!((code, result.as_str()), (3, "complete_with_skipped"), "{told}");
 }
 
 #[test]

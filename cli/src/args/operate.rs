@@ -14,7 +14,7 @@ use crate::client::ClientError;
 pub(super) const BACKUP_HELP: &str = "\
 The backup shows the disk as it is when the command starts, although guests go on writing. A new target file is made as long \
 as the disk; it is removed again when the backup does not succeed. With --sync none the job goes on until it is cancelled: by \
-'job cancel', which is success, or by a signal; the target is kept either way.
+'job cancel', which is success, or by a signal; the target is kept either way, unless its flush fails.
 
 Examples:
   engine-cli backup --qmp unix:/run/engine.qmp --disk vda --target /backup/vda.img
@@ -25,7 +25,7 @@ Exit codes:
   0    the backup is complete and on stable storage
   1    it failed, or somebody else cancelled it (but with --sync none: 0)
   2    wrong usage, or refused by the daemon
-  3    complete, but for ranges that were skipped (policy ignore)
+  3    complete, but for ranges that were skipped (policy ignore), or, with --sync none, that could not be kept at the cancel
   129, 130, 143
        interrupted by SIGHUP, SIGINT (Ctrl-C), SIGTERM; the job is cancelled";
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::job::{look, snapshot_of};
+use super::job::{has_only_skipped, look, snapshot_of};
 use super::{Client, ClientError};
 use crate::args::BackupArgs;
 use crate::keys::Keys;
@@ -79,7 +79,7 @@ fn lines(args: &BackupArgs, ended: &Ended) -> Vec<String> {
     let mut lines = Vec::new();
     let report = &ended.last["x-report"];
     let count = |name: &str| report[name].as_u64().unwrap_or(0);
-    if args.keeps_partial() && matches!(ended.result, "complete" | "cancelled") {
+    if args.keeps_partial() && matches!(ended.result, "complete" | SKIPPED | "cancelled") {
         let (target, disk) = (&args.target, &args.disk);
         let held = bytes(count("done"));
         lines.push(format!("{target} keeps the old contents of {held} of {disk}, which guests changed"));
@@ -300,10 +300,9 @@ fn guests_of(last: &mut Value) -> Option<&mut Value> {
 
 fn completed(data: &Value) -> Ended {
     let error = data["x-detail"].as_str().or_else(|| data["error"].as_str()).map(str::to_owned);
-    let left_out = data["x-report"]["skipped-bytes"].as_u64().unwrap_or(0) > 0;
     let (result, code) = match &error {
         None => ("complete", DONE),
-        Some(_) if left_out => (SKIPPED, INCOMPLETE),
+        Some(_) if has_only_skipped(data) => (SKIPPED, INCOMPLETE),
         Some(_) => ("failed", FAILED),
     };
     Ended { result, code, error: error.filter(|_| code == FAILED), last: data.clone(), told: 0 }
@@ -318,8 +317,10 @@ fn was_cancelled(data: &Value, args: &BackupArgs, signalled: &Signalled) -> Ende
         let error = Some("the job was cancelled".to_owned());
         return Ended { result: "cancelled", code: FAILED, error, last, told: 0 };
     }
-    // There is no other end to it, and the daemon has flushed the target.
-    Ended { result: "complete", code: DONE, error: None, last, told: 0 }
+    // There is no other end to it, and the daemon has flushed the target; that of what it has not kept as well is another.
+    let left_out = data["x-report"]["skipped-bytes"].as_u64().unwrap_or(0) > 0;
+    let (result, code) = if left_out { (SKIPPED, INCOMPLETE) } else { ("complete", DONE) };
+    Ended { result, code, error: None, last, told: 0 }
 }
 
 #[cfg(test)]

@@ -107,8 +107,7 @@ fn watch(client: &mut Client, id: &str, meter: &mut Meter) -> Result<u8, ClientE
                 seen = true;
                 meter.update(&snapshot_of(&job));
                 if job["status"] == "concluded" {
-                    let left_out = left_out(&job["x-progress"], "skipped");
-                    return Ok(end(id, &job["error"], &job["x-detail"], left_out, meter));
+                    return Ok(end(id, &job, meter));
                 }
             }
             None if !seen => return Err(ClientError::Refused(format!("there is no job {id}"))),
@@ -119,8 +118,7 @@ fn watch(client: &mut Client, id: &str, meter: &mut Meter) -> Result<u8, ClientE
         while let Some(event) = client.next_event(deadline)? {
             let data = &event["data"];
             if data["device"] == id && event["event"] == "BLOCK_JOB_COMPLETED" {
-                let left_out = left_out(&data["x-report"], "skipped-bytes");
-                return Ok(end(id, &data["error"], &data["x-detail"], left_out, meter));
+                return Ok(end(id, data, meter));
             }
             if data["device"] == id && event["event"] == "BLOCK_JOB_CANCELLED" {
                 meter.say(format_args!("job {id} was cancelled"));
@@ -134,20 +132,20 @@ fn watch(client: &mut Client, id: &str, meter: &mut Meter) -> Result<u8, ClientE
     }
 }
 
-/// Whether a job that has ended with an error has done all but what it left out; `skipped`: what that is called in `counts`. One that has
-/// left something out and failed later has not.
-fn left_out(counts: &Value, skipped: &str) -> bool {
-    let count = |name: &str| counts[name].as_u64().unwrap_or(0);
-    count(skipped) > 0 && count("done") + count(skipped) >= count("total")
+/// Whether a job that has ended with an error has done all but what it left out. Its counts do not tell: one whose last flush has failed has
+/// counted everything.
+pub(super) fn has_only_skipped(told: &Value) -> bool {
+    told["x-only-skipped"] == true
 }
 
-fn end(id: &str, error: &Value, detail: &Value, left_out: bool, meter: &Meter) -> u8 {
-    match detail.as_str().or_else(|| error.as_str()) {
+/// `told`: a job that has concluded, or the data of its last event.
+fn end(id: &str, told: &Value, meter: &Meter) -> u8 {
+    match told["x-detail"].as_str().or_else(|| told["error"].as_str()) {
         None => {
             meter.say(format_args!("job {id} is complete"));
             DONE
         }
-        Some(why) if left_out => {
+        Some(why) if has_only_skipped(told) => {
             meter.say(format_args!("job {id} is complete, but not as a whole: {}", out::one_line(why)));
             INCOMPLETE
         }

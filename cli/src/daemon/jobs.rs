@@ -22,6 +22,8 @@ pub(super) struct JobFailure {
     pub(super) text: String,
     /// In ours: where and what to do.
     pub(super) detail: Option<String>,
+    /// All is there but what policy `ignore` has left out.
+    pub(super) only_skipped: bool,
 }
 
 /// A job that was started.
@@ -104,6 +106,9 @@ impl Job {
             if let Some(detail) = &failure.detail {
                 value["x-detail"] = detail.clone().into();
             }
+            if failure.only_skipped {
+                value["x-only-skipped"] = true.into();
+            }
         }
     }
 
@@ -164,16 +169,15 @@ impl Job {
 
 /// Why the job did not succeed, if so.
 fn failure_of(result: &JobResult) -> Option<JobFailure> {
+    let failure = |text: String, detail: Option<String>| JobFailure { text, detail, only_skipped: false };
     match &result.outcome {
         Outcome::Complete => None,
-        Outcome::Cancelled => Some(JobFailure { text: Errno::ECANCELED.desc().to_owned(), detail: None }),
-        Outcome::Failed(error) => {
-            Some(JobFailure { text: system_words(error), detail: Some(error.to_string()) })
-        }
+        Outcome::Cancelled => Some(failure(Errno::ECANCELED.desc().to_owned(), None)),
+        Outcome::Failed(error) => Some(failure(system_words(error), Some(error.to_string()))),
         Outcome::CompleteWithSkipped => {
             let ranges = result.skipped.len();
             let detail = format!("{} bytes in {ranges} ranges were left out", result.progress.skipped);
-            Some(JobFailure { text: Errno::EIO.desc().to_owned(), detail: Some(detail) })
+            Some(JobFailure { only_skipped: true, ..failure(Errno::EIO.desc().to_owned(), Some(detail)) })
         }
     }
 }
@@ -239,4 +243,60 @@ impl Jobs {
 /// An error shared by the event and the log.
 pub(super) fn log_error(id: &str, error: &Arc<Error>) {
     crate::out::say(format_args!("job {id}: {error}"));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use engine::job::Progress;
+
+    use super::*;
+
+    #[test]
+    fn what_has_only_left_something_out_is_told_from_what_has_failed() {
+        let progress = Progress {
+            status: Status::Concluded,
+            io_status: IoStatus::Ok,
+            total: 100,
+            done: 90,
+            copied: 90,
+            holes: 0,
+            zeros: 0,
+            uncovered: 0,
+            resumed: 0,
+            skipped: 10,
+            verified: 0,
+            retries: 0,
+            in_flight: 0,
+            fleeced: 0,
+            rate: 0,
+            time_left: None,
+            speed: None,
+            paused_on: None,
+            elapsed: Duration::ZERO,
+        };
+        let only_skipped = |outcome| {
+            let (skipped, notices) = (Vec::new(), Vec::new());
+            let result = JobResult {
+                outcome,
+                progress: progress.clone(),
+                skipped,
+                verified: false,
+                elapsed: Duration::ZERO,
+                engine: "threads",
+                resumable: false,
+                resumable_bytes: 0,
+                map_removed: false,
+                guests: None,
+                notices,
+            };
+            failure_of(&result).map(|failure| failure.only_skipped)
+        };
+        let error = Error::new(ErrorKind::Io(Errno::EIO), Operation::Flush, "target", "it failed");
+        assert_eq!(only_skipped(Outcome::CompleteWithSkipped), Some(true));
+        assert_eq!(only_skipped(Outcome::Failed(Arc::new(error))), Some(false));
+        assert_eq!(only_skipped(Outcome::Cancelled), Some(false));
+        assert_eq!(only_skipped(Outcome::Complete), None);
+    }
 }

@@ -284,6 +284,11 @@ impl Copier {
         tracing::info!(%error, "flush failed");
         self.tell_error(&error, Verdict::Fail);
         self.checkpoints.stage = Stage::Idle;
+        if self.plan.sync == SyncMode::None && matches!(self.ending, Some(Ending::Cancelled)) {
+            // What guests had copied is the result. Another flush would tell nothing of what this one has lost.
+            self.ending = Some(Ending::Failed(error));
+            return;
+        }
         if self.ending.is_some() {
             self.events.push(Event::Notice(format!("what was copied may be lost: {error}")));
         }

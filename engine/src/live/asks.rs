@@ -15,8 +15,9 @@
 //! # The clock
 //! It is the ring's, and runs for each job while that is asked. With his answer a guest hears for how long each job was asked for him, and for what; he
 //! brings that along when he asks again ([`Waited`]). Between an answer and his next question, which may be long where it is a future that nobody polls, nobody
-//! is asked anything, and no time goes by. A job that was not asked with the others, because it had not started or had too many who ask, has all of its
-//! time, and so has what a job was not asked for before: the next piece of a large request.
+//! is asked anything, and no time goes by; nor does it for a job that has failed beside another, until he comes to ask it himself. A job that was not
+//! asked with the others, because it had not started or had too many who ask, has all of its time, and so has what a job was not asked for before: the
+//! next piece of a large request.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -56,6 +57,18 @@ impl Waited {
         let asked = self.0.iter().find(|&&(other, end, _)| other == job && clusters.end <= end);
         asked.map_or(Duration::ZERO, |&(_, _, time)| time)
     }
+
+    /// A job was asked that long, whatever for.
+    #[cfg(test)]
+    pub(super) fn of_test(job: JobId, seconds: u64) -> Self {
+        Self(vec![(job, ClusterIndex(u64::MAX), Duration::from_secs(seconds))])
+    }
+
+    /// The moments from which the times of jobs count that are asked at `now`.
+    pub(super) fn since(&self, now: Timestamp) -> impl Fn(JobId, ClusterRange) -> Timestamp + use<> {
+        let waited = self.clone();
+        move |job, clusters| Timestamp(now.0.saturating_sub(waited.of(job, clusters)))
+    }
 }
 
 /// What came of asking for copies.
@@ -76,8 +89,8 @@ impl Lost for Copied {
 pub(super) enum Asker {
     Guest(Answer<Copied>),
     Carrier(CopyWait),
-    /// Nobody yet: it was asked beside another.
-    Beside,
+    /// Nobody yet: it was asked beside that one.
+    Beside(JobId, CbwId),
 }
 
 /// What a job was asked for, and from when on its time counts.
@@ -87,6 +100,15 @@ struct Question {
     id: CbwId,
     end: ClusterIndex,
     since: Timestamp,
+    /// Until when, if it has failed: nobody is asked any more.
+    until: Option<Timestamp>,
+}
+
+impl Question {
+    /// How long it was asked by `now`.
+    fn time(&self, now: Timestamp) -> Duration {
+        self.until.unwrap_or(now).since(self.since)
+    }
 }
 
 /// A copy that a job was asked for.
@@ -98,12 +120,10 @@ pub(super) struct Ask {
 }
 
 impl Ask {
-    /// Tell the guest who asked what came of it, and how long all of these were asked by `now`.
-    pub(super) fn answer(self, outcome: Result<(), Arc<Error>>, now: Timestamp) {
-        let Asker::Guest(answer) = self.asker else { return };
+    /// For how long all of these were asked by `now`.
+    pub(super) fn waited(&self, now: Timestamp) -> Waited {
         let questions = self.beside.iter().chain([&self.question]);
-        let waited = Waited(questions.map(|asked| (asked.job, asked.end, now.since(asked.since))).collect());
-        answer.give(Copied { outcome, waited });
+        Waited(questions.map(|asked| (asked.job, asked.end, asked.time(now))).collect())
     }
 
     fn forget_beside(&self, beside: &mut Vec<(JobId, CbwId)>) {
@@ -147,6 +167,7 @@ pub(super) fn ask_jobs(
 ) -> Result<(), Asker> {
     let found = jobs.iter().find(|(_, job)| job.watch.id() == wish.job && job.attached);
     let Some((index, disk)) = found.map(|(index, job)| (index, job.disk)) else { return Err(asker) };
+    let with = CbwId(jobs[index].next_ask);
     let mut beside = Vec::new();
     for (_, job) in
         jobs.iter_mut().filter(|&(other, ref job)| other != index && job.disk == disk && job.attached)
@@ -156,7 +177,7 @@ pub(super) fn ask_jobs(
         }
         if let Some(clusters) = job.watch.undone(wish.range) {
             let since = since(job.watch.id(), clusters);
-            beside.push(job.ask(clusters, Asker::Beside, Vec::new(), since));
+            beside.push(job.ask(clusters, Asker::Beside(wish.job, with), Vec::new(), since));
         }
     }
     jobs[index].ask(wish.clusters, asker, beside, since(wish.job, wish.clusters));
@@ -175,12 +196,12 @@ impl Job {
         self.next_ask += 1;
         // Before that there was nothing to ask it for.
         let since = since.max(self.runner.started());
-        if matches!(asker, Asker::Beside) {
+        if matches!(asker, Asker::Beside(..)) {
             self.runner.copier.copy_beside(id, clusters, since);
         } else {
             self.runner.copier.copy_before_write(id, clusters, since);
         }
-        let question = Question { job: self.watch.id(), id, end: clusters.end, since };
+        let question = Question { job: self.watch.id(), id, end: clusters.end, since, until: None };
         self.asks.0.insert(id, Ask { asker, question, beside });
         self.controller.on_guest(since, self.asks.len());
         question
@@ -195,6 +216,16 @@ pub(super) fn forget_beside(jobs: &mut Slab<Job>, beside: &[(JobId, CbwId)]) {
         {
             job.runner.copier.forget_cbw(ask);
         }
+    }
+}
+
+/// What some jobs were asked beside others has failed, `now`: each with what it was asked with. They are asked nothing any more, so their clocks stand.
+pub(super) fn stop_clocks(jobs: &mut Slab<Job>, failed: &[(JobId, (JobId, CbwId))], now: Timestamp) {
+    for &(failed, (id, with)) in failed {
+        // The other one may be over, too.
+        let ask = jobs.iter_mut().find(|(_, job)| job.watch.id() == id);
+        let Some(ask) = ask.and_then(|(_, job)| job.asks.0.get_mut(&with)) else { continue };
+        ask.beside.iter_mut().filter(|asked| asked.job == failed).for_each(|asked| asked.until = Some(now));
     }
 }
 

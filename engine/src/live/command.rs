@@ -68,7 +68,8 @@ pub(super) struct NewJob<F> {
 pub enum GroupFailure {
     /// They are cancelled: the group is worth something as a whole only. None is complete before the work of all is done and each target
     /// was seen to be still there under its name. (One that is renamed or removed after that look, in the moment in which all end, is that job's
-    /// failure alone.)
+    /// failure alone.) One that has left something out under policy `ignore` is complete here: that was chosen for it, and its own result says so. Whoever
+    /// wants none of the group then chooses [`ErrorPolicy::Report`](crate::modes::ErrorPolicy::Report).
     #[default]
     FailAll,
     /// They go on.

@@ -129,6 +129,7 @@ impl<R: Ring> Reactor<R> {
             let mut host = Host {
                 disk: &disk.shared,
                 jobs: &mut self.jobs,
+                now,
                 #[cfg(feature = "sim")]
                 planted: &mut self.planted,
             };

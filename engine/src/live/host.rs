@@ -10,12 +10,13 @@ use super::jobs::JobId;
 #[cfg(feature = "sim")]
 use super::planted::Planted;
 use super::reactor::Job;
-use crate::units::{ByteRange, ClusterRange};
+use crate::units::{ByteRange, ClusterRange, Timestamp};
 
 /// What a disk's carrier finds around it.
 pub(super) struct Host<'a> {
     pub(super) disk: &'a DiskShared,
     pub(super) jobs: &'a mut Slab<Job>,
+    pub(super) now: Timestamp,
     #[cfg(feature = "sim")]
     pub(super) planted: &'a mut Planted,
 }
@@ -46,8 +47,8 @@ impl AdmissionHost for Host<'_> {
     }
 
     fn copy(&mut self, job: JobId, clusters: ClusterRange, range: ByteRange, wait: CopyWait) {
-        let asked =
-            ask_jobs(self.jobs, Wish { job, clusters, range }, Asker::Carrier(wait), |_, _| wait.since);
+        let since = wait.waited.since(self.now);
+        let asked = ask_jobs(self.jobs, Wish { job, clusters, range }, Asker::Carrier(wait), since);
         assert!(asked.is_ok(), "the carrier has just found it");
     }
 

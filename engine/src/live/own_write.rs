@@ -9,7 +9,7 @@
 //! must have it forgotten first, or it would take his new data with it. A disk says by a flag whether there are any, and says so before
 //! the first of them is told to be done. Who has his permit in hand looks at it; if it is set, he gives the permit back, asks the ring thread to take his
 //! range out, and begins again. From then on until he has his permit, nothing of his range is put off any more (`waits`), however long he waits for
-//! a barrier or a copy, or does not look. So what is put off when he writes was told to be done after he had his permit, at the same time as
+//! a barrier or a copy, or does not look: it is forgotten before anybody is told that it is done, and before anything of it is carried out. So what is put off when he writes was told to be done after he had his permit, at the same time as
 //! his write, and he who writes at the same time as a discard has no right to either order.
 //!
 //! The look comes after the permit because a barrier puts discards off by itself: who has waited at one finds the flag set by then, for to enter

@@ -21,8 +21,8 @@ use nix::errno::Errno;
 use slab::Slab;
 
 use super::DiskId;
-use super::asks::{Asker, Asks, forget_beside};
-use super::carrier::{CarrierLimits, IoOutcome, IoRequest};
+use super::asks::{Asker, Asks, Copied, forget_beside, stop_clocks};
+use super::carrier::{CarrierLimits, CopyWait, IoOutcome, IoRequest};
 use super::command::{Command, GroupFailure, Inbox, NewGroup};
 use super::controller::Controller;
 use super::disks::Carried;
@@ -306,7 +306,7 @@ impl<R: Ring> Reactor<R> {
     /// Let the jobs act; `true`: there is more to do at once.
     pub(super) fn poll_jobs(&mut self, now: Timestamp) -> bool {
         let mut more = false;
-        let (mut failed_groups, mut beside) = (Vec::new(), Vec::new());
+        let (mut failed_groups, mut beside, mut failed_beside) = (Vec::new(), Vec::new(), Vec::new());
         self.look_for_guests(now);
         let (division, mut taken) = self.places();
         for (index, job) in &mut self.jobs {
@@ -338,16 +338,21 @@ impl<R: Ring> Reactor<R> {
             more |= job.begin_reads(&mut self.exports);
             for (id, outcome) in job.runner.copier.take_cbw_outcomes() {
                 let ask = job.asks.answered(id, &mut beside);
+                let waited = ask.waited(now);
                 match ask.asker {
-                    Asker::Guest(_) => ask.answer(outcome, now),
-                    Asker::Beside => {}
+                    Asker::Guest(answer) => answer.give(Copied { outcome, waited }),
+                    Asker::Beside(with, ask) if outcome.is_err() => {
+                        failed_beside.push((job.watch.id(), (with, ask)));
+                    }
+                    Asker::Beside(..) => {}
                     Asker::Carrier(wait) => {
-                        disk.carrier.copied(wait, outcome);
+                        disk.carrier.copied(CopyWait { waited, ..wait }, outcome);
                         more = true;
                     }
                 }
             }
         }
+        stop_clocks(&mut self.jobs, &failed_beside, now);
         forget_beside(&mut self.jobs, &beside);
         for group in failed_groups {
             for (_, job) in &mut self.jobs {

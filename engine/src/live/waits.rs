@@ -82,7 +82,7 @@ impl<R: Ring> Reactor<R> {
             let error = too_many(Operation::CopyBeforeWrite, name, MAX_ASKS);
             return answer.give(Copied { outcome: Err(Arc::new(error)), waited });
         }
-        let since = |job, clusters| Timestamp(now.0.saturating_sub(waited.of(job, clusters)));
+        let since = waited.since(now);
         if let Err(Asker::Guest(answer)) = ask_jobs(&mut self.jobs, wish, Asker::Guest(answer), since) {
             answer.give(Copied { outcome: Ok(()), waited });
         }

@@ -45,10 +45,12 @@ impl Bench {
         self.turn_until(|_| started.take()).unwrap()
     }
 
-    fn discard(&mut self, cluster: u64) {
-        let range = ByteRange::new(cluster * CLUSTER, CLUSTER);
+    /// What was not carried out when that is told is on the ring at most.
+    fn discard(&mut self, start: u64, end: u64) {
+        let range = ByteRange::between(start * CLUSTER, end * CLUSTER);
         let discard = self.engine.io(&self.disk, IoRequest::Discard { range });
-        assert!(self.turn_until(|_| discard.take()).result.is_ok());
+        let told = self.turn_until_with(|bench| bench.engine.act().and_then(|_| discard.take()));
+        assert!(told.result.is_ok());
     }
 
     fn holds(&self, cluster: u64, byte: u8) -> bool {
@@ -68,7 +70,7 @@ fn what_is_discarded_while_a_guest_waits_at_a_barrier_is_discarded_before_his_wr
         let id = bench.turn_until(|_| started.take()).unwrap()[0];
         let copied = bench.engine.copy(id, ClusterRange::new(10, 11));
         assert!(bench.turn_until(|_| copied.take()).is_ok());
-        bench.discard(15);
+        bench.discard(15, 16);
         let range = ByteRange::new(10 * CLUSTER, CLUSTER);
         let Attempt::Granted(held) = bench.engine.attempt(&bench.disk, range) else { panic!("it is copied") };
         let mut write = bench.engine.begin_write(&bench.disk, range);
@@ -80,7 +82,7 @@ fn what_is_discarded_while_a_guest_waits_at_a_barrier_is_discarded_before_his_wr
         let (_, starts) = bench.ask_for(bench.job(ErrorPolicy::Report, None), timeout);
         bench.turn();
         assert!(poll(&mut write).is_none(), "the barrier is up");
-        bench.discard(10);
+        bench.discard(10, 11);
         // What comes with the barrier's coming down is on the ring then, and has not happened.
         assert!(bench.turn_until_with(|bench| bench.engine.act().and_then(|_| starts.take())).is_err());
         let permit = bench.permit(write);
@@ -91,6 +93,38 @@ fn what_is_discarded_while_a_guest_waits_at_a_barrier_is_discarded_before_his_wr
         assert!(bench.holds(10, 9), "first: {first}");
         assert!(bench.holds(15, 0), "first: {first}");
     }
+}
+
+/// He has had discards forgotten, and is in no hurry: what of the next one could be carried out at once comes before his write, too.
+#[test]
+fn what_is_discarded_before_a_guest_looks_again_is_discarded_before_his_write() {
+    let mut bench = Bench::new();
+    let (handle, started) = bench.ask_for(bench.job(ErrorPolicy::Report, None), PATIENCE);
+    handle.set_speed(NonZeroU64::new(1).map(Speed)).unwrap();
+    bench.turn_until(|_| started.take()).unwrap();
+    bench.discard(10, 11);
+    let range = ByteRange::new(10 * CLUSTER, CLUSTER);
+    let mut write = bench.engine.begin_write(&bench.disk, range);
+    assert!(poll(&mut write).is_none(), "it is not copied");
+    bench.turn_until(|bench| {
+        matches!(bench.engine.attempt(&bench.disk, range), Attempt::Granted(_)).then_some(())
+    });
+    // It is told.
+    bench.turn();
+    assert!(poll(&mut write).is_none(), "one is put off");
+    // He is answered. None is left to be looked at, and the next one would be looked at once.
+    bench.turn_for(Duration::from_millis(25));
+    bench.discard(10, 13);
+    let permit = poll(&mut write).expect("he was answered").expect("nothing fails");
+    bench.world.borrow_mut().disk(0).fill(range.offset, &[9; 8192]);
+    drop(permit);
+    bench.turn_for(Duration::from_millis(100));
+    assert!(bench.holds(11, 7), "it is not copied");
+    assert!(bench.holds(10, 9), "he wrote that after the discard was told to be done");
+    handle.cancel().unwrap();
+    bench.turn_for(Duration::from_millis(100));
+    assert!(bench.holds(10, 9));
+    assert!(bench.holds(11, 0) && bench.holds(12, 0));
 }
 
 /// Two jobs, of which the second could not copy while the first did; and a guest who is in no hurry.
@@ -114,6 +148,35 @@ fn between_an_answer_and_the_next_question_nobodys_time_goes_by() {
         assert!(bench.engine.jobs().count() == 2 && poll(&mut write).is_none(), "the second has not copied");
         drop(bench.permit(write));
         assert_eq!(bench.engine.jobs().filter(|job| !job.fails).count(), 2, "{pause:?}");
+    }
+}
+
+/// The second fails beside the first, at once, for a reason that has gone since; the first keeps its guest for much longer than the second may.
+#[test]
+fn a_copy_that_has_failed_beside_another_has_the_rest_of_its_time() {
+    for carried in [false, true] {
+        let mut bench = Bench::new();
+        bench.two_slow_jobs([Duration::from_secs(30), Duration::from_millis(500)]);
+        let range = ByteRange::new(15 * CLUSTER, 512);
+        bench.world.borrow_mut().disk(1).set_stuck();
+        bench.world.borrow_mut().disk(2).set_bad(range);
+        let write = IoRequest::Write { offset: range.offset, data: vec![9; 512] };
+        let write = carried.then(|| bench.engine.io(&bench.disk, write));
+        let mut own = bench.engine.begin_write(&bench.disk, range);
+        assert!(carried || poll(&mut own).is_none());
+        bench.turn_for(Duration::from_millis(100));
+        bench.world.borrow_mut().disk(2).repair();
+        bench.turn_for(Duration::from_secs(2));
+        assert!(write.as_ref().is_none_or(|write| write.take().is_none()), "the first is stuck");
+        bench.world.borrow_mut().disk(1).set_free();
+        match write {
+            Some(write) => assert!(bench.turn_until(|_| write.take()).result.is_ok()),
+            None => drop(bench.permit(own)),
+        }
+        let fails = bench.engine.jobs().filter(|job| job.fails).count();
+        assert_eq!((fails, bench.engine.jobs().count()), (0, 2), "carried: {carried}");
+        let copied = bench.world.borrow_mut().disk(2).view()[usize::try_from(range.offset).unwrap()];
+        assert_eq!(copied, 7, "carried: {carried}");
     }
 }
 

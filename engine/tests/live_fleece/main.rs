@@ -14,9 +14,10 @@ use engine::job::{IoStatus, JobResult, Outcome, Refusal};
 use engine::live::carrier::IoOutcome;
 use engine::live::sim::Pending;
 use engine::live::{CbwErrorPolicy, IoRequest};
-use engine::ring::sim::{Disk, FaultPlan, Rates};
+use engine::ring::sim::{Disk, Fault, FaultPlan, Rates};
 use engine::units::ByteRange;
 use fastrand::Rng;
+use nix::errno::Errno;
 
 use bench::{Bench, CLUSTER, CLUSTERS, FLEECE, LENGTH, PROMPT, SOURCE, Setup, TARGET, ZEROS, bytes_of};
 
@@ -380,6 +381,50 @@ fn changes_that_are_held_at_a_cancel_are_kept() {
             assert!(medium[bytes_of(cluster)] == bench.t0[bytes_of(cluster)], "cluster {cluster}");
         }
     }
+}
+
+/// A copy of changes whose flush, which is to free slots, is under way; and which operation that is.
+fn flushing(faults: FaultPlan) -> (Bench, u64) {
+    let mut bench = Bench::start(&Setup { faults, ..Setup::of_changes(16) });
+    for cluster in 20..30 {
+        bench.write(cluster);
+    }
+    while bench.job.progress().fleeced > 0 {
+        bench.pass(Duration::from_micros(100));
+    }
+    bench.with_disk(TARGET, Disk::set_hung);
+    let number = bench.engine.pushed();
+    bench.job.pause().unwrap();
+    bench.pass(Duration::from_millis(10));
+    assert_eq!((bench.engine.pushed(), bench.engine.in_flight()), (number + 1, 1), "the flush");
+    (bench, number)
+}
+
+/// The kernel tells of lost writes once: the next flush would succeed.
+#[test]
+fn a_flush_under_way_at_a_cancel_that_fails_is_the_end_of_what_was_held() {
+    let (_, number) = flushing(FaultPlan::default());
+    let (mut bench, _) = flushing(FaultPlan::single(number, Fault::Errno(Errno::EIO)));
+    bench.job.cancel().unwrap();
+    bench.pass(Duration::from_millis(10));
+    bench.with_disk(TARGET, Disk::set_free);
+    let result = bench.end();
+    let Outcome::Failed(error) = &result.outcome else { panic!("{result:?}") };
+    assert!(error.to_string().contains("flush"), "{error}");
+    assert_eq!(bench.engine.pushed(), number + 1, "nobody asks again");
+}
+
+#[test]
+fn changes_whose_last_flush_fails_are_not_kept() {
+    let faults = FaultPlan { rates: Rates { flush: 1024, ..Rates::default() }, ..FaultPlan::default() };
+    let mut bench = Bench::start(&Setup { speed: Some(1), faults, ..Setup::of_changes(17) });
+    for cluster in 20..30 {
+        bench.write(cluster);
+    }
+    bench.job.cancel().unwrap();
+    let result = bench.end();
+    let Outcome::Failed(error) = &result.outcome else { panic!("{result:?}") };
+    assert!(error.to_string().contains("flush"), "{error}");
 }
 
 /// Everything is on the target by then, and the flushes that free slots find nothing left to copy.

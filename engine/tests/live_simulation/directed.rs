@@ -309,6 +309,22 @@ fn a_guest_goes_on_where_what_was_left_out_fails_again() {
     assert!(tried > 40 && changed == 40 && refused < tried, "{tried} were tried again, {refused} refused");
 }
 
+/// That is what was chosen for the one, and no failure.
+#[test]
+fn a_copy_that_leaves_something_out_does_not_take_its_group_along() {
+    for seed in 231..241 {
+        let mut scenario = blemished(seed, true, Path::Own);
+        scenario.operator = Operator::Watches;
+        scenario.mended_at = Duration::from_secs(100);
+        scenario.disks.push(scenario.disks[0].clone());
+        scenario.disks[1].bad.clear();
+        scenario.starts[0].jobs.push(JobSpec::plain(1, 8192));
+        scenario.starts[0].on_failure = GroupFailure::FailAll;
+        let seen = ended(&scenario).seen;
+        assert_eq!((seen.complete, seen.skipped, seen.cancelled, seen.failed_jobs), (2, 1, 0, 0), "{seen:?}");
+    }
+}
+
 /// Those who read the snapshot send the sweep back over what was left out, and come upon it themselves.
 #[test]
 fn readers_and_the_sweep_leave_alone_what_was_left_out() {

@@ -119,3 +119,21 @@ fn a_slot_of_the_fleece_file_that_is_free_before_a_flush() {
     let telling = ["has left the fleece file and is not on the medium"];
     expect_caught(PlantedBug::FleeceFreedBeforeFlush, &telling);
 }
+
+#[test]
+fn a_failed_flush_that_is_tried_again_and_believed() {
+    expect_caught(PlantedBug::FlushRetriedAndBelieved, &["the target's medium is"]);
+    let of_changes = |seed| {
+        let mut scenario = Scenario::random(seed);
+        for job in scenario.starts.iter_mut().flat_map(|start| &mut start.jobs) {
+            job.sync = SyncMode::None;
+            job.cancel_at = job.cancel_at.or(Some(Duration::from_millis(50)));
+        }
+        scenario
+    };
+    expect_caught_in(
+        PlantedBug::FlushRetriedAndBelieved,
+        of_changes,
+        &["was cancelled, and is not on the medium"],
+    );
+}

@@ -25,7 +25,8 @@
 //!
 //! # Discards
 //! A guest never waits for a discard. Whatever is in its way (clusters not copied, the barrier, a lock) puts it off: the guest is told that it is done, and
-//! it is carried out later, piece by piece, unless the guest writes there first.
+//! it is carried out later, piece by piece, unless the guest writes there first. Never in the poll that has put it off: whoever is about to write there
+//! by other means has it forgotten between two polls.
 //!
 //! # Bounds
 //! [`CarrierLimits`] has them. Operations given out at a time: two for each window whose buffers are held, and one for each other request.
@@ -48,6 +49,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use slab::Slab;
 
+use super::asks::Waited;
 use crate::error::{Error, Operation};
 use crate::piece::{Fault, Piece};
 use crate::ring::{BufferRange, Op, Token, ZeroMethod};
@@ -90,8 +92,8 @@ enum Stage<P> {
     Locking,
     /// Waits for the barrier to be lowered.
     AtBarrier,
-    /// Waits for a copy-before-write.
-    Copying(CopyWait),
+    /// Waits for a copy-before-write of that number.
+    Copying(u64),
     /// A window is being carried out.
     Running(Running<P>),
 }
@@ -124,8 +126,8 @@ struct Request<P> {
     range: ByteRange,
     /// Where the next window starts.
     at: u64,
-    /// When the next window was first kept waiting for a copy, after the last barrier.
-    waits_since: Option<Timestamp>,
+    /// For how long jobs were asked to copy before the next window.
+    waited: Waited,
     /// Whether anything of it was ever started.
     started: bool,
     /// The next window has something to be copied before, and is no wide one.
@@ -176,6 +178,8 @@ struct Background {
     cursor: u64,
     /// Not before this.
     next_look: Timestamp,
+    /// Some were put off in this poll.
+    fresh: bool,
     /// A piece is being discarded: this one.
     running: bool,
     piece: ByteRange,
@@ -244,6 +248,7 @@ impl<P> Carrier<P> {
             background: Background {
                 cursor: 0,
                 next_look: Timestamp::default(),
+                fresh: false,
                 running: false,
                 piece: ByteRange::new(0, 0),
             },
@@ -292,7 +297,7 @@ impl<P> Carrier<P> {
             body,
             range,
             at: range.offset,
-            waits_since: None,
+            waited: Waited::default(),
             started: false,
             narrow: false,
             claimed: None,
@@ -319,7 +324,9 @@ impl<P> Carrier<P> {
     /// One that nobody waits for any more is passed over.
     pub fn copied(&mut self, wait: CopyWait, result: Result<(), std::sync::Arc<Error>>) {
         let Some(key) = self.copying.remove(&wait.number) else { return };
-        self.requests[key].stage = Stage::Ready;
+        let request = &mut self.requests[key];
+        request.stage = Stage::Ready;
+        request.waited = wait.waited;
         match result {
             Ok(()) => self.ready.push_front(key),
             Err(error) => self.finish(key, Err(std::sync::Arc::unwrap_or_clone(error))),
@@ -426,11 +433,11 @@ impl<P> Carrier<P> {
 
     /// Take a request that is not running out of wherever it waits.
     fn withdraw(&mut self, key: Key) {
-        match self.requests[key].stage {
+        match &self.requests[key].stage {
             Stage::Ready => self.ready.retain(|&other| other != key),
             Stage::AtBarrier => self.barred.retain(|&other| other != key),
-            Stage::Copying(wait) => {
-                self.copying.remove(&wait.number);
+            Stage::Copying(number) => {
+                self.copying.remove(number);
             }
             Stage::Locking => {}
             Stage::Running(_) => unreachable!("what is in flight is not withdrawn"),

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use super::super::asks::Waited;
 use super::super::jobs::JobId;
 use crate::copier::plan::Side;
 use crate::error::Error;
 use crate::ring::BufferRange;
-use crate::units::{ByteRange, ClusterRange, Length, Timestamp};
+use crate::units::{ByteRange, ClusterRange, Length};
 
 /// Names a request from its submission to its outcome. Chosen by the caller; unique among those under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -62,13 +63,13 @@ impl IoOutcome {
 }
 
 /// Names one copy-before-write that was asked for, until it is answered by [`super::Carrier::copied`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CopyWait {
     /// Never used twice by a carrier.
     pub number: u64,
-    /// When the window that waits was first kept waiting: a timeout counts from there. What came before it of the same request is
-    /// another matter, however long that took.
-    pub since: Timestamp,
+    /// For how long which jobs were asked for the window that waits: the host's, which hands it back longer. What came before it of the same
+    /// request is another matter, however long that took.
+    pub(in crate::live) waited: Waited,
 }
 
 /// What comes of asking for a permit.

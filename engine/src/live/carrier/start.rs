@@ -1,5 +1,6 @@
 //! Letting windows in: what can be started now is given its buffers, its lock and its permit, in one step, and goes.
 
+use super::super::asks::Waited;
 use super::locks::Footprint;
 use super::windows::{Act, Window};
 use super::{
@@ -28,6 +29,7 @@ impl<P> Carrier<P> {
         host: &mut dyn AdmissionHost<Permit = P>,
         out: &mut Vec<(Token, Op)>,
     ) -> bool {
+        self.background.fresh = false;
         let most = self.plan.limits.steps_a_poll;
         let full = out.len() + room.min(most);
         for _ in 0..most {
@@ -36,7 +38,7 @@ impl<P> Carrier<P> {
                 break;
             }
             match self.ready.pop_front() {
-                Some(key) if self.start(key, now, arena, host) == Turn::Starved => return false,
+                Some(key) if self.start(key, arena, host) == Turn::Starved => return false,
                 Some(_) => {}
                 // Guests come first.
                 None if self.discard_deferred(now, host) => {}
@@ -55,13 +57,7 @@ impl<P> Carrier<P> {
     }
 
     /// Start the next window of a request that was ready, or have it wait for what it lacks.
-    fn start(
-        &mut self,
-        key: Key,
-        now: Timestamp,
-        arena: &mut Arena,
-        host: &mut dyn AdmissionHost<Permit = P>,
-    ) -> Turn {
+    fn start(&mut self, key: Key, arena: &mut Arena, host: &mut dyn AdmissionHost<Permit = P>) -> Turn {
         if matches!(self.requests[key].body, Body::Discard) {
             self.start_discard(key, host);
             return Turn::Next;
@@ -86,7 +82,7 @@ impl<P> Carrier<P> {
         }
         let mut running =
             Running { window, buffer: buffer.flatten(), lock, permit: None, operations: 0, failure: None };
-        if window.modifies() && !self.admit(key, now, &mut running, host) {
+        if window.modifies() && !self.admit(key, &mut running, host) {
             return Turn::Next;
         }
         self.launch(key, running, arena);
@@ -121,7 +117,6 @@ impl<P> Carrier<P> {
     fn admit(
         &mut self,
         key: Key,
-        now: Timestamp,
         running: &mut Running<P>,
         host: &mut dyn AdmissionHost<Permit = P>,
     ) -> bool {
@@ -145,8 +140,6 @@ impl<P> Carrier<P> {
                 return true;
             }
             Attempt::AtBarrier => {
-                // That is no job's fault: the time of a copy counts anew.
-                self.requests[key].waits_since = None;
                 self.barred.push(key);
                 Stage::AtBarrier
             }
@@ -157,12 +150,12 @@ impl<P> Carrier<P> {
                 Stage::Ready
             }
             Attempt::Copy(job, clusters) => {
-                let since = *self.requests[key].waits_since.get_or_insert(now);
-                let wait = CopyWait { number: self.next_wait, since };
+                let number = self.next_wait;
+                let waited = std::mem::take(&mut self.requests[key].waited);
                 self.next_wait += 1;
-                self.copying.insert(wait.number, key);
-                host.copy(job, clusters, window.cover, wait);
-                Stage::Copying(wait)
+                self.copying.insert(number, key);
+                host.copy(job, clusters, window.cover, CopyWait { number, waited });
+                Stage::Copying(number)
             }
         };
         self.requests[key].stage = stage;
@@ -265,6 +258,7 @@ impl<P> Carrier<P> {
         let free = host.discards(window.cover).now == Some(window.cover);
         if !free || !self.try_discard(key, window, host) {
             self.deferred.insert(rest);
+            self.background.fresh = true;
             self.finish(key, Ok(()));
         }
     }
@@ -292,7 +286,7 @@ impl<P> Carrier<P> {
     /// Look at discards that were put off, and carry one out that can be by now. `false`: none, for the time being.
     fn discard_deferred(&mut self, now: Timestamp, host: &mut dyn AdmissionHost<Permit = P>) -> bool {
         let idle = self.background.running || self.deferred.is_empty() || self.background.next_look > now;
-        if idle || self.dead.is_some() {
+        if idle || self.background.fresh || self.dead.is_some() {
             return false;
         }
         for _ in 0..self.plan.limits.discard_checks {
@@ -312,7 +306,7 @@ impl<P> Carrier<P> {
                 body: Body::Deferred,
                 range,
                 at: range.offset,
-                waits_since: None,
+                waited: Waited::default(),
                 started: false,
                 narrow: false,
                 claimed: None,

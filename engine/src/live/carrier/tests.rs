@@ -251,7 +251,7 @@ fn at_the_barrier_nothing_is_held() {
 }
 
 #[test]
-fn clusters_are_copied_first_and_the_wait_says_since_when() {
+fn clusters_are_copied_first() {
     let mut rig = Rig::new(Some(512));
     rig.now = Timestamp::default().after(std::time::Duration::from_secs(3));
     rig.host.to_copy = Some(ClusterRange::new(0, 1));
@@ -259,16 +259,15 @@ fn clusters_are_copied_first_and_the_wait_says_since_when() {
     assert!(rig.ops.is_empty() && rig.carrier.buffers.all_free() && rig.carrier.locks.is_empty());
     let asked = rig.host.asked.clone();
     assert_eq!(asked.len(), 2);
-    assert_eq!(asked[0].since, rig.now);
     let error = Error::io(Operation::Write, "target.img", Some(ByteRange::new(0, 65536)), Errno::EIO);
-    rig.carrier.copied(asked[1], Err(Arc::new(error.clone())));
+    rig.carrier.copied(asked[1].clone(), Err(Arc::new(error.clone())));
     assert_eq!(rig.outcome(2).unwrap_err().to_string(), error.to_string());
     rig.host.to_copy = None;
-    rig.carrier.copied(asked[0], Ok(()));
+    rig.carrier.copied(asked[0].clone(), Ok(()));
     rig.poll();
     assert_eq!(shape(&rig.succeed()), ("write", 0, 512));
     assert!(rig.outcome(1).is_ok());
-    rig.carrier.copied(asked[0], Ok(()));
+    rig.carrier.copied(asked[0].clone(), Ok(()));
     assert!(rig.carrier.is_idle(), "answered twice is passed over");
 }
 
@@ -374,7 +373,7 @@ fn a_job_that_starts_meanwhile_makes_windows_small_again() {
     assert_eq!(rig.host.asked.len(), 1);
     assert_eq!(rig.host.attempts[1..], [ByteRange::new(0, 32768), ByteRange::new(0, 8192)]);
     rig.host.to_copy = None;
-    rig.carrier.copied(rig.host.asked[0], Ok(()));
+    rig.carrier.copied(rig.host.asked[0].clone(), Ok(()));
     rig.poll();
     assert_eq!(shape(&rig.succeed()), ("unmap", 0, 8192));
     assert_eq!(shape(&rig.succeed()), ("unmap", 8192, 24576));
@@ -434,7 +433,7 @@ fn a_request_that_was_not_started_can_be_cancelled() {
     let error = rig.outcome(1).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Cancelled);
     assert_eq!(error.to_string(), "cannot write disk.img, bytes 0..512: cancelled");
-    rig.carrier.copied(rig.host.asked[0], Ok(()));
+    rig.carrier.copied(rig.host.asked[0].clone(), Ok(()));
     assert!(rig.carrier.is_idle());
     rig.host.to_copy = None;
     rig.write(2, 0, &[1; 100]).write(3, 100, &[1; 100]);
@@ -536,19 +535,22 @@ fn errors_name_what_was_done_where_and_why() {
 
 #[test]
 fn the_time_of_a_copy_counts_from_the_window_that_waits_for_it() {
-    let second = |seconds| Timestamp(std::time::Duration::from_secs(seconds));
     let mut rig = Rig::new(Some(512));
-    rig.write(1, 0, &[1; 16384]);
-    rig.now = second(60);
     rig.host.to_copy = Some(ClusterRange::new(0, 1));
-    rig.succeed();
-    assert_eq!(rig.host.asked[0].since, second(60), "its first window took a minute, and waited for nothing");
-    rig.now = second(70);
-    rig.carrier.copied(rig.host.asked[0], Ok(()));
+    rig.write(1, 0, &[1; 16384]);
+    assert_eq!(rig.host.asked[0].waited, Waited::default());
+    let waited = Waited::of_test(JobId(7), 1);
+    rig.carrier.copied(CopyWait { waited: waited.clone(), ..rig.host.asked[0] }, Ok(()));
     rig.poll();
-    assert_eq!(rig.host.asked[1].since, second(60), "the clock goes on, whatever is asked for next");
+    assert_eq!(rig.host.asked[1].waited, waited, "the clock goes on, whatever is asked for next");
     rig.host.to_copy = None;
-    rig.carrier.copied(rig.host.asked[1], Ok(()));
+    rig.carrier.copied(rig.host.asked[1].clone(), Ok(()));
+    rig.poll();
+    rig.host.to_copy = Some(ClusterRange::new(1, 2));
+    rig.succeed();
+    assert_eq!(rig.host.asked[2].waited, Waited::default(), "another window");
+    rig.host.to_copy = None;
+    rig.carrier.copied(rig.host.asked[2].clone(), Ok(()));
     rig.poll().succeed();
     assert!(rig.outcome(1).is_ok());
 }

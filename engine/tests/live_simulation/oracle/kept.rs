@@ -96,9 +96,6 @@ impl Job {
 
     /// Of a copy of changes alone that was cancelled: what guests had changed until then is on the medium, or is listed.
     pub(super) fn check_changes(&self, world: &SharedWorld, result: &JobResult) -> Result<(), String> {
-        if result.notices.iter().any(|notice| notice.contains("may be lost")) {
-            return Ok(());
-        }
         let mut world = world.borrow_mut();
         if !world.disk(self.target).is_flushed() {
             return Err("what guests had copied is not on the medium".into());
