@@ -9,6 +9,7 @@ mod server;
 
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use engine::copy::{CopyOptions, IoEngine, start};
 use engine::error::{Error, ErrorKind, Refusal};
@@ -175,6 +176,71 @@ fn several_connections_where_the_server_allows_them() {
     // One that says so and takes no more than one all the same costs a moment, not the copy.
     let fake = Fake::start(vec![0; 12 * 65536], Behaviour { clients: 1, ..behaviour });
     hammer(storage(&fake).as_ref(), 12, 3);
+}
+
+/// `condition` comes true soon.
+fn until(condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < deadline, "it does not come true");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Of a server that takes several connections for one disk, and promises no more than the protocol: a flush covers what came over its own connection.
+#[test]
+fn a_flush_covers_what_was_written_over_any_connection() {
+    let behaviour = Behaviour { flags: flag::ALL | flag::MULTI, shuffles: true, ..Behaviour::default() };
+    let fake = Fake::start(vec![0; 12 * 65536], behaviour);
+    let disk = storage(&fake);
+    hammer(disk.as_ref(), 12, 20);
+    assert!(fake.seen().connections > 1, "{:?}", fake.seen());
+    let written = fake.contents();
+    assert_eq!(disk.flush(), Ok(()));
+    fake.lose_power();
+    assert!(fake.contents() == written, "what was flushed is there");
+}
+
+/// The server has started anew, which the first connection has not heard of when there is a second request, a write or the flush itself.
+#[test]
+fn a_flush_does_not_succeed_on_a_server_that_has_started_anew() {
+    for writes_anew in [false, true] {
+        let behaviour = Behaviour { flags: flag::ALL | flag::MULTI, ..Behaviour::default() };
+        let fake = Fake::start(vec![0; 65536], behaviour);
+        let disk = storage(&fake);
+        write_all(disk.as_ref(), 0, &[1; 4096]);
+        fake.lose_power();
+        assert!(fake.contents().iter().all(|&byte| byte == 0), "it was not flushed");
+        thread::scope(|scope| {
+            scope.spawn(|| disk.write_at(IoPath::Direct, 8192, &[2; 4096]).expect_err("nobody answers"));
+            until(|| fake.seen().swallowed == 1);
+            if writes_anew {
+                write_all(disk.as_ref(), 16384, &[3; 4096]);
+            }
+            let flush = scope.spawn(|| disk.flush());
+            thread::sleep(Duration::from_millis(50));
+            fake.end_old_connections();
+            let flushed = flush.join().expect("no panic");
+            assert!(matches!(flushed, Err(Errno::ECONNRESET | Errno::EPIPE)), "{flushed:?}");
+        });
+        assert!(disk.flush().is_err(), "nor later");
+        assert!(disk.read_at(IoPath::Direct, 0, &mut [0; 512]).is_err());
+    }
+}
+
+#[test]
+fn one_lost_connection_of_several_fails_the_flush() {
+    let behaviour = Behaviour { flags: flag::ALL | flag::MULTI, shuffles: true, ..Behaviour::default() };
+    for number in 1..=2 {
+        let fake = Fake::start(vec![0; 12 * 65536], behaviour.clone());
+        let disk = storage(&fake);
+        hammer(disk.as_ref(), 12, 3);
+        let before = fake.seen().connections;
+        assert!(before > 1);
+        fake.end_connection(number);
+        assert!(disk.flush().is_err());
+        assert_eq!(fake.seen().connections, before, "no other takes its place");
+    }
 }
 
 #[test]

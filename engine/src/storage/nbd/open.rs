@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::connection::Connection;
-use super::stream::{ConnectError, Inbox, Stream};
+use super::stream::{ConnectError, Found, Inbox, Stream};
 use super::{NbdStorage, Storage};
 use crate::error::{Error, Operation, Refusal, Result, describe};
 use crate::nbd::client::negotiation::Next;
@@ -51,7 +51,7 @@ pub(in crate::storage) fn open_nbd(
 ) -> Result<NbdStorage> {
     let name = locator.as_str();
     let reached = reach(uri, Instant::now() + PATIENCE);
-    let (connection, agreement) = reached.map_err(|why| refusal(operation, name, uri, &why))?;
+    let (connection, agreement, found) = reached.map_err(|why| refusal(operation, name, uri, &why))?;
     if agreement.length > MAX_LENGTH {
         let length = agreement.length;
         let reason = format!(
@@ -59,12 +59,14 @@ pub(in crate::storage) fn open_nbd(
         );
         return Err(Error::refused(Refusal::TooLarge, operation, name, reason));
     }
-    Ok(NbdStorage::new(name, uri, agreement, connection))
+    Ok(NbdStorage::new(name, (&uri.export, found), agreement, connection))
 }
 
-/// One connection more to the same export; `None` where there is none to be had.
-pub(super) fn another(uri: &NbdUri, first: &Agreement) -> Option<Connection> {
-    match reach(uri, Instant::now() + PATIENCE_FOR_MORE) {
+/// One connection more to `export` of the server that was found; `None` where there is none to be had.
+pub(super) fn another(export: &str, found: &Found, first: &Agreement) -> Option<Connection> {
+    let deadline = Instant::now() + PATIENCE_FOR_MORE;
+    let connected = Stream::connect(found, deadline).map_err(Unreachable::Connect);
+    match connected.and_then(|stream| agree(stream, export, deadline)) {
         Ok((connection, agreement)) => {
             let alike = |agreement: &Agreement| Agreement {
                 // Each connection has its own number for it.
@@ -80,21 +82,23 @@ pub(super) fn another(uri: &NbdUri, first: &Agreement) -> Option<Connection> {
     }
 }
 
-fn reach(uri: &NbdUri, deadline: Instant) -> std::result::Result<(Connection, Agreement), Unreachable> {
-    let stream = Stream::connect(&uri.address, deadline).map_err(Unreachable::Connect)?;
+type Reached<T> = std::result::Result<T, Unreachable>;
+
+fn reach(uri: &NbdUri, deadline: Instant) -> Reached<(Connection, Agreement, Found)> {
+    let (stream, found) = Stream::find(&uri.address, deadline).map_err(Unreachable::Connect)?;
+    let (connection, agreement) = agree(stream, &uri.export, deadline)?;
+    Ok((connection, agreement, found))
+}
+
+fn agree(stream: Stream, export: &str, deadline: Instant) -> Reached<(Connection, Agreement)> {
     let mut inbox = Inbox::new();
-    let agreement = negotiate(&stream, &mut inbox, &uri.export, deadline)?;
+    let agreement = negotiate(&stream, &mut inbox, export, deadline)?;
     stream.unlimited()?;
     tracing::debug!(?agreement, "an NBD server has agreed");
     Ok((Connection::new(stream, inbox, &agreement), agreement))
 }
 
-fn negotiate(
-    stream: &Stream,
-    inbox: &mut Inbox,
-    export: &str,
-    deadline: Instant,
-) -> std::result::Result<Agreement, Unreachable> {
+fn negotiate(stream: &Stream, inbox: &mut Inbox, export: &str, deadline: Instant) -> Reached<Agreement> {
     let mut negotiation = Negotiation::new(export);
     loop {
         let (taken, next) = negotiation.advance(inbox.waiting()).map_err(Unreachable::Negotiation)?;

@@ -1,6 +1,6 @@
 //! The socket of a connection to an NBD server, and the bytes that have come and were not taken yet.
 
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -30,28 +30,61 @@ pub(super) enum ConnectError {
     System(Errno),
 }
 
+/// Where a server was found: what a name meant then. Asked again, it may mean another server.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Found {
+    Tcp(SocketAddr),
+    Unix(UnixAddr),
+}
+
 /// See the module's header.
 #[derive(Debug)]
 pub(super) struct Stream(OwnedFd);
 
 impl Stream {
-    /// Connect until `deadline`. Looking a name up may take longer.
-    pub(super) fn connect(address: &Address, deadline: Instant) -> Result<Self, ConnectError> {
-        let stream = match address {
-            Address::Tcp { host, port } => Self(tcp(host, *port, deadline)?),
-            Address::Unix(path) => Self::connect_unix(&UnixAddr::new(path.as_path()), deadline)?,
-            Address::Abstract(name) => Self::connect_unix(&UnixAddr::new_abstract(name), deadline)?,
+    /// Find a server and connect to it, until `deadline`. Looking a name up may take longer.
+    pub(super) fn find(address: &Address, deadline: Instant) -> Result<(Self, Found), ConnectError> {
+        let path = match address {
+            Address::Tcp { host, port } => return tcp(host, *port, deadline),
+            Address::Unix(path) => UnixAddr::new(path.as_path()),
+            Address::Abstract(name) => UnixAddr::new_abstract(name),
         };
-        Ok(stream)
+        let found = Found::Unix(path.map_err(ConnectError::System)?);
+        Ok((Self::connect(&found, deadline)?, found))
     }
 
-    fn connect_unix(address: &nix::Result<UnixAddr>, deadline: Instant) -> Result<Self, ConnectError> {
-        let address = address.map_err(ConnectError::System)?;
+    /// Connect to a server that was found, until `deadline`.
+    pub(super) fn connect(found: &Found, deadline: Instant) -> Result<Self, ConnectError> {
+        match found {
+            Found::Tcp(address) => Self::connect_tcp(address, deadline),
+            Found::Unix(address) => Self::connect_unix(address, deadline),
+        }
+    }
+
+    fn connect_tcp(address: &SocketAddr, deadline: Instant) -> Result<Self, ConnectError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ConnectError::System(Errno::ETIMEDOUT));
+        }
+        match TcpStream::connect_timeout(address, left) {
+            Ok(stream) => {
+                let stream = OwnedFd::from(stream);
+                set_up(&stream).map_err(ConnectError::System)?;
+                Ok(Self(stream))
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {
+                Err(ConnectError::System(Errno::ETIMEDOUT))
+            }
+            Err(error) => Err(ConnectError::System(errno_of(&error))),
+        }
+    }
+
+    fn connect_unix(address: &UnixAddr, deadline: Instant) -> Result<Self, ConnectError> {
         let made = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None);
         let stream = Self(made.map_err(ConnectError::System)?);
         // It bounds the time that a full backlog takes, too.
         stream.limit_until(deadline).map_err(ConnectError::System)?;
-        match connect(stream.0.as_raw_fd(), &address) {
+        match connect(stream.0.as_raw_fd(), address) {
             Ok(()) => Ok(stream),
             Err(Errno::EAGAIN) => Err(ConnectError::System(Errno::ETIMEDOUT)),
             Err(errno) => Err(ConnectError::System(errno)),
@@ -123,26 +156,16 @@ impl Stream {
     }
 }
 
-fn tcp(host: &str, port: u16, deadline: Instant) -> Result<OwnedFd, ConnectError> {
+fn tcp(host: &str, port: u16, deadline: Instant) -> Result<(Stream, Found), ConnectError> {
     let addresses = (host, port).to_socket_addrs().map_err(|error| {
         tracing::debug!(%error, host, "host not found");
         ConnectError::UnknownHost
     })?;
     let mut failed = ConnectError::UnknownHost;
     for address in addresses {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(ConnectError::System(Errno::ETIMEDOUT));
-        }
-        match TcpStream::connect_timeout(&address, left) {
-            Ok(stream) => {
-                let stream = OwnedFd::from(stream);
-                return set_up(&stream).map(|()| stream).map_err(ConnectError::System);
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {
-                failed = ConnectError::System(Errno::ETIMEDOUT);
-            }
-            Err(error) => failed = ConnectError::System(errno_of(&error)),
+        match Stream::connect_tcp(&address, deadline) {
+            Ok(stream) => return Ok((stream, Found::Tcp(address))),
+            Err(error) => failed = error,
         }
     }
     Err(failed)
