@@ -358,7 +358,7 @@ where
 
 /// The parts of the plan that are just options; the rest is a placeholder that the caller fills in.
 fn plan_of(options: &CopyOptions, geometry: Geometry, slots: u32, remote: bool) -> Plan {
-    let nowhere = || Side { file: FileId(0), name: Arc::from(""), direct_alignment: None };
+    let nowhere = || Side { file: FileId(0), name: Arc::from(""), direct_alignment: None, remote: false };
     let cluster = options.cluster_size.bytes();
     let most = if remote { MAX_REMOTE_REQUEST_BYTES } else { MAX_REQUEST_BYTES };
     Plan {
@@ -428,8 +428,9 @@ fn side<R: Ring<File = Arc<dyn Storage>>>(
 ) -> Result<Side, crate::ring::RingFailure> {
     let name = Arc::from(storage.name());
     let direct_alignment = alignment_of(storage.as_ref());
+    let remote = storage.is_remote();
     let file = ring.add_file(storage)?;
-    Ok(Side { file, name, direct_alignment })
+    Ok(Side { file, name, direct_alignment, remote })
 }
 
 /// Said where a verification cannot ask the medium itself.

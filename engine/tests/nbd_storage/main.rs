@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use engine::copy::{CopyOptions, IoEngine, start};
+use engine::copy::{CopyOptions, ErrorPolicy, IoEngine, start};
 use engine::error::{Error, ErrorKind, Refusal};
 use engine::job::Outcome;
 use engine::ring::{Extent, ExtentQuery, IoPath, ZeroMethod};
@@ -327,6 +327,29 @@ fn what_cannot_be_opened() {
     let closed = Locator::parse("nbd://127.0.0.1:1/x").expect("a URI");
     let error = open_source(&closed, &SourceOptions::default()).expect_err("nobody listens");
     assert!(error.to_string().contains("ECONNREFUSED"), "{error}");
+}
+
+/// Neither does a pause wait for a resume that cannot help, nor is each of the other clusters tried again and left out.
+#[test]
+fn a_server_that_goes_away_ends_the_copy_whatever_the_policy() {
+    let length = 32 << 20;
+    for policy in [ErrorPolicy::Stop, ErrorPolicy::Ignore, ErrorPolicy::Auto] {
+        for source_dies in [true, false] {
+            let behaviour = |dies: bool| Behaviour { dies_after: dies.then_some(20), ..Behaviour::default() };
+            let from = Fake::start(pattern(length), behaviour(source_dies));
+            let to = Fake::start(vec![0xaa; length], behaviour(!source_dies));
+            let options = CopyOptions {
+                on_source_error: policy,
+                on_target_error: policy,
+                ..CopyOptions::new(from.uri("disk"), to.uri("disk"))
+            };
+            let job = start(&options).expect("it starts").job;
+            let result = job.wait_timeout(Duration::from_secs(20)).expect("it ends");
+            let Outcome::Failed(error) = &result.outcome else { panic!("{policy:?}: {result:?}") };
+            assert!(error.to_string().contains("the server, or the way to it, is gone"), "{error}");
+            assert_eq!(result.progress.retries, 0);
+        }
+    }
 }
 
 fn copy(source: &str, target: &str, io_engine: IoEngine) -> Result<Outcome, Error> {
