@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const PATIENCE_FOR_MORE: Duration = Duration::from_secs(3);
 
 /// Why there is no connection with an export.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 enum Unreachable {
     Connect(ConnectError),
     Negotiation(NegotiationError),
@@ -106,8 +106,7 @@ fn negotiate(stream: &Stream, inbox: &mut Inbox, export: &str, deadline: Instant
         match next {
             Next::Need(count) => {
                 // Also with a server that sends byte by byte the time is limited as a whole.
-                stream.limit_until(deadline)?;
-                let arrived = match inbox.fill(stream, count) {
+                let arrived = match inbox.fill_until(stream, count, Some(deadline)) {
                     Err(Errno::ECONNRESET) => false,
                     result => result?,
                 };
@@ -136,8 +135,10 @@ fn refusal(operation: Operation, name: &str, uri: &NbdUri, why: &Unreachable) ->
         Error::refused(refusal, operation, name, reason).advise(advice)
     };
     match why {
-        Unreachable::Connect(ConnectError::UnknownHost) => {
-            refused(Refusal::NotFound, "the host is not known".to_owned(), "check its name")
+        Unreachable::Connect(ConnectError::Resolver(error)) => {
+            let reason = format!("its host cannot be looked up: {error}");
+            refused(Refusal::NotFound, reason, "check its name, and that names are resolved here")
+                .because(Arc::clone(error))
         }
         Unreachable::Connect(ConnectError::System(errno)) => {
             let (kind, reason, advice) = match (errno, &uri.address) {
@@ -277,6 +278,31 @@ mod tests {
         assert!(nowhere.to_string().contains("there is no socket /nowhere/at/all"), "{nowhere}");
         let hidden = fails("nbd+unix:///x?socket=%00nobody-listens-here");
         assert!(hidden.to_string().contains("ECONNREFUSED"), "{hidden}");
+        let unknown = fails("nbd://no-such-host.invalid/x");
+        let cause = std::error::Error::source(&unknown).expect("what the resolver says");
+        assert!(unknown.to_string().contains(&cause.to_string()), "{unknown}");
+    }
+
+    /// A server that sends a byte now and then is given up in time as well.
+    #[test]
+    fn a_server_that_trickles_is_not_waited_for() {
+        let there = tempfile::tempdir().unwrap();
+        let socket = there.path().join("socket");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            // Until the client has gone.
+            while std::io::Write::write_all(&mut stream, b"N").is_ok() {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        });
+        let uri = NbdUri { address: Address::Unix(socket), export: String::new() };
+        let start = Instant::now();
+        let why = reach(&uri, start + Duration::from_millis(300)).unwrap_err();
+        let late = matches!(why, Unreachable::Connect(ConnectError::System(Errno::ETIMEDOUT)));
+        assert!(late, "{why:?}");
+        assert!(start.elapsed() < Duration::from_millis(1500), "{:?}", start.elapsed());
+        server.join().unwrap();
     }
 
     /// A server that accepts and is silent is given up in time.
@@ -288,7 +314,8 @@ mod tests {
         let uri = NbdUri { address: Address::Unix(socket), export: String::new() };
         let start = Instant::now();
         let why = reach(&uri, start + Duration::from_millis(200)).unwrap_err();
-        assert_eq!(why, Unreachable::Connect(ConnectError::System(Errno::ETIMEDOUT)));
+        let late = matches!(why, Unreachable::Connect(ConnectError::System(Errno::ETIMEDOUT)));
+        assert!(late, "{why:?}");
         assert!(start.elapsed() >= Duration::from_millis(200));
         let error = refusal(Operation::OpenSource, "x", &uri, &why);
         assert!(error.to_string().contains("does not answer within 30 s"), "{error}");
