@@ -115,11 +115,12 @@ impl Ended<'_> {
         .collect();
         let parts = if parts.is_empty() { String::new() } else { format!(": {}", parts.join(", ")) };
         format!(
-            "{} in {} ({}){parts}{}; flushed",
+            "{} in {} ({}){parts}{}{}",
             bytes(progress.total),
             span(self.result.elapsed),
             rate(self.rate()),
             if self.result.verified { "; verified" } else { "" },
+            if self.result.durable { "; flushed" } else { "; not flushed, which the target does not offer" },
         )
     }
 
@@ -186,6 +187,7 @@ impl Ended<'_> {
             "skipped": result.skipped.iter().map(skipped_value).collect::<Vec<_>>(),
             "verified": result.verified,
             "verified_bytes": progress.verified,
+            "durable": matches!(result.outcome, Outcome::Complete | Outcome::CompleteWithSkipped) && result.durable,
             "retries": progress.retries,
             "seconds": result.elapsed.as_secs_f64(),
             "rate": self.rate(),
@@ -209,7 +211,7 @@ pub(crate) fn not_started_json(args: &CopyArgs, error: &Error) -> Value {
     let mut object = head(args, result_of(error));
     let fields = json!({
         "bytes": 0, "done": 0, "copied": 0, "zeros": 0, "holes": 0, "uncovered": 0, "resumed": 0,
-        "skipped_bytes": 0, "skipped": [], "verified": false, "verified_bytes": 0, "retries": 0,
+        "skipped_bytes": 0, "skipped": [], "verified": false, "verified_bytes": 0, "durable": false, "retries": 0,
         "seconds": 0.0, "rate": 0, "engine": null, "resumable": false, "resumable_bytes": 0,
         "signal": null, "notices": [],
         "error": error_value(error),

@@ -134,6 +134,15 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
         Place::Nbd(uri) => plan_nbd(&target_locator, uri, &source, &target_options)?,
         Place::Path(_) | Place::Null { .. } => plan_target(&target_locator, &source, &target_options)?,
     };
+    if options.map.is_some() && !target.can_be_flushed() {
+        return Err(Error::refused(
+            Refusal::Unsupported,
+            Operation::OpenTarget,
+            target_locator.as_str(),
+            "its server offers neither flush nor FUA: what a map calls done could be lost there",
+        )
+        .advise("leave out --map, or have it exported with a cache that can be flushed"));
+    }
     if let Some((header, path)) = found {
         header.check_options(geometry, options.sync, options.verify, path)?;
     }

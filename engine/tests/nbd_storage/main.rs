@@ -403,8 +403,19 @@ fn without_a_flush_every_write_is_durable_by_itself_or_nothing_is_promised() {
     let nothing = Fake::start(vec![0xaa; 300_000], Behaviour { flags: flag::HAS, ..Behaviour::default() });
     let copy = start(&CopyOptions::new(source, nothing.uri(""))).expect("it starts");
     assert!(copy.notices.iter().any(|notice| notice.contains("offers no flush")), "{:?}", copy.notices);
-    assert!(matches!(copy.job.wait().outcome, Outcome::Complete));
-    assert_eq!(nothing.seen().durable_writes, 0);
+    let result = copy.job.wait();
+    assert!(matches!(result.outcome, Outcome::Complete) && !result.durable, "{result:?}");
+    let Seen { durable_writes, writes, .. } = nothing.seen();
+    assert_eq!(durable_writes, 0);
+    // A map would claim what nobody can promise.
+    let map = there.path().join("m");
+    let with_map = |to: &Fake| CopyOptions { map: Some(map.clone()), ..CopyOptions::new(source, to.uri("")) };
+    let error = start(&with_map(&nothing)).expect_err("refused");
+    assert_eq!(error.kind(), ErrorKind::Refused(Refusal::Unsupported), "{error}");
+    assert!(error.to_string().contains("leave out --map"), "{error}");
+    assert_eq!((nothing.seen().writes, map.exists()), (writes, false), "untouched");
+    let result = start(&with_map(&fua)).expect("it starts").job.wait();
+    assert!(matches!(result.outcome, Outcome::Complete) && result.durable, "{result:?}");
 }
 
 #[test]

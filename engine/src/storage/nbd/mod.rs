@@ -15,7 +15,7 @@
 //! parts of a block may belong to several clusters. What is longer than the server's longest payload comes back short, as the caller expects of any storage.
 //!
 //! # Durability
-//! A flush is `NBD_CMD_FLUSH`. A server without it but with FUA gets every write with that; with neither, nothing can be promised, which is said once.
+//! A flush is `NBD_CMD_FLUSH`. A server without it but with FUA gets every write with that; with neither, nothing can be promised: a copy says so at its start and end, and takes no map.
 //!
 //! A flush goes to *every* connection there is, makes none, and succeeds if all of them do. The reply to a write and the reply to a flush behind it come over one
 //! connection, and so from one instance of the server: what it had acknowledged is on stable storage then, whatever became of others. So nothing hangs on when
@@ -123,11 +123,6 @@ impl NbdStorage {
     /// Whether ranges can be given back.
     pub(super) fn trims(&self) -> bool {
         self.agreement.has(transmission::SEND_TRIM)
-    }
-
-    /// Whether what was written can be brought to stable storage.
-    pub(super) fn can_be_durable(&self) -> bool {
-        self.agreement.has(transmission::SEND_FLUSH) || self.agreement.has(transmission::SEND_FUA)
     }
 
     /// What the server offers.
@@ -350,6 +345,10 @@ impl Storage for NbdStorage {
 
     fn allocate(&self, _: &[ByteRange]) -> Result<(), Errno> {
         Err(Errno::EOPNOTSUPP)
+    }
+
+    fn can_be_flushed(&self) -> bool {
+        self.agreement.has(transmission::SEND_FLUSH) || self.agreement.has(transmission::SEND_FUA)
     }
 
     fn flush(&self) -> Result<(), Errno> {

@@ -223,7 +223,7 @@ pub fn plan_nbd(
         let rest = Length(has - needs);
         warnings.push(format!("{locator}: it is larger than the source; its last {rest} stay as they are"));
     }
-    if !storage.can_be_durable() {
+    if !storage.can_be_flushed() {
         warnings.push(format!(
             "{locator}: the server offers no flush: that the copy survives a power loss there cannot be promised"
         ));
