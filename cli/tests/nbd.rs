@@ -324,6 +324,51 @@ fn a_signal_ends_a_start_that_waits_for_a_server() {
     assert!(!there.path().join("b").exists());
 }
 
+/// A layer over another one: what the upper one holds is copied, if the server says what that is. If not, that is said, and all is copied.
+#[test]
+fn the_top_layer_of_an_export() {
+    if !has("qemu-nbd") || !has("qemu-img") || !has("qemu-io") {
+        return;
+    }
+    let there = directory();
+    let there = there.path();
+    dense(&there.join("base.img"), LENGTH, 3);
+    let tool = |command: &[&str]| {
+        let status =
+            Command::new(command[0]).args(&command[1..]).current_dir(there).stdout(Stdio::null()).status();
+        assert!(status.expect("it starts").success(), "{command:?}");
+    };
+    tool(&["qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.img", "-F", "raw", "top.qcow2"]);
+    tool(&["qemu-io", "-f", "qcow2", "-c", "write -P 85 1M 1M", "-c", "write -z 4M 64k", "top.qcow2"]);
+    let mut expected = vec![0; LENGTH];
+    expected[1 << 20..2 << 20].fill(85);
+    let mut whole = fs::read(there.join("base.img")).expect("read");
+    whole[1 << 20..2 << 20].fill(85);
+    whole[4 << 20..(4 << 20) + 65536].fill(0);
+    let socket = there.join(SOCKET);
+    let serve = |more: &[&str]| {
+        let fixed =
+            ["qemu-nbd", "--persistent", "--shared", "8", "--read-only", "--format", "qcow2", "-x", "disk"];
+        let socket = ["--socket", socket.to_str().expect("text"), "top.qcow2"];
+        Server::start(there, &[&fixed[..], more, &socket].concat())
+    };
+    {
+        let _server = serve(&["--allocation-depth"]);
+        let output = run_in(there, &["copy", "--json", "--sync", "top", URI, "b"]);
+        ok(&output);
+        let object = json(&output);
+        assert_eq!(object["uncovered"], LENGTH - (1 << 20) - 65536, "{object}");
+        assert!(!stderr(&output).contains("allocation-depth"), "{}", stderr(&output));
+        assert!(fs::read(there.join("b")).expect("read") == expected);
+    }
+    let _server = serve(&[]);
+    let output = run_in(there, &["copy", "--json", "--force", "--sync", "top", URI, "b"]);
+    ok(&output);
+    assert!(stderr(&output).contains("does not tell what is in the top layer"), "{}", stderr(&output));
+    assert_eq!(json(&output)["uncovered"], 0);
+    assert!(fs::read(there.join("b")).expect("read") == whole);
+}
+
 /// What nobody can promise is neither said nor claimed.
 #[test]
 fn a_server_without_a_flush() {

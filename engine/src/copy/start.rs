@@ -108,7 +108,11 @@ fn check(options: &CopyOptions) -> Result<Checked, Error> {
         return Err(Error::refused(Refusal::BadArgument, Operation::Copy, options.source.clone(), reason)
             .advise("use full, or a live disk"));
     }
-    let source_options = SourceOptions { format: options.source_format, force_share: options.force_share };
+    let source_options = SourceOptions {
+        format: options.source_format,
+        force_share: options.force_share,
+        layers: options.sync == SyncMode::Top,
+    };
     let source = open_source(&Locator::parse(&options.source)?, &source_options)?;
     let target_locator = Locator::parse(&options.target)?;
     let geometry = Geometry::new(source.length(), options.cluster_size);

@@ -51,7 +51,7 @@ use crate::nbd::wire::transmission;
 use crate::ring::{Extent, ExtentQuery, IoPath, ZeroMethod};
 use crate::units::{ByteRange, Length};
 pub use open::plan_nbd;
-pub(super) use open::{open_nbd, open_nbd_source};
+pub(super) use open::{Layers, open_nbd, open_nbd_source};
 
 /// Most connections to a server that takes several for one.
 const MAX_CONNECTIONS: usize = 4;
@@ -123,6 +123,11 @@ impl NbdStorage {
     /// Whether ranges can be given back.
     pub(super) fn trims(&self) -> bool {
         self.agreement.has(transmission::SEND_TRIM)
+    }
+
+    /// Whether the server says what is in the top layer; it was asked for that.
+    pub(super) fn tells_layers(&self) -> bool {
+        self.agreement.depth.is_some()
     }
 
     /// What the server offers.
@@ -368,19 +373,28 @@ impl Storage for NbdStorage {
         Ok(())
     }
 
-    /// What reads as zeros counts as a hole; what has no space behind it, but may read as anything, as data.
+    /// What reads as zeros counts as a hole; what has no space behind it, but may read as anything, as data. In the top layer is what the server says is
+    /// at depth 1: 0 is nowhere, 2 and more in a layer below.
     fn extents(&self, range: ByteRange, query: ExtentQuery, limit: usize) -> Result<Vec<Extent>, Errno> {
-        let tells = query == ExtentQuery::Data && self.agreement.allocation.is_some();
+        let tells = match query {
+            ExtentQuery::Data => self.agreement.allocation.is_some(),
+            ExtentQuery::TopLayer => self.tells_layers(),
+        };
         if !tells || range.offset >= self.length() {
             return Ok(vec![Extent { range, present: true }]);
         }
         let start = range.offset - range.offset % self.block();
         let end = range.end().next_multiple_of(self.block()).min(self.length()).min(start + MAX_EFFECT);
         // One may lie before the range, within its first block.
-        let request =
-            Request::Status { range: ByteRange::between(start, end), most: limit.saturating_add(1) };
+        let (asked, most) = (ByteRange::between(start, end), limit.saturating_add(1));
+        let (request, present): (_, fn(u32) -> bool) = match query {
+            ExtentQuery::Data => {
+                (Request::Status { range: asked, most }, |flags| flags & StatusExtent::ZERO == 0)
+            }
+            ExtentQuery::TopLayer => (Request::Depth { range: asked, most }, |depth| depth == 1),
+        };
         let Answer::Extents(told) = self.call(request, &[], &mut [])? else { return Err(Errno::EPROTO) };
-        let mut extents = extents_in(range, start, &told);
+        let mut extents = extents_in(range, start, &told, present);
         extents.truncate(limit);
         if extents.is_empty() {
             let rest_of_block = ByteRange::between(range.offset, range.end().min(start + self.block()));
@@ -397,15 +411,20 @@ fn part_of(blocks: ByteRange, offset: u64, count: u64) -> Result<std::ops::Range
     Ok(bytes(offset - blocks.offset)?..bytes(end - blocks.offset)?)
 }
 
-/// What a server has `told` of a range from `start` on, as far as it lies in `range`.
-fn extents_in(range: ByteRange, start: u64, told: &[StatusExtent]) -> Vec<Extent> {
+/// What a server has `told` of a range from `start` on, as far as it lies in `range`; `present`: which flags mean that there is something.
+fn extents_in(
+    range: ByteRange,
+    start: u64,
+    told: &[StatusExtent],
+    present: impl Fn(u32) -> bool,
+) -> Vec<Extent> {
     let mut extents: Vec<Extent> = Vec::with_capacity(told.len());
     let mut at = start;
     for StatusExtent { length, flags } in told {
         let piece = ByteRange::new(at, *length);
         at = piece.end();
         let Some(inside) = piece.intersection(range).filter(|inside| !inside.is_empty()) else { continue };
-        let present = flags & StatusExtent::ZERO == 0;
+        let present = present(*flags);
         match extents.last_mut() {
             Some(last) if last.present == present => last.range.length += inside.length,
             _ => extents.push(Extent { range: inside, present }),
@@ -429,8 +448,9 @@ mod tests {
             Extent { range: ByteRange::between(164, 468), present: true },
             Extent { range: ByteRange::between(468, 1000), present: false },
         ];
-        assert_eq!(extents_in(range, 0, &told(&[(64, 0)])), []);
-        assert_eq!(extents_in(range, 0, &told(&[(64, 0), (100, 2), (304, 1), (600, 3)])), expected);
+        let data = |flags| flags & StatusExtent::ZERO == 0;
+        assert_eq!(extents_in(range, 0, &told(&[(64, 0)]), data), []);
+        assert_eq!(extents_in(range, 0, &told(&[(64, 0), (100, 2), (304, 1), (600, 3)]), data), expected);
     }
 
     #[test]

@@ -25,6 +25,19 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// The same, for one connection more: a server that takes no more of them keeps it waiting.
 const PATIENCE_FOR_MORE: Duration = Duration::from_secs(3);
 
+/// Whether it is asked in which layer an export is allocated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::storage) enum Layers {
+    Asked,
+    NotAsked,
+}
+
+impl Layers {
+    pub(in crate::storage) fn of(asked: bool) -> Self {
+        if asked { Self::Asked } else { Self::NotAsked }
+    }
+}
+
 /// Why there is no connection with an export.
 #[derive(Clone, Debug)]
 enum Unreachable {
@@ -48,9 +61,10 @@ pub(in crate::storage) fn open_nbd(
     operation: Operation,
     locator: &Locator,
     uri: &NbdUri,
+    layers: Layers,
 ) -> Result<NbdStorage> {
     let name = locator.as_str();
-    let reached = reach(uri, Instant::now() + PATIENCE);
+    let reached = reach(uri, layers, Instant::now() + PATIENCE);
     let (connection, agreement, found) = reached.map_err(|why| refusal(operation, name, uri, &why))?;
     if agreement.length > MAX_LENGTH {
         let length = agreement.length;
@@ -66,11 +80,13 @@ pub(in crate::storage) fn open_nbd(
 pub(super) fn another(export: &str, found: &Found, first: &Agreement) -> Option<Connection> {
     let deadline = Instant::now() + PATIENCE_FOR_MORE;
     let connected = Stream::connect(found, deadline).map_err(Unreachable::Connect);
-    match connected.and_then(|stream| agree(stream, export, deadline)) {
+    let layers = Layers::of(first.depth.is_some());
+    match connected.and_then(|stream| agree(stream, export, layers, deadline)) {
         Ok((connection, agreement)) => {
             let alike = |agreement: &Agreement| Agreement {
                 // Each connection has its own number for it.
                 allocation: agreement.allocation.map(|_| 0),
+                depth: agreement.depth.map(|_| 0),
                 ..*agreement
             };
             (alike(&agreement) == alike(first)).then_some(connection)
@@ -84,22 +100,35 @@ pub(super) fn another(export: &str, found: &Found, first: &Agreement) -> Option<
 
 type Reached<T> = std::result::Result<T, Unreachable>;
 
-fn reach(uri: &NbdUri, deadline: Instant) -> Reached<(Connection, Agreement, Found)> {
+fn reach(uri: &NbdUri, layers: Layers, deadline: Instant) -> Reached<(Connection, Agreement, Found)> {
     let (stream, found) = Stream::find(&uri.address, deadline).map_err(Unreachable::Connect)?;
-    let (connection, agreement) = agree(stream, &uri.export, deadline)?;
+    let (connection, agreement) = agree(stream, &uri.export, layers, deadline)?;
     Ok((connection, agreement, found))
 }
 
-fn agree(stream: Stream, export: &str, deadline: Instant) -> Reached<(Connection, Agreement)> {
+fn agree(
+    stream: Stream,
+    export: &str,
+    layers: Layers,
+    deadline: Instant,
+) -> Reached<(Connection, Agreement)> {
     let mut inbox = Inbox::new();
-    let agreement = negotiate(&stream, &mut inbox, export, deadline)?;
+    let negotiation = match layers {
+        Layers::Asked => Negotiation::new(export).with_layers(),
+        Layers::NotAsked => Negotiation::new(export),
+    };
+    let agreement = negotiate(&stream, &mut inbox, negotiation, deadline)?;
     stream.unlimited()?;
     tracing::debug!(?agreement, "an NBD server has agreed");
     Ok((Connection::new(stream, inbox, &agreement), agreement))
 }
 
-fn negotiate(stream: &Stream, inbox: &mut Inbox, export: &str, deadline: Instant) -> Reached<Agreement> {
-    let mut negotiation = Negotiation::new(export);
+fn negotiate(
+    stream: &Stream,
+    inbox: &mut Inbox,
+    mut negotiation: Negotiation,
+    deadline: Instant,
+) -> Reached<Agreement> {
     loop {
         let (taken, next) = negotiation.advance(inbox.waiting()).map_err(Unreachable::Negotiation)?;
         inbox.take(taken);
@@ -183,10 +212,20 @@ fn refusal(operation: Operation, name: &str, uri: &NbdUri, why: &Unreachable) ->
 ///
 /// # Errors
 /// Refusals only.
-pub(in crate::storage) fn open_nbd_source(locator: &Locator, uri: &NbdUri) -> Result<OpenedSource> {
-    let storage = open_nbd(Operation::OpenSource, locator, uri)?;
+pub(in crate::storage) fn open_nbd_source(
+    locator: &Locator,
+    uri: &NbdUri,
+    layers: Layers,
+) -> Result<OpenedSource> {
+    let storage = open_nbd(Operation::OpenSource, locator, uri, layers)?;
     let identity = identity(locator, uri, &storage);
-    Ok(OpenedSource::remote(Arc::new(storage), identity))
+    let mut warnings = Vec::new();
+    if layers == Layers::Asked && !storage.tells_layers() {
+        warnings.push(format!(
+            "{locator}: the server does not tell what is in the top layer (qemu:allocation-depth): all of it counts as that, and is copied"
+        ));
+    }
+    Ok(OpenedSource::remote(Arc::new(storage), identity, warnings))
 }
 
 /// Check everything about an export as the target of a copy of `source`. Changes nothing.
@@ -200,7 +239,7 @@ pub fn plan_nbd(
     options: &TargetOptions<'_>,
 ) -> Result<TargetPlan> {
     refuse_format(Operation::OpenTarget, locator, options.format)?;
-    let storage = open_nbd(Operation::OpenTarget, locator, uri)?;
+    let storage = open_nbd(Operation::OpenTarget, locator, uri, Layers::NotAsked)?;
     let refused =
         |refusal, reason: String| Error::refused(refusal, Operation::OpenTarget, locator.as_str(), reason);
     let identity = identity(locator, uri, &storage);
@@ -270,7 +309,7 @@ mod tests {
     fn why_nobody_is_reached() {
         let fails = |text: &str| {
             let Ok(uri) = NbdUri::parse(text) else { panic!("{text}") };
-            let why = reach(&uri, Instant::now() + Duration::from_secs(5)).unwrap_err();
+            let why = reach(&uri, Layers::NotAsked, Instant::now() + Duration::from_secs(5)).unwrap_err();
             refusal(Operation::OpenSource, text, &uri, &why)
         };
         let nowhere = fails("nbd+unix:///x?socket=/nowhere/at/all");
@@ -298,7 +337,7 @@ mod tests {
         });
         let uri = NbdUri { address: Address::Unix(socket), export: String::new() };
         let start = Instant::now();
-        let why = reach(&uri, start + Duration::from_millis(300)).unwrap_err();
+        let why = reach(&uri, Layers::NotAsked, start + Duration::from_millis(300)).unwrap_err();
         let late = matches!(why, Unreachable::Connect(ConnectError::System(Errno::ETIMEDOUT)));
         assert!(late, "{why:?}");
         assert!(start.elapsed() < Duration::from_millis(1500), "{:?}", start.elapsed());
@@ -313,7 +352,7 @@ mod tests {
         let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         let uri = NbdUri { address: Address::Unix(socket), export: String::new() };
         let start = Instant::now();
-        let why = reach(&uri, start + Duration::from_millis(200)).unwrap_err();
+        let why = reach(&uri, Layers::NotAsked, start + Duration::from_millis(200)).unwrap_err();
         let late = matches!(why, Unreachable::Connect(ConnectError::System(Errno::ETIMEDOUT)));
         assert!(late, "{why:?}");
         assert!(start.elapsed() >= Duration::from_millis(200));
