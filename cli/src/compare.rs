@@ -1,5 +1,6 @@
 //! `compare`: run the engine's comparison beside the progress display.
 
+use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,7 +23,7 @@ const TICK: Duration = Duration::from_millis(100);
 /// Carry out `compare`; gives the exit code.
 pub(crate) fn run(args: &CompareArgs, logging: bool) -> u8 {
     let start = Instant::now();
-    let watch = Watch::default();
+    let watch = Arc::new(Watch::default());
     let (found, ending) = match Signalled::install() {
         Ok(signalled) => (open_and_follow(args, &watch, &signalled, logging), signalled.ending()),
         Err(error) => {
@@ -45,39 +46,67 @@ pub(crate) fn run(args: &CompareArgs, logging: bool) -> u8 {
     }
 }
 
+/// What the thread that compares tells.
+enum Event {
+    Opened,
+    Found(Result<Comparison, Error>),
+}
+
+/// Opening may take its time, with a server that does not answer: it is done in the other thread as well. Nothing is changed by it, so a signal that comes
+/// before its end is not waited for.
 fn open_and_follow(
     args: &CompareArgs,
-    watch: &Watch,
+    watch: &Arc<Watch>,
     signalled: &Signalled,
     logging: bool,
 ) -> Result<Comparison, Error> {
-    let (a, b) = (open(&args.a, args.force_share)?, open(&args.b, args.force_share)?);
-    let (storage_a, storage_b) = (a.storage(), b.storage());
-    let mut meter = Meter::new(args.output.progress, logging);
-    let start = Instant::now();
     let (sender, receiver) = mpsc::channel();
-    let found = thread::scope(|scope| {
-        scope.spawn(move || {
-            // Nobody has left: the receiver below waits for this.
-            sender.send(compare(storage_a.as_ref(), storage_b.as_ref(), watch)).ok();
+    let (disks, force_share, watched) =
+        ([args.a.clone(), args.b.clone()], args.force_share, Arc::clone(watch));
+    let work = move || {
+        let compared = open(&disks[0], force_share).and_then(|a| {
+            let b = open(&disks[1], force_share)?;
+            // Nobody listens any more where a signal came first.
+            sender.send(Event::Opened).ok();
+            compare(a.storage().as_ref(), b.storage().as_ref(), &watched)
         });
-        loop {
-            match receiver.recv_timeout(TICK) {
-                Ok(found) => return found,
-                Err(RecvTimeoutError::Timeout) => {
-                    meter.update(&snapshot("running", &counters(watch, start)));
-                    if signalled.ending().is_some() {
-                        watch.stop();
-                    }
-                }
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Error::engine_died(args.a.as_str(), "the comparison ended without a result"));
-                }
+        sender.send(Event::Found(compared)).ok();
+    };
+    thread::Builder::new().name("compare".into()).spawn(work).map_err(|error| {
+        let reason = "cannot start a thread";
+        Error::refused(Refusal::Unavailable, Operation::Inspect, args.a.as_str(), reason).because(error)
+    })?;
+    let (mut start, mut meter) = (Instant::now(), None);
+    let mut told_ending = false;
+    let found = loop {
+        match receiver.recv_timeout(TICK) {
+            Ok(Event::Found(found)) => break found,
+            Ok(Event::Opened) => {
+                start = Instant::now();
+                meter = Some(Meter::new(args.output.progress, logging));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                break Err(Error::engine_died(args.a.as_str(), "the comparison ended without a result"));
             }
         }
-    });
+        let ending = signalled.ending();
+        let Some(meter) = &mut meter else {
+            match ending {
+                Some(_) => break Err(Error::cancelled(args.a.as_str())),
+                None => continue,
+            }
+        };
+        meter.update(&snapshot("running", &counters(watch, start)));
+        if let Some(ending) = ending.filter(|_| !std::mem::replace(&mut told_ending, true)) {
+            watch.stop();
+            meter.say(format_args!("{}: ending; a second one ends at once", ending.name()));
+        }
+    };
     let status = if found.is_ok() { "concluded" } else { "aborting" };
-    meter.finish(Some(&snapshot(status, &counters(watch, start)).at_the_end()));
+    if let Some(meter) = meter {
+        meter.finish(Some(&snapshot(status, &counters(watch, start)).at_the_end()));
+    }
     found
 }
 

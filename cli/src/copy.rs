@@ -1,5 +1,8 @@
 //! `copy`: start the engine's job, watch it, steer it, tell how it ended.
 //!
+//! A start may take its time, with servers that do not answer and a sample to compare: it has a thread of its own, so that a signal ends it at once as long
+//! as it has touched nothing. Behind that it goes to its end, and the copy is cancelled.
+//!
 //! The main thread looks at the job ten times a second; that is all the work there is here while the engine copies. A
 //! job that pauses on an error (policy `stop`) is announced once a pause, with what makes it go on: SIGCONT, or Enter where
 //! somebody sits at the terminal.
@@ -7,9 +10,11 @@
 use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::Duration;
 
-use engine::copy::Copy;
+use engine::copy::{Copy, StartToken, start_unless_given_up};
 use engine::error::{Error, ErrorKind, Operation, Refusal};
 use engine::job::{IoStatus, JobResult, Progress, Status};
 
@@ -19,10 +24,12 @@ use crate::out;
 use crate::progress::{Meter, Snapshot};
 use crate::report::copy::{Ended, missing_hint, not_started_json};
 use crate::report::{deliver, exit_code};
-use crate::signals::Signalled;
+use crate::signals::{Ending, Signalled};
 
 /// How often the job is looked at.
 const TICK: Duration = Duration::from_millis(100);
+/// How long a start that was given up has to let go of what it has, such as an empty map file. Whatever stays does no harm.
+const GRACE: Duration = Duration::from_millis(500);
 
 /// Carry out `copy`; gives the exit code. `command_line` is how the program was called, `logging` whether it logs.
 pub(crate) fn run(args: &CopyArgs, command_line: &[String], logging: bool) -> u8 {
@@ -35,13 +42,14 @@ pub(crate) fn run(args: &CopyArgs, command_line: &[String], logging: bool) -> u8
                 args.source.as_str(),
                 out::reason(&error),
             );
-            return not_started(args, &refused);
+            return not_started(args, &refused, None);
         }
     };
-    let started = check_target(args).and_then(|()| engine::copy::start(&args.options()));
+    let mut told_ending = false;
+    let started = check_target(args).and_then(|()| start(args, &signalled, &mut told_ending));
     let copy = match started {
         Ok(copy) => copy,
-        Err(error) => return not_started(args, &error),
+        Err(error) => return not_started(args, &error, signalled.ending()),
     };
     signalled.steer(&copy.job);
     let mut meter = Meter::new(args.output.progress, logging);
@@ -49,7 +57,7 @@ pub(crate) fn run(args: &CopyArgs, command_line: &[String], logging: bool) -> u8
         meter.say(notice);
     }
     let mut told = copy.notices.clone();
-    let result = follow(&copy, &signalled, &mut meter, &mut told);
+    let result = follow(&copy, &signalled, &mut meter, &mut told, told_ending);
     meter.finish(Some(&Snapshot::of_copy(&result.progress).at_the_end()));
     let ended = Ended { args, result: &result, told: &told, ending: signalled.ending(), command_line };
     for message in ended.messages() {
@@ -59,15 +67,59 @@ pub(crate) fn run(args: &CopyArgs, command_line: &[String], logging: bool) -> u8
     if args.output.json { deliver(&ended.json(), code) } else { code }
 }
 
-fn not_started(args: &CopyArgs, error: &Error) -> u8 {
-    out::complain(error);
+/// Start the copy; `told_ending`: it was told that a signal ends it.
+///
+/// # Errors
+/// As [`engine::copy::start`]; of kind [`ErrorKind::Cancelled`] where a signal came before anything was touched.
+fn start(args: &CopyArgs, signalled: &Signalled, told_ending: &mut bool) -> Result<Copy, Error> {
+    let (options, token) = (args.options(), StartToken::default());
+    let (sender, receiver) = mpsc::channel();
+    let starts = token.clone();
+    let start = move || {
+        // Nobody waits any more for one that was given up.
+        sender.send(start_unless_given_up(&options, &starts)).ok();
+    };
+    thread::Builder::new().name("start".into()).spawn(start).map_err(|error| {
+        let reason = "cannot start a thread";
+        Error::refused(Refusal::Unavailable, Operation::Copy, args.source.as_str(), reason).because(error)
+    })?;
+    loop {
+        match receiver.recv_timeout(TICK) {
+            Ok(started) => return started,
+            Err(RecvTimeoutError::Disconnected) => {
+                let reason = "its thread ended before the copy began";
+                return Err(Error::engine_died(args.source.as_str(), reason));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        let Some(ending) = signalled.ending().filter(|_| !*told_ending) else { continue };
+        if token.give_up() {
+            receiver.recv_timeout(GRACE).ok();
+            return Err(Error::cancelled(args.target.as_str()));
+        }
+        *told_ending = true;
+        out::say(ends_cleanly(ending));
+    }
+}
+
+fn ends_cleanly(ending: Ending) -> String {
+    format!("{}: ending cleanly; a second one ends at once", ending.name())
+}
+
+/// `ending`: a signal that came meanwhile.
+fn not_started(args: &CopyArgs, error: &Error, ending: Option<Ending>) -> u8 {
+    let given_up = ending.filter(|_| error.kind() == ErrorKind::Cancelled);
+    match given_up {
+        Some(ending) => out::say(format_args!("ended by {} before anything was touched", ending.name())),
+        None => out::complain(error),
+    }
     if error.kind() == ErrorKind::Refused(Refusal::NotFound)
         && let Some(hint) = missing_hint(args)
     {
         out::say(hint);
     }
-    let code = exit_code(error);
-    if args.output.json { deliver(&not_started_json(args, error), code) } else { code }
+    let code = ending.map_or_else(|| exit_code(error), Ending::exit_code);
+    if args.output.json { deliver(&not_started_json(args, error, ending, code), code) } else { code }
 }
 
 /// Standard output as the target, as other programs take it, and a directory, as `cp` does, get their answer here, where the source's name is at hand.
@@ -91,10 +143,15 @@ fn check_target(args: &CopyArgs) -> Result<(), Error> {
         .advise(format!("name a file in it, e.g. {}", path.join(&*name).display())))
 }
 
-/// Watch the job to its end, and tell what is worth it meanwhile; `told` gets that too.
-fn follow(copy: &Copy, signalled: &Signalled, meter: &mut Meter, told: &mut Vec<String>) -> Arc<JobResult> {
+/// Watch the job to its end, and tell what is worth it meanwhile; `told` gets that too. `told_ending`: see [`start`].
+fn follow(
+    copy: &Copy,
+    signalled: &Signalled,
+    meter: &mut Meter,
+    told: &mut Vec<String>,
+    mut told_ending: bool,
+) -> Arc<JobResult> {
     let mut pauses = Pauses::default();
-    let mut told_ending = false;
     let mut seen = 0;
     loop {
         if let Some(result) = copy.job.wait_timeout(TICK) {
@@ -109,7 +166,7 @@ fn follow(copy: &Copy, signalled: &Signalled, meter: &mut Meter, told: &mut Vec<
         }
         if let (false, Some(ending)) = (told_ending, signalled.ending()) {
             told_ending = true;
-            meter.say(format_args!("{}: ending cleanly; a second one ends at once", ending.name()));
+            meter.say(ends_cleanly(ending));
         }
         if !told_ending {
             pauses.look(&progress, lifted, signalled, meter);

@@ -244,6 +244,161 @@ fn a_server_that_dies_in_the_middle() {
     }
 }
 
+/// The same behind the first checkpoint: the next run has less to do. A server that holds something else by then is refused.
+#[test]
+fn a_server_that_dies_behind_a_checkpoint() {
+    if !has("qemu-nbd") {
+        return;
+    }
+    for (source, target, image) in [(URI, "b", "a"), ("a", URI, "kept.img")] {
+        let there = directory();
+        dense(&there.path().join("a"), LENGTH, 3);
+        dense(&there.path().join("kept.img"), LENGTH, 99);
+        dense(&there.path().join("other.img"), LENGTH, 77);
+        let mut server = Server::qemu(there.path(), image, "2", &[]);
+        let map = there.path().join("m");
+        let arguments = ["copy", "--map", "m", "--speed", "1M", "--progress", "json", source, target];
+        let mut running = Running::program(there.path(), &arguments);
+        running.progress(|progress| progress["done"].as_u64().is_some_and(|done| done > 0));
+        // Each version of a map is another file.
+        let version = || fs::metadata(&map).map(|found| found.ino()).ok();
+        let (first, deadline) = (version(), Instant::now() + PATIENCE);
+        while version() == first || version().is_none() {
+            assert!(Instant::now() < deadline, "no checkpoint");
+            thread::sleep(Duration::from_millis(20));
+        }
+        server.kill();
+        let (exit, _, messages) = running.end();
+        assert_eq!(exit, 1, "{messages}");
+        assert!(messages.contains("repeat:"), "{messages}");
+        let again = ["copy", "--map", "m", "--json", source, target];
+        let mut other = Server::qemu(there.path(), "other.img", "2", &[]);
+        let output = run_in(there.path(), &again);
+        assert_eq!(code(&output), 2, "{}", stderr(&output));
+        assert!(
+            stderr(&output).contains("the target does not hold what the map says"),
+            "{}",
+            stderr(&output)
+        );
+        other.kill();
+        let _server = Server::qemu(there.path(), image, "2", &[]);
+        let output = run_in(there.path(), &again);
+        ok(&output);
+        let object = json(&output);
+        let resumed = object["resumed"].as_u64().expect("a number");
+        assert!(resumed > 1 << 20 && resumed < LENGTH as u64, "{object}");
+        assert_eq!(object["durable"], true, "{object}");
+        let copy = if target == "b" { "b" } else { "kept.img" };
+        assert!(same(&there.path().join("a"), &there.path().join(copy)));
+    }
+}
+
+/// A server that takes a connection and says nothing: whoever does not wait for it has touched nothing, and is told so.
+#[test]
+fn a_signal_ends_a_start_that_waits_for_a_server() {
+    let there = directory();
+    dense(&there.path().join("a"), LENGTH, 3);
+    let _silent = std::os::unix::net::UnixListener::bind(there.path().join(SOCKET)).expect("bound");
+    for (arguments, signal, exit) in [
+        (&["copy", "--json", URI, "b"][..], "INT", 130),
+        (&["copy", "--json", "a", URI], "TERM", 143),
+        (&["compare", "--json", "a", URI], "INT", 130),
+    ] {
+        let running = Running::program(there.path(), arguments);
+        let start = Instant::now();
+        // It has to be there, and its handlers.
+        thread::sleep(Duration::from_millis(500));
+        running.signal(signal);
+        let (found, output, messages) = running.end();
+        assert_eq!(found, exit, "{messages}");
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+        assert!(messages.contains(&format!("ended by SIG{signal}")), "{messages}");
+        let object: serde_json::Value = serde_json::from_str(&output).expect("JSON");
+        assert_eq!(
+            (&object["result"], &object["exit_code"]),
+            (&"cancelled".into(), &exit.into()),
+            "{object}"
+        );
+        assert_eq!(object["signal"], format!("SIG{signal}"));
+    }
+    assert!(!there.path().join("b").exists());
+}
+
+/// A layer over another one: what the upper one holds is copied, if the server says what that is. If not, that is said, and all is copied.
+#[test]
+fn the_top_layer_of_an_export() {
+    if !has("qemu-nbd") || !has("qemu-img") || !has("qemu-io") {
+        return;
+    }
+    let there = directory();
+    let there = there.path();
+    dense(&there.join("base.img"), LENGTH, 3);
+    let tool = |command: &[&str]| {
+        let status =
+            Command::new(command[0]).args(&command[1..]).current_dir(there).stdout(Stdio::null()).status();
+        assert!(status.expect("it starts").success(), "{command:?}");
+    };
+    tool(&["qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.img", "-F", "raw", "top.qcow2"]);
+    tool(&["qemu-io", "-f", "qcow2", "-c", "write -P 85 1M 1M", "-c", "write -z 4M 64k", "top.qcow2"]);
+    let mut expected = vec![0; LENGTH];
+    expected[1 << 20..2 << 20].fill(85);
+    let mut whole = fs::read(there.join("base.img")).expect("read");
+    whole[1 << 20..2 << 20].fill(85);
+    whole[4 << 20..(4 << 20) + 65536].fill(0);
+    let socket = there.join(SOCKET);
+    let serve = |more: &[&str]| {
+        let fixed =
+            ["qemu-nbd", "--persistent", "--shared", "8", "--read-only", "--format", "qcow2", "-x", "disk"];
+        let socket = ["--socket", socket.to_str().expect("text"), "top.qcow2"];
+        Server::start(there, &[&fixed[..], more, &socket].concat())
+    };
+    {
+        let _server = serve(&["--allocation-depth"]);
+        let output = run_in(there, &["copy", "--json", "--sync", "top", URI, "b"]);
+        ok(&output);
+        let object = json(&output);
+        assert_eq!(object["uncovered"], LENGTH - (1 << 20) - 65536, "{object}");
+        assert!(!stderr(&output).contains("allocation-depth"), "{}", stderr(&output));
+        assert!(fs::read(there.join("b")).expect("read") == expected);
+    }
+    let _server = serve(&[]);
+    let output = run_in(there, &["copy", "--json", "--force", "--sync", "top", URI, "b"]);
+    ok(&output);
+    assert!(stderr(&output).contains("does not tell what is in the top layer"), "{}", stderr(&output));
+    assert_eq!(json(&output)["uncovered"], 0);
+    assert!(fs::read(there.join("b")).expect("read") == whole);
+}
+
+/// What nobody can promise is neither said nor claimed.
+#[test]
+fn a_server_without_a_flush() {
+    if !has("nbdkit") {
+        return;
+    }
+    let there = directory();
+    dense(&there.path().join("a"), LENGTH, 3);
+    dense(&there.path().join("kept.img"), LENGTH, 99);
+    let plugin = [
+        "eval",
+        "get_size=echo 16777216",
+        "pread=head -c $3 /dev/zero",
+        "pwrite=cat > /dev/null",
+        "can_write=exit 0",
+    ];
+    let _server = Server::nbdkit(there.path(), &[], &plugin);
+    refused(there.path(), &["copy", "--map", "m", "a", URI], "neither flush nor FUA");
+    assert!(!there.path().join("m").exists());
+    let output = run_in(there.path(), &["copy", "--json", "a", URI]);
+    ok(&output);
+    assert!(
+        stderr(&output).contains("; not flushed, which the target does not offer"),
+        "{}",
+        stderr(&output)
+    );
+    assert!(!stderr(&output).contains("; flushed"));
+    assert_eq!(json(&output)["durable"], false);
+}
+
 #[track_caller]
 fn refused(there: &Path, arguments: &[&str], expected: &str) {
     let output = run_in(there, arguments);
@@ -260,7 +415,7 @@ fn refusals() {
     dense(&there.join("a"), LENGTH, 3);
     dense(&there.join("kept.img"), LENGTH, 99);
     refused(there, &["copy", URI, "b"], "there is no socket nbd.sock");
-    refused(there, &["info", "nbd://no-such-host.invalid/x"], "the host is not known");
+    refused(there, &["info", "nbd://no-such-host.invalid/x"], "its host cannot be looked up: ");
     refused(there, &["info", "nbd://h/x?tls-hostname=y"], "TLS");
     refused(there, &["copy", "--source-format", "qcow2", URI, "b"], "qcow2");
     if has("qemu-nbd") {

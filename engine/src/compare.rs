@@ -341,7 +341,8 @@ fn settle_whole(
 
 /// Fill `buffer` from `range`, past the page cache where that goes; gives the bytes of the range.
 fn read<'b>(disk: &dyn Storage, range: ByteRange, buffer: &'b mut [u8]) -> Result<&'b [u8], Error> {
-    let failed = |errno| Error::io(Operation::Read, disk.name(), Some(range), errno);
+    let error = if disk.is_remote() { Error::io_at_server } else { Error::io };
+    let failed = |errno| error(Operation::Read, disk.name().to_owned(), Some(range), errno);
     let length = usize::try_from(range.length).map_err(|_| failed(Errno::EOVERFLOW))?;
     let (mut path, alignment) = match disk.limits().direct_alignment {
         Some(alignment) => (IoPath::Direct, alignment as usize),

@@ -7,12 +7,14 @@ mod sample;
 mod start;
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::job::JobHandle;
 pub use crate::modes::{ErrorPolicy, Format, SyncMode};
 pub use crate::ring::select::IoEngine;
 use crate::units::{ClusterSize, Speed};
-pub use start::{start, start_with};
+pub use start::{start, start_unless_given_up, start_with};
 
 /// What to copy and how.
 #[derive(Clone, Debug)]
@@ -75,6 +77,35 @@ impl CopyOptions {
             target_is_zero: false,
             force: false,
             io_engine: IoEngine::Auto,
+        }
+    }
+}
+
+/// Lets a start be given up as long as nothing was touched: until then it may wait long, for servers that do not answer and for what is compared before a
+/// copy goes on.
+#[derive(Clone, Debug, Default)]
+pub struct StartToken(Arc<AtomicU8>);
+
+impl StartToken {
+    const TOUCHES: u8 = 1;
+    const GIVEN_UP: u8 = 2;
+
+    /// Give the start up; whether that was in time: then nothing of the target was touched, nor will be. If not, the start goes to its end.
+    #[must_use]
+    pub fn give_up(&self) -> bool {
+        self.decide(Self::GIVEN_UP)
+    }
+
+    /// From here on the target is touched, unless the start was given up.
+    pub(crate) fn touch(&self) -> bool {
+        self.decide(Self::TOUCHES)
+    }
+
+    /// The first word counts.
+    fn decide(&self, wanted: u8) -> bool {
+        match self.0.compare_exchange(0, wanted, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => true,
+            Err(decided) => decided == wanted,
         }
     }
 }

@@ -183,6 +183,25 @@ impl fmt::Display for Operation {
     }
 }
 
+/// Whether `errno`, met on an NBD export, tells that the connection to its server is lost. No reply of a server means one of these.
+#[must_use]
+pub fn is_lost_connection(errno: Errno) -> bool {
+    matches!(
+        errno,
+        Errno::ECONNRESET
+            | Errno::ECONNABORTED
+            | Errno::EPIPE
+            | Errno::ENOTCONN
+            | Errno::ETIMEDOUT
+            | Errno::EHOSTUNREACH
+            | Errno::EHOSTDOWN
+            | Errno::ENETUNREACH
+            | Errno::ENETDOWN
+            | Errno::ENETRESET
+            | Errno::EPROTO
+    )
+}
+
 type Cause = Arc<dyn std::error::Error + Send + Sync>;
 
 #[derive(Clone, Debug)]
@@ -285,12 +304,6 @@ impl Error {
             Errno::EFBIG => Some("raise the limit on file sizes (ulimit -f), or choose another file system"),
             Errno::EIO => Some("the device or its connection is failing: see the kernel's log"),
             Errno::EROFS => Some("the file system has gone read-only: see the kernel's log"),
-            Errno::ECONNRESET | Errno::EPIPE | Errno::ETIMEDOUT | Errno::ESHUTDOWN => {
-                Some("the server, or the way to it, is gone: see that it runs, then copy again")
-            }
-            Errno::EPROTO => {
-                Some("the server does not keep to the protocol: use another, or see the log (-v)")
-            }
             _ => None,
         };
         let mut error = Self::new(kind, operation, path, describe(errno)).because(errno);
@@ -298,6 +311,33 @@ impl Error {
         match advice {
             Some(advice) => error.advise(advice),
             None => error,
+        }
+    }
+
+    /// As [`Self::io`], of a disk at an NBD server: either its reply says so, or there is no connection any more ([`is_lost_connection`]). Of both the
+    /// kernel's log here knows nothing.
+    #[must_use]
+    pub fn io_at_server(
+        operation: Operation,
+        path: impl Into<String>,
+        range: Option<ByteRange>,
+        errno: Errno,
+    ) -> Self {
+        let error = Self::io(operation, path, range, errno);
+        match errno {
+            Errno::EPROTO => {
+                error.advise("the server does not keep to the protocol: use another, or see the log (-v)")
+            }
+            lost if lost == Errno::ESHUTDOWN || is_lost_connection(lost) => {
+                error.advise("the server, or the way to it, is gone: see that it runs, then copy again")
+            }
+            Errno::EIO => error.advise("the server says that its disk is failing: see the server's log"),
+            Errno::ENOSPC => error.advise("free some space at the server, or choose a larger target"),
+            Errno::EPERM => {
+                error.advise("the server does not allow it: see how it exports the disk, and its log")
+            }
+            Errno::ENOMEM => error.advise("the server is out of memory: see its log, then copy again"),
+            _ => error.advise("the server does not take the request: see the server's log"),
         }
     }
 
@@ -503,6 +543,32 @@ mod tests {
         assert!(!error.to_string().contains('\u{1b}'));
         assert!(error.is_refusal());
         assert_eq!(error.kind(), ErrorKind::Refused(Refusal::NotFound));
+    }
+
+    #[test]
+    fn of_a_server_advice_sends_to_the_server() {
+        for errno in [
+            Errno::EPERM,
+            Errno::EIO,
+            Errno::ENOMEM,
+            Errno::EINVAL,
+            Errno::ENOSPC,
+            Errno::EOVERFLOW,
+            Errno::EOPNOTSUPP,
+            Errno::ESHUTDOWN,
+        ] {
+            let error = Error::io_at_server(Operation::Write, "nbd://h/x", None, errno);
+            assert!(error.advice().is_some_and(|advice| advice.contains("server")), "{error}");
+            assert!(!error.to_string().contains("kernel"), "{error}");
+            assert!(!is_lost_connection(errno), "a reply is no loss");
+        }
+        for errno in [Errno::ECONNRESET, Errno::EHOSTUNREACH, Errno::ENETUNREACH, Errno::ETIMEDOUT] {
+            let error = Error::io_at_server(Operation::Flush, "nbd://h/x", None, errno);
+            assert!(error.to_string().contains("the server, or the way to it, is gone"), "{error}");
+            assert!(is_lost_connection(errno));
+            // A disk of one's own has no server.
+            assert!(!Error::io(Operation::Read, "/dev/sdb", None, errno).to_string().contains("server"));
+        }
     }
 
     #[test]

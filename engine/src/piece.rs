@@ -15,6 +15,7 @@
 use nix::errno::Errno;
 
 use crate::copier::plan::Side;
+use crate::error::is_lost_connection;
 use crate::ring::{BufferRange, IoPath, Op, Output};
 use crate::units::ByteRange;
 
@@ -37,12 +38,21 @@ pub(crate) enum Direction {
 pub(crate) enum Fault {
     /// The kernel said so.
     Errno(Errno),
+    /// So the connection to a server was lost: nothing can be read or written there any more.
+    Lost(Errno),
     /// The storage ended before the length that it had when it was opened.
     EndOfStorage,
     /// A write wrote nothing, again and again.
     NothingWritten,
     /// What was read back is not what was written.
     Mismatch,
+}
+
+impl Fault {
+    /// What `errno` of an operation on `side` means.
+    pub(crate) fn of(errno: Errno, side: &Side) -> Self {
+        if side.remote && is_lost_connection(errno) { Self::Lost(errno) } else { Self::Errno(errno) }
+    }
 }
 
 /// What follows from a result.
@@ -111,7 +121,7 @@ impl Piece {
             Err(errno @ (Errno::EAGAIN | Errno::EINTR | Errno::ECANCELED)) => {
                 self.stalled(Fault::Errno(errno), MAX_STALLS)
             }
-            Err(errno) => Step::Failed(Fault::Errno(errno)),
+            Err(errno) => Step::Failed(Fault::of(errno, side)),
         }
     }
 
@@ -155,7 +165,7 @@ mod tests {
     use crate::ring::FileId;
 
     fn side(direct_alignment: Option<u32>) -> Side {
-        Side { file: FileId(3), name: "disk".into(), direct_alignment }
+        Side { file: FileId(3), name: "disk".into(), direct_alignment, remote: false }
     }
 
     fn bytes(count: u32) -> Result<Output, Errno> {
@@ -240,6 +250,11 @@ mod tests {
         assert_eq!(retries, MAX_STALLS);
         let mut refused = Piece::new(Direction::Write, ByteRange::new(0, 10), 0);
         assert_eq!(refused.on_result(Err(Errno::EIO), &side), Step::Failed(Fault::Errno(Errno::EIO)));
+        let reset = Errno::ECONNRESET;
+        assert_eq!(refused.on_result(Err(reset), &side), Step::Failed(Fault::Errno(reset)));
+        let remote = Side { remote: true, ..side.clone() };
+        assert_eq!(refused.on_result(Err(reset), &remote), Step::Failed(Fault::Lost(reset)));
+        assert_eq!(refused.on_result(Err(Errno::EIO), &remote), Step::Failed(Fault::Errno(Errno::EIO)));
         assert_eq!(refused.on_result(bytes(0), &side), Step::Failed(Fault::NothingWritten));
     }
 }

@@ -11,11 +11,11 @@
 mod driver;
 
 use driver::{Session, agreement, negotiate};
-use engine::nbd::client::Request;
+use engine::nbd::client::{Agreement, Request};
 use engine::units::ByteRange;
 use libfuzzer_sys::fuzz_target;
 
-/// One of everything, and several reads. Their cookies are 1 to 8.
+/// One of everything, and several reads. Their cookies are 1 to 9.
 fn ask(session: &mut Session) {
     let range = |offset, length| ByteRange::new(offset, length);
     for request in [
@@ -27,6 +27,7 @@ fn ask(session: &mut Session) {
         Request::Read(range(4096, 5000)),
         Request::Status { range: range(512, 512), most: 64 },
         Request::WriteZeroes { range: range(0, 1 << 30), no_hole: false, fua: true },
+        Request::Depth { range: range(0, 65536), most: 8 },
     ] {
         session.ask(request);
     }
@@ -49,7 +50,9 @@ fuzz_target!(|input: &[u8]| {
         assert_eq!(negotiate("disk", stream, pieces(*size)), whole, "how it is cut makes no difference");
         return;
     }
-    let mut session = Session::new(&agreement(choice & 2 != 0, (choice & 4 != 0).then_some(1)));
+    let depth = (choice & 8 != 0).then_some(2);
+    let agreed = Agreement { depth, ..agreement(choice & 2 != 0, (choice & 4 != 0).then_some(1)) };
+    let mut session = Session::new(&agreed);
     ask(&mut session);
     let mut whole = session.clone();
     session.feed(stream, pieces(*size));

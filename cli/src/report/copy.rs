@@ -9,7 +9,7 @@ use engine::storage::locator::{Locator, Place};
 use serde_json::{Map, Value, json};
 
 use super::units::{average, bytes, rate, span};
-use super::{DONE, FAILED, INCOMPLETE, error_value, exit_code, range_value, result_of};
+use super::{DONE, FAILED, INCOMPLETE, error_value, range_value, result_of};
 use crate::args::CopyArgs;
 use crate::out::{self, Message};
 use crate::signals::Ending;
@@ -115,11 +115,12 @@ impl Ended<'_> {
         .collect();
         let parts = if parts.is_empty() { String::new() } else { format!(": {}", parts.join(", ")) };
         format!(
-            "{} in {} ({}){parts}{}; flushed",
+            "{} in {} ({}){parts}{}{}",
             bytes(progress.total),
             span(self.result.elapsed),
             rate(self.rate()),
             if self.result.verified { "; verified" } else { "" },
+            if self.result.durable { "; flushed" } else { "; not flushed, which the target does not offer" },
         )
     }
 
@@ -186,6 +187,7 @@ impl Ended<'_> {
             "skipped": result.skipped.iter().map(skipped_value).collect::<Vec<_>>(),
             "verified": result.verified,
             "verified_bytes": progress.verified,
+            "durable": matches!(result.outcome, Outcome::Complete | Outcome::CompleteWithSkipped) && result.durable,
             "retries": progress.retries,
             "seconds": result.elapsed.as_secs_f64(),
             "rate": self.rate(),
@@ -205,15 +207,22 @@ impl Ended<'_> {
 }
 
 /// The object for `--json` of a copy that did not start: the same fields, with nothing done.
-pub(crate) fn not_started_json(args: &CopyArgs, error: &Error) -> Value {
-    let mut object = head(args, result_of(error));
+/// `ending`: a signal that came before that.
+pub(crate) fn not_started_json(
+    args: &CopyArgs,
+    error: &Error,
+    ending: Option<Ending>,
+    exit_code: u8,
+) -> Value {
+    let given_up = ending.is_some() && error.kind() == ErrorKind::Cancelled;
+    let mut object = head(args, if given_up { "cancelled" } else { result_of(error) });
     let fields = json!({
         "bytes": 0, "done": 0, "copied": 0, "zeros": 0, "holes": 0, "uncovered": 0, "resumed": 0,
-        "skipped_bytes": 0, "skipped": [], "verified": false, "verified_bytes": 0, "retries": 0,
+        "skipped_bytes": 0, "skipped": [], "verified": false, "verified_bytes": 0, "durable": false, "retries": 0,
         "seconds": 0.0, "rate": 0, "engine": null, "resumable": false, "resumable_bytes": 0,
-        "signal": null, "notices": [],
-        "error": error_value(error),
-        "exit_code": exit_code(error),
+        "signal": ending.map(Ending::name), "notices": [],
+        "error": if given_up { Value::Null } else { error_value(error) },
+        "exit_code": exit_code,
     });
     if let Value::Object(fields) = fields {
         object.extend(fields);

@@ -6,6 +6,7 @@ use nix::errno::Errno;
 
 use super::checkpoint::Stage;
 use super::piece::Fault;
+use super::plan::Side;
 use super::retry::{Verdict, verdict};
 use super::transfer::{Expected, Failure};
 use super::verify::Unverified;
@@ -13,7 +14,7 @@ use super::{Copier, Ending, Event, one};
 use crate::error::{Error, ErrorKind, Operation};
 use crate::job::{ErrorAction, IoStatus};
 use crate::modes::ErrorPolicy;
-use crate::units::{ClusterIndex, ClusterRange, Timestamp};
+use crate::units::{ByteRange, ClusterIndex, ClusterRange, Timestamp};
 
 /// The two sides of a copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +36,22 @@ impl Copier {
         }
     }
 
+    /// The side that `operation` works on.
+    fn plan_side(&self, operation: Operation) -> &Side {
+        match side_of(operation) {
+            SideName::Source => &self.plan.source,
+            SideName::Target => &self.plan.target,
+        }
+    }
+
+    /// The system, or the server that the side is at, said `errno`.
+    pub(super) fn io_error(&self, operation: Operation, range: Option<ByteRange>, errno: Errno) -> Error {
+        let path = self.path_of(operation);
+        let at_server = self.plan_side(operation).remote && operation != Operation::ReadFleece;
+        let error = if at_server { Error::io_at_server } else { Error::io };
+        error(operation, path, range, errno)
+    }
+
     /// The error that tells of `failure`.
     pub(super) fn error_of(&self, failure: Failure) -> Error {
         let Failure { fault, operation, range } = failure;
@@ -43,7 +60,7 @@ impl Copier {
             return self.fleece_is_full(failure);
         }
         match fault {
-            Fault::Errno(errno) => Error::io(operation, path, Some(range), errno),
+            Fault::Errno(errno) | Fault::Lost(errno) => self.io_error(operation, Some(range), errno),
             Fault::EndOfStorage if operation == Operation::Read => Error::source_shrank(path, range),
             Fault::EndOfStorage if operation == Operation::ReadFleece => {
                 let errno = nix::errno::Errno::EIO;

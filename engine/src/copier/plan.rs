@@ -17,6 +17,8 @@ pub struct Side {
     pub name: Arc<str>,
     /// Alignment of direct I/O; `None`: buffered, and the page cache is dropped behind the copy.
     pub direct_alignment: Option<u32>,
+    /// It is at a server: what is lost with the connection does not come back, whatever a policy says.
+    pub remote: bool,
 }
 
 /// A small state that a later run can go on from.

@@ -36,10 +36,12 @@ impl Fault {
     }
 }
 
-/// The verdict of `policy` on `fault`, met after `attempts` failed retries.
+/// The verdict of `policy` on `fault`, met after `attempts` failed retries. A storage that is lost is lost for every cluster and every retry:
+/// no policy has a say.
 pub(super) fn verdict(policy: ErrorPolicy, fault: Fault, attempts: u32, limits: &Limits) -> Verdict {
     let io_status = if fault.is_no_space() { IoStatus::NoSpace } else { IoStatus::Failed };
     match policy {
+        _ if matches!(fault, Fault::Lost(_)) => Verdict::Fail,
         ErrorPolicy::Report => Verdict::Fail,
         ErrorPolicy::Stop => Verdict::Pause(io_status),
         ErrorPolicy::Enospc | ErrorPolicy::Auto if fault.is_no_space() => Verdict::Pause(io_status),
@@ -167,6 +169,16 @@ mod tests {
         for policy in [ErrorPolicy::Enospc, ErrorPolicy::Auto] {
             assert_eq!(say(policy, EIO), Verdict::Fail);
             assert_eq!(say(policy, FULL), Verdict::Pause(IoStatus::NoSpace));
+        }
+        let all = [
+            ErrorPolicy::Report,
+            ErrorPolicy::Stop,
+            ErrorPolicy::Enospc,
+            ErrorPolicy::Auto,
+            ErrorPolicy::Ignore,
+        ];
+        for policy in all {
+            assert_eq!(say(policy, Fault::Lost(Errno::ECONNRESET)), Verdict::Fail, "{policy:?}");
         }
     }
 

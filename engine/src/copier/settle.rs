@@ -253,8 +253,9 @@ impl Copier {
             return self.live_flush_failed(errno);
         }
         let attempts = self.checkpoints.failed_flushes;
-        let verdict = verdict(self.plan.on_target_error, Fault::Errno(errno), attempts, &self.plan.limits);
-        let error = Arc::new(Error::io(Operation::Flush, self.plan.target.name.to_string(), None, errno));
+        let fault = Fault::of(errno, &self.plan.target);
+        let verdict = verdict(self.plan.on_target_error, fault, attempts, &self.plan.limits);
+        let error = Arc::new(self.io_error(Operation::Flush, None, errno));
         tracing::info!(%error, ?verdict, "flush failed");
         self.tell_error(&error, verdict);
         self.withdraw();
@@ -280,7 +281,7 @@ impl Copier {
 
     /// Of a live disk what a failed flush may have lost cannot be copied again: guests have written since.
     fn live_flush_failed(&mut self, errno: Errno) {
-        let error = Arc::new(Error::io(Operation::Flush, self.plan.target.name.to_string(), None, errno));
+        let error = Arc::new(self.io_error(Operation::Flush, None, errno));
         tracing::info!(%error, "flush failed");
         self.tell_error(&error, Verdict::Fail);
         self.checkpoints.stage = Stage::Idle;

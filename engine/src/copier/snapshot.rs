@@ -335,7 +335,8 @@ impl Copier {
                 }
                 None => unreachable!("it is valid"),
                 Some(fault) => {
-                    let errno = if let Fault::Errno(errno) = fault { errno } else { Errno::EIO };
+                    let errno =
+                        if let Fault::Errno(errno) | Fault::Lost(errno) = fault { errno } else { Errno::EIO };
                     let error =
                         Error::io(Operation::ReadSnapshot, side.name.to_string(), Some(window), errno);
                     self.answer_snapshot(id, Err(error));

@@ -12,6 +12,7 @@ use crate::storage::{Document, OpenedSource, OpenedTarget, Published, source_unc
 /// useless, and a new target file of a copy that did not succeed and cannot go on is removed.
 pub(super) fn at_end(source: OpenedSource, target: OpenedTarget, map: Option<Arc<MapFile>>) -> AtEnd {
     Box::new(move |result: &mut JobResult| {
+        result.durable = target.storage().can_be_flushed();
         if let Some(map) = map.as_deref().filter(|map| result.resumable && !map.is_there()) {
             result.resumable = false;
             // A copy that is complete has nothing left to go on with, and has told what became of its map.
@@ -138,6 +139,7 @@ mod tests {
             progress: empty_progress(1 << 20),
             skipped: Vec::new(),
             verified: false,
+            durable: true,
             elapsed: Duration::ZERO,
             engine: "threads",
             resumable,

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use crossbeam::channel::{Sender, bounded};
 
 use super::end::at_end;
-use super::{Copy, CopyOptions, sample};
+use super::{Copy, CopyOptions, StartToken, sample};
 use crate::copier::Copier;
 use crate::copier::plan::{Checkpoint, Limits, MapPlan, Plan, Side};
 use crate::error::{Error, ErrorKind, Operation, Refusal};
@@ -56,6 +56,7 @@ struct Checked {
     slots: u32,
     /// Why what the map says could not be compared.
     uncompared: Option<String>,
+    token: StartToken,
     callback: Option<CompletionCallback>,
 }
 
@@ -64,7 +65,15 @@ struct Checked {
 /// # Errors
 /// A refusal (nothing was touched, [`Error::is_refusal`]) or a failure to prepare the target.
 pub fn start(options: &CopyOptions) -> Result<Copy, Error> {
-    start_with(options, None)
+    begin(options, &StartToken::default(), None)
+}
+
+/// As [`start`], as long as it is not given up.
+///
+/// # Errors
+/// As [`start`]; [`ErrorKind::Cancelled`] where it was given up.
+pub fn start_unless_given_up(options: &CopyOptions, token: &StartToken) -> Result<Copy, Error> {
+    begin(options, token, None)
 }
 
 /// As [`start`], with a callback that is called once with the result, on the ring thread, before waiters are told.
@@ -72,7 +81,15 @@ pub fn start(options: &CopyOptions) -> Result<Copy, Error> {
 /// # Errors
 /// As [`start`]. The callback is not called then.
 pub fn start_with(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<Copy, Error> {
-    let checked = check(options, callback)?;
+    begin(options, &StartToken::default(), callback)
+}
+
+fn begin(
+    options: &CopyOptions,
+    token: &StartToken,
+    callback: Option<CompletionCallback>,
+) -> Result<Copy, Error> {
+    let checked = Checked { token: token.clone(), callback, ..check(options)? };
     let name = options.source.clone();
     let (started, outcome) = bounded(1);
     let thread = std::thread::Builder::new().name("engine-ring".into());
@@ -85,30 +102,22 @@ pub fn start_with(options: &CopyOptions, callback: Option<CompletionCallback>) -
     outcome.recv().unwrap_or_else(died)
 }
 
-fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<Checked, Error> {
+fn check(options: &CopyOptions) -> Result<Checked, Error> {
     if options.sync == SyncMode::None {
         let reason = "sync mode none copies what guests are about to change, and nobody writes to the source of this copy";
         return Err(Error::refused(Refusal::BadArgument, Operation::Copy, options.source.clone(), reason)
             .advise("use full, or a live disk"));
     }
-    let source_options = SourceOptions { format: options.source_format, force_share: options.force_share };
+    let source_options = SourceOptions {
+        format: options.source_format,
+        force_share: options.force_share,
+        layers: options.sync == SyncMode::Top,
+    };
     let source = open_source(&Locator::parse(&options.source)?, &source_options)?;
     let target_locator = Locator::parse(&options.target)?;
     let geometry = Geometry::new(source.length(), options.cluster_size);
     let slots = slots_of(options)?;
-    let map = match &options.map {
-        Some(_) if matches!(target_locator.place(), Place::Null { .. }) => {
-            return Err(Error::refused(
-                Refusal::Unsupported,
-                Operation::OpenTarget,
-                target_locator.as_str(),
-                "a null target keeps nothing that a copy could go on with",
-            )
-            .advise("leave out --map, or name a real target"));
-        }
-        Some(path) => Some(Arc::new(MapFile::open(path, &source, &target_locator)?)),
-        None => None,
-    };
+    let map = open_map(options, &source, &target_locator)?;
     let found = map.as_ref().and_then(|map| map.map().map(|found| (found.header(), map.path())));
     if let Some((header, path)) = found {
         // First of all, as for the target below: of another pair nothing else that differs matters, and its map is not to be removed.
@@ -134,6 +143,7 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
         Place::Nbd(uri) => plan_nbd(&target_locator, uri, &source, &target_options)?,
         Place::Path(_) | Place::Null { .. } => plan_target(&target_locator, &source, &target_options)?,
     };
+    refuse_without_flush(options, &target)?;
     if let Some((header, path)) = found {
         header.check_options(geometry, options.sync, options.verify, path)?;
     }
@@ -154,7 +164,37 @@ fn check(options: &CopyOptions, callback: Option<CompletionCallback>) -> Result<
         map.rehearse(&first_map(&header))
             .map_err(|errno| Error::refused_by_system(Operation::WriteMap, map.path(), errno))?;
     }
-    Ok(Checked { options: options.clone(), source, target, map, geometry, slots, uncompared, callback })
+    let (options, token) = (options.clone(), StartToken::default());
+    Ok(Checked { options, source, target, map, geometry, slots, uncompared, token, callback: None })
+}
+
+/// The map file, if one is asked for: found, or new.
+fn open_map(
+    options: &CopyOptions,
+    source: &OpenedSource,
+    target: &Locator,
+) -> Result<Option<Arc<MapFile>>, Error> {
+    match &options.map {
+        Some(_) if matches!(target.place(), Place::Null { .. }) => Err(Error::refused(
+            Refusal::Unsupported,
+            Operation::OpenTarget,
+            target.as_str(),
+            "a null target keeps nothing that a copy could go on with",
+        )
+        .advise("leave out --map, or name a real target")),
+        Some(path) => Ok(Some(Arc::new(MapFile::open(path, source, target)?))),
+        None => Ok(None),
+    }
+}
+
+/// What a map claims has been flushed.
+fn refuse_without_flush(options: &CopyOptions, target: &TargetPlan) -> Result<(), Error> {
+    if options.map.is_none() || target.can_be_flushed() {
+        return Ok(());
+    }
+    let reason = "its server offers neither flush nor FUA: what a map calls done could be lost there";
+    Err(Error::refused(Refusal::Unsupported, Operation::OpenTarget, options.target.as_str(), reason)
+        .advise("leave out --map, or have it exported with a cache that can be flushed"))
 }
 
 fn source_modified(map: &str, source: &Identity, difference: &crate::storage::Difference) -> Error {
@@ -284,7 +324,7 @@ where
     R: Ring<File = Arc<dyn Storage>, Document = Arc<dyn Document>>,
 {
     fn new(mut ring: R, checked: Checked, notice: Option<String>) -> Result<Self, Error> {
-        let Checked { options, source, target, map, geometry, slots, uncompared, callback } = checked;
+        let Checked { options, source, target, map, geometry, slots, uncompared, token, callback } = checked;
         let mut notices: Vec<String> = source.warnings().to_vec();
         notices.extend(notice);
         let set = IntervalSet::new(geometry.clusters()).map_err(|error| {
@@ -296,6 +336,9 @@ where
             )
             .because(error)
         })?;
+        if !token.touch() {
+            return Err(Error::cancelled(options.target));
+        }
         let target = target.prepare()?;
         notices.extend(target.warnings().iter().cloned());
         let goes_on = map.as_ref().is_some_and(|map| map.map().is_some());
@@ -358,7 +401,7 @@ where
 
 /// The parts of the plan that are just options; the rest is a placeholder that the caller fills in.
 fn plan_of(options: &CopyOptions, geometry: Geometry, slots: u32, remote: bool) -> Plan {
-    let nowhere = || Side { file: FileId(0), name: Arc::from(""), direct_alignment: None };
+    let nowhere = || Side { file: FileId(0), name: Arc::from(""), direct_alignment: None, remote: false };
     let cluster = options.cluster_size.bytes();
     let most = if remote { MAX_REMOTE_REQUEST_BYTES } else { MAX_REQUEST_BYTES };
     Plan {
@@ -428,8 +471,9 @@ fn side<R: Ring<File = Arc<dyn Storage>>>(
 ) -> Result<Side, crate::ring::RingFailure> {
     let name = Arc::from(storage.name());
     let direct_alignment = alignment_of(storage.as_ref());
+    let remote = storage.is_remote();
     let file = ring.add_file(storage)?;
-    Ok(Side { file, name, direct_alignment })
+    Ok(Side { file, name, direct_alignment, remote })
 }
 
 /// Said where a verification cannot ask the medium itself.

@@ -181,6 +181,7 @@ impl Shared {
             progress,
             skipped: Vec::new(),
             verified: false,
+            durable: true,
             engine,
             resumable: false,
             resumable_bytes: 0,

@@ -48,7 +48,7 @@ pub enum TargetHolds {
 /// What became of the job.
 #[derive(Clone, Debug)]
 pub enum Outcome {
-    /// Every cluster that the mode covers is on the target, flushed to stable storage.
+    /// Every cluster that the mode covers is on the target, flushed to stable storage (but see [`JobResult::durable`]).
     Complete,
     /// The same, but for [`JobResult::skipped`].
     CompleteWithSkipped,
@@ -69,6 +69,8 @@ pub struct JobResult {
     pub skipped: Vec<SkippedRange>,
     /// Whether what was written was read back from the target and compared, all of it.
     pub verified: bool,
+    /// Whether what is complete is on stable storage, too. It is, unless the target, at a server, cannot be flushed.
+    pub durable: bool,
     /// From the start of the copy to its end, pauses included.
     pub elapsed: Duration,
     /// Which ring carried it: `"io_uring"` or `"threads"`.

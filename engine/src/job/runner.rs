@@ -205,6 +205,7 @@ impl Runner {
             progress: self.progress(now),
             skipped,
             verified: self.copier.is_verified(),
+            durable: true,
             elapsed: now.since(self.started),
             engine,
             resumable: self.copier.is_resumable(),

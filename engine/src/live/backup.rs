@@ -406,7 +406,7 @@ fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
     let plan = move |source: Side, file: FileId, memory: crate::ring::BufferRange| Plan {
         geometry,
         source,
-        target: Side { file, name, direct_alignment: alignment },
+        target: Side { file, name, direct_alignment: alignment, remote: false },
         sync: options.sync,
         zero_detect: options.zero_detect,
         target_is_zero: known_zero,

@@ -53,7 +53,7 @@ impl<R: Ring> Reactor<R> {
             let (name, reason) = (shared.name().to_string(), "the ring does not take it");
             Error::refused(Refusal::Unavailable, Operation::OpenSource, name, reason).because(failure)
         })?;
-        let side = Side { file, name: shared.name(), direct_alignment: how.direct_alignment };
+        let side = Side { file, name: shared.name(), direct_alignment: how.direct_alignment, remote: false };
         let plan = CarrierPlan {
             file: side.clone(),
             length: shared.length(),

@@ -177,7 +177,7 @@ impl<R: Ring> Reactor<R> {
     fn add_fleece(&mut self, fleece: NewFleece<R::File>) -> Result<FleecePlan, RingFailure> {
         let NewFleece { file, name, direct_alignment, slots } = fleece;
         let file = self.ring.add_file(file)?;
-        Ok(FleecePlan { side: Side { file, name, direct_alignment }, slots })
+        Ok(FleecePlan { side: Side { file, name, direct_alignment, remote: false }, slots })
     }
 
     /// Every permit is back: this is t0.

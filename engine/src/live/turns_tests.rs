@@ -105,7 +105,7 @@ impl Bench {
         let plan = move |source: Side, file: FileId, memory: BufferRange| Plan {
             geometry,
             source,
-            target: Side { file, name: Arc::from("target"), direct_alignment: Some(512) },
+            target: Side { file, name: Arc::from("target"), direct_alignment: Some(512), remote: false },
             sync: SyncMode::Full,
             zero_detect: true,
             target_is_zero: true,

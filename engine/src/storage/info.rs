@@ -11,7 +11,7 @@ use nix::unistd::{Whence, lseek};
 use serde::Serialize;
 
 use super::locator::{Locator, Place};
-use super::nbd::{NbdInfo, open_nbd};
+use super::nbd::{Layers, NbdInfo, open_nbd};
 use super::open::{Access, OpenedPair, errno_of, image_in, length_of, open_both, refuse_non_disk};
 use super::sharing::{self, Permission};
 use super::{Storage, sys, topology};
@@ -95,7 +95,7 @@ pub fn info(locator: &Locator) -> Result<DiskInfo> {
 }
 
 fn describe_export(locator: &Locator, uri: &NbdUri) -> Result<DiskInfo> {
-    let export = open_nbd(Operation::Inspect, locator, uri)?;
+    let export = open_nbd(Operation::Inspect, locator, uri, Layers::NotAsked)?;
     let nbd = export.describe();
     Ok(DiskInfo {
         path: locator.as_str().to_owned(),

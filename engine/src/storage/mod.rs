@@ -101,6 +101,10 @@ pub trait Storage: Send + Sync {
     /// # Errors
     /// `EOPNOTSUPP` where there is no such operation, else the system call's.
     fn allocate(&self, ranges: &[ByteRange]) -> Result<(), Errno>;
+    /// Whether [`Self::flush`] can mean anything. Where it cannot, nobody can promise what survives a loss of power, whatever succeeds.
+    fn can_be_flushed(&self) -> bool {
+        true
+    }
     /// Bring data, and what is needed to read it, to stable storage.
     ///
     /// # Errors

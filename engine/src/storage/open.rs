@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use super::identity::Identity;
 use super::locator::{Locator, Place};
 use super::lock;
-use super::nbd::open_nbd_source;
+use super::nbd::{Layers, open_nbd_source};
 use super::sharing::{self, Announced, Permission, Role, Taken};
 use super::topology::{self, Node};
 use super::{BlockStorage, FileStorage, NullStorage, Storage, sys};
@@ -33,11 +33,13 @@ pub struct SourceOptions {
     pub format: Format,
     /// Read it even if another program has it open for writing, like a running virtual machine. What that writes meanwhile may be read or not.
     pub force_share: bool,
+    /// It will be asked what is in its top layer: a server is asked whether it tells that.
+    pub layers: bool,
 }
 
 impl Default for SourceOptions {
     fn default() -> Self {
-        Self { format: Format::Raw, force_share: false }
+        Self { format: Format::Raw, force_share: false, layers: false }
     }
 }
 
@@ -57,8 +59,8 @@ impl std::fmt::Debug for OpenedSource {
 
 impl OpenedSource {
     /// Of a storage that is not of this machine.
-    pub(super) fn remote(storage: Arc<dyn Storage>, identity: Identity) -> Self {
-        Self { storage, identity, metadata: None, warnings: Vec::new() }
+    pub(super) fn remote(storage: Arc<dyn Storage>, identity: Identity, warnings: Vec<String>) -> Self {
+        Self { storage, identity, metadata: None, warnings }
     }
 
     /// To read it.
@@ -125,7 +127,7 @@ pub fn open_source(locator: &Locator, options: &SourceOptions) -> Result<OpenedS
             metadata: None,
             warnings: Vec::new(),
         }),
-        Place::Nbd(uri) => open_nbd_source(locator, uri),
+        Place::Nbd(uri) => open_nbd_source(locator, uri, Layers::of(options.layers)),
         Place::Null { length: None } => Err(Error::refused(
             Refusal::BadArgument,
             Operation::OpenSource,

@@ -192,6 +192,14 @@ impl TargetPlan {
         }
     }
 
+    /// Whether what is written there can be flushed to stable storage.
+    pub(crate) fn can_be_flushed(&self) -> bool {
+        match &self.state {
+            Planned::Remote { storage, .. } => storage.can_be_flushed(),
+            Planned::Existing { .. } | Planned::Null { .. } | Planned::New(_) => true,
+        }
+    }
+
     /// The file or device; `None` where there is none yet, or never.
     pub(super) fn node(&self) -> Option<Node> {
         match &self.state {

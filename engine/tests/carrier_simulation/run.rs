@@ -164,7 +164,12 @@ impl Run {
             SimRing::new(world.clone(), arena, scenario.capacity, seed ^ 0x1217, scenario.faults.clone());
         ring.add_file(0).unwrap();
         let carrier = Carrier::new(CarrierPlan {
-            file: Side { file: FileId(0), name: Arc::from("disk"), direct_alignment: scenario.alignment },
+            file: Side {
+                file: FileId(0),
+                name: Arc::from("disk"),
+                direct_alignment: scenario.alignment,
+                remote: false,
+            },
             length: Length(scenario.length),
             keep_is_fast: true,
             buffers: BufferRange { start: 4096, length: scenario.buffers },

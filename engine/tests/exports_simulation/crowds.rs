@@ -162,7 +162,7 @@ impl Bench {
         let plan = move |source: Side, file: FileId, memory: BufferRange| Plan {
             geometry,
             source,
-            target: Side { file, name: Arc::from("target"), direct_alignment: None },
+            target: Side { file, name: Arc::from("target"), direct_alignment: None, remote: false },
             sync: SyncMode::None,
             zero_detect: true,
             target_is_zero: true,

@@ -364,7 +364,7 @@ impl<'a> Run<'a> {
         let plan = move |source: Side, file: FileId, memory: BufferRange| Plan {
             geometry,
             source,
-            target: Side { file, name: Arc::from("target"), direct_alignment: None },
+            target: Side { file, name: Arc::from("target"), direct_alignment: None, remote: false },
             sync,
             zero_detect: true,
             target_is_zero: true,

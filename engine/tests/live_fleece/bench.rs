@@ -84,7 +84,7 @@ impl Setup {
         Plan {
             geometry: geometry(),
             source,
-            target: Side { file, name: Arc::from("target"), direct_alignment: self.alignment },
+            target: Side { file, name: Arc::from("target"), direct_alignment: self.alignment, remote: false },
             sync: self.sync,
             zero_detect: true,
             target_is_zero: self.target_is_zero,

@@ -299,6 +299,7 @@ impl JobSpec {
                 file,
                 name: Arc::from(format!("target{target}")),
                 direct_alignment: spec.target.direct_alignment,
+                remote: false,
             },
             sync: spec.sync,
             zero_detect: spec.zero_detect,

@@ -10,7 +10,8 @@ use engine::nbd::{BlockSizes, WireError};
 
 /// An agreement as modern servers make it.
 pub(crate) fn agreement(structured: bool, allocation: Option<u32>) -> Agreement {
-    Agreement { length: 1 << 40, flags: 0xffff, blocks: BlockSizes::DEFAULT, structured, allocation }
+    let (length, blocks) = (1 << 40, BlockSizes::DEFAULT);
+    Agreement { length, flags: 0xffff, blocks, structured, allocation, depth: None }
 }
 
 /// A request as its maker sees it.
@@ -104,13 +105,16 @@ impl Session {
             assert!(asked.contents.iter().all(Option::is_some), "a read without all of its bytes");
         }
         match (&asked.request, &result) {
-            (Request::Status { range, most }, Ok(Answer::Extents(extents))) => {
+            (
+                Request::Status { range, most } | Request::Depth { range, most },
+                Ok(Answer::Extents(extents)),
+            ) => {
                 assert!((1..=*most).contains(&extents.len()));
                 assert!(extents.iter().all(|extent| extent.length > 0));
                 assert!(extents.windows(2).all(|pair| pair[0].flags != pair[1].flags));
                 assert!(extents.iter().map(|extent| extent.length).sum::<u64>() <= range.length);
             }
-            (Request::Status { .. }, answer) => assert!(answer.is_err()),
+            (Request::Status { .. } | Request::Depth { .. }, answer) => assert!(answer.is_err()),
             (_, answer) => assert!(matches!(answer, Ok(Answer::Done) | Err(_)), "{answer:?}"),
         }
         assert!(asked.result.replace(result).is_none(), "ended twice");
@@ -121,8 +125,16 @@ impl Session {
 pub(crate) type Handshake = (Vec<Vec<u8>>, Option<Result<Agreement, NegotiationError>>);
 
 /// Show `stream` to a client that asks for `export`, as [`Session::feed`].
-pub(crate) fn negotiate(export: &str, stream: &[u8], mut more: impl FnMut() -> usize) -> Handshake {
-    let mut machine = Negotiation::new(export);
+pub(crate) fn negotiate(export: &str, stream: &[u8], more: impl FnMut() -> usize) -> Handshake {
+    negotiate_by(Negotiation::new(export), stream, more)
+}
+
+/// The same of a client that was told more.
+pub(crate) fn negotiate_by(
+    mut machine: Negotiation,
+    stream: &[u8],
+    mut more: impl FnMut() -> usize,
+) -> Handshake {
     let mut sent = Vec::new();
     let (mut at, mut there) = (0, 0);
     loop {

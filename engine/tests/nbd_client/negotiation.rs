@@ -1,9 +1,9 @@
 //! Handshakes with servers old and new, kind and unkind.
 
 use engine::nbd::BlockSizes;
-use engine::nbd::client::{Agreement, NegotiationError};
+use engine::nbd::client::{Agreement, Negotiation, NegotiationError};
 
-use crate::driver::negotiate;
+use crate::driver::{negotiate, negotiate_by};
 use crate::server::*;
 
 /// Client flags, or an option with its data, as the client sends them.
@@ -38,13 +38,55 @@ fn modern() -> Vec<u8> {
 fn a_modern_server() {
     let (sent, agreed) = whole("disk", &modern());
     let blocks = BlockSizes::new(512, 4096, 1 << 20).unwrap();
-    let expected =
-        Agreement { length: 1 << 30, flags: 0x16d, blocks, structured: true, allocation: Some(77) };
+    let expected = Agreement {
+        length: 1 << 30,
+        flags: 0x16d,
+        blocks,
+        structured: true,
+        allocation: Some(77),
+        depth: None,
+    };
     assert_eq!(agreed, Some(Ok(expected)));
     let context = [string("disk"), bytes().u32(1).0, string("base:allocation")].concat();
     let go = [string("disk"), bytes().u16(1).u16(3).0].concat();
     let first = [bytes().u32(3).0, sends(8, &[])].concat();
     assert_eq!(sent, [first, sends(10, &context), sends(7, &go)]);
+}
+
+/// Of layers a server is asked where they matter; it tells both, one, or none.
+#[test]
+fn layers_are_asked_about() {
+    let with = |contexts: &[(u32, &str)]| {
+        let contexts: Vec<_> = contexts.iter().flat_map(|(id, name)| context(*id, name)).collect();
+        let stream = [
+            greeting(3),
+            option_reply(8, ACK, &[]),
+            contexts,
+            option_reply(10, ACK, &[]),
+            export_info(1 << 30, 1),
+            option_reply(7, ACK, &[]),
+        ];
+        negotiate_by(Negotiation::new("disk").with_layers(), &stream.concat(), || usize::MAX / 2)
+    };
+    let (base, depth) = ("base:allocation", "qemu:allocation-depth");
+    let (sent, _) = with(&[]);
+    let asked = [string("disk"), bytes().u32(2).0, string(base), string(depth)].concat();
+    assert_eq!(sent[1], sends(10, &asked));
+    for (contexts, expected) in [
+        (&[(7, base), (9, depth)][..], (Some(7), Some(9))),
+        (&[(9, depth), (0, base)], (Some(0), Some(9))),
+        (&[(9, depth)], (None, Some(9))),
+        (&[(7, base)], (Some(7), None)),
+        (&[], (None, None)),
+    ] {
+        let Some(Ok(agreed)) = with(contexts).1 else { panic!("{contexts:?}") };
+        assert_eq!((agreed.allocation, agreed.depth), expected);
+    }
+    for contexts in [&[(7, base), (7, depth)][..], &[(7, depth), (8, depth)], &[(7, "qemu:dirty-bitmap:x")]] {
+        assert!(matches!(with(contexts).1, Some(Err(NegotiationError::Violation(_)))), "{contexts:?}");
+    }
+    let unasked = [greeting(3), option_reply(8, ACK, &[]), context(9, depth)].concat();
+    assert!(matches!(whole("disk", &unasked).1, Some(Err(NegotiationError::Violation(_)))));
 }
 
 #[test]
@@ -67,6 +109,7 @@ fn servers_that_know_less() {
         blocks: BlockSizes::DEFAULT,
         structured: false,
         allocation: None,
+        depth: None,
     };
     let no_chunks = [
         greeting(1),

@@ -1,6 +1,6 @@
 //! Replies, rule by rule: what they bring, and what no server may send.
 
-use engine::nbd::client::{Answer, Request, Transmission};
+use engine::nbd::client::{Agreement, Answer, Request, Transmission};
 use engine::nbd::{StatusExtent, WireError};
 use engine::units::ByteRange;
 
@@ -138,6 +138,59 @@ fn simple_replies() {
     assert_eq!(result(&session, second), Some(Ok(Answer::Done)));
 }
 
+/// A server tells all contexts that were chosen, in any order; what was asked about is what counts, cut anywhere.
+#[test]
+fn of_two_contexts_each_request_takes_its_own() {
+    const DEPTH_ID: u32 = 8;
+    let agreed = Agreement { depth: Some(DEPTH_ID), ..agreement(true, Some(CONTEXT_ID)) };
+    let range = ByteRange::new(4096, 100);
+    let (first, second) = (&[(40, 3), (60, 0)][..], &[(10, 1), (20, 0), (70, 2)][..]);
+    for (request, expected) in
+        [(Request::Status { range, most: 9 }, first), (Request::Depth { range, most: 9 }, second)]
+    {
+        for depth_first in [true, false] {
+            for step in [1, usize::MAX / 2] {
+                let mut session = Session::new(&agreed);
+                let cookie = session.ask(request);
+                let told = [
+                    status(
+                        cookie,
+                        false,
+                        if depth_first { DEPTH_ID } else { CONTEXT_ID },
+                        if depth_first { second } else { first },
+                    ),
+                    status(
+                        cookie,
+                        true,
+                        if depth_first { CONTEXT_ID } else { DEPTH_ID },
+                        if depth_first { first } else { second },
+                    ),
+                ];
+                session.feed(&told.concat(), || step);
+                let Some(Ok(Answer::Extents(extents))) = result(&session, cookie) else {
+                    panic!("{request:?}: {:?}", session.broken)
+                };
+                let extents: Vec<_> = extents.iter().map(|extent| (extent.length, extent.flags)).collect();
+                let expected: Vec<_> =
+                    expected.iter().map(|&(length, flags)| (u64::from(length), flags)).collect();
+                assert_eq!(extents, expected, "{request:?}");
+            }
+        }
+        for ids in [[DEPTH_ID, DEPTH_ID], [CONTEXT_ID, CONTEXT_ID], [CONTEXT_ID, 9]] {
+            let mut session = Session::new(&agreed);
+            let cookie = session.ask(request);
+            let told = ids.map(|id| status(cookie, false, id, &[(100, 0)]));
+            session.feed(&told.concat(), || usize::MAX / 2);
+            assert!(session.broken.is_some(), "{request:?} {ids:?}");
+        }
+        let mut session = Session::new(&agreed);
+        let cookie = session.ask(request);
+        let other = if matches!(request, Request::Depth { .. }) { CONTEXT_ID } else { DEPTH_ID };
+        session.feed(&status(cookie, true, other, &[(100, 0)]), || usize::MAX / 2);
+        assert!(session.broken.is_some(), "not a word of what was asked");
+    }
+}
+
 #[test]
 fn block_status_is_cut_where_it_is_asked_to_be() {
     let answer = |length, most, extents: &[(u32, u32)]| {
@@ -211,7 +264,7 @@ fn violations() {
         (vec![chunk(2, true, STATUS, &[0; 13])], "a strange length"),
         (vec![status(2, true, CONTEXT_ID, &[(0, 0)])], "beyond what was asked for"),
         (vec![status(2, true, CONTEXT_ID, &[(100, 0), (1, 0)])], "beyond what was asked for"),
-        (vec![status(2, false, CONTEXT_ID, &[(9, 0)]); 2], "does not go with its request"),
+        (vec![status(2, false, CONTEXT_ID, &[(9, 0)]); 2], "block status of one context twice"),
         (vec![chunk(2, true, NONE, &[])], "block status that ended without any"),
         (vec![simple(2, 0)], "block status that ended without any"),
     ] {

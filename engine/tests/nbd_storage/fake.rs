@@ -1,6 +1,10 @@
 //! A server in the test's own process, whose disk is memory. It answers as it is told to, and remembers what it was asked.
+//!
+//! What was written is not on stable storage until it is flushed, on the connection over which it came: the protocol promises no more. A server that
+//! loses power ([`Fake::lose_power`]) loses the rest.
 
 use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::ops::Range;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -86,11 +90,48 @@ pub(crate) struct Seen {
     pub(crate) flushes: u32,
     /// Nothing was written since the last flush.
     pub(crate) flushed_last: bool,
+    /// Requests that came over connections to a server which is no more.
+    pub(crate) swallowed: u32,
+}
+
+struct Disk {
+    /// As clients see it.
+    contents: Vec<u8>,
+    stable: Vec<u8>,
+    /// What was written since the last flush over the same connection, and over which.
+    unflushed: Vec<(u32, Range<usize>)>,
+    /// How often power was lost.
+    instance: u32,
+}
+
+impl Disk {
+    fn changed(&mut self, connection: u32, range: Range<usize>, durably: bool) {
+        if durably {
+            self.stable[range.clone()].copy_from_slice(&self.contents[range]);
+        } else {
+            self.unflushed.push((connection, range));
+        }
+    }
+
+    fn flush(&mut self, connection: u32) {
+        for (_, range) in self.unflushed.extract_if(.., |(by, _)| *by == connection) {
+            self.stable[range.clone()].copy_from_slice(&self.contents[range]);
+        }
+    }
+}
+
+/// A client's connection.
+struct Client {
+    number: u32,
+    /// When it came, by losses of power.
+    instance: u32,
+    stream: UnixStream,
 }
 
 struct Shared {
-    disk: Mutex<Vec<u8>>,
+    disk: Mutex<Disk>,
     seen: Mutex<Seen>,
+    clients: Mutex<Vec<Client>>,
     behaviour: Behaviour,
 }
 
@@ -113,7 +154,13 @@ impl Fake {
     pub(crate) fn start(disk: Vec<u8>, behaviour: Behaviour) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let listener = UnixListener::bind(directory.path().join("socket")).expect("bound");
-        let shared = Arc::new(Shared { disk: Mutex::new(disk), seen: Mutex::default(), behaviour });
+        let disk = Disk { contents: disk.clone(), stable: disk, unflushed: Vec::new(), instance: 0 };
+        let shared = Arc::new(Shared {
+            disk: Mutex::new(disk),
+            seen: Mutex::default(),
+            clients: Mutex::default(),
+            behaviour,
+        });
         let served = Arc::clone(&shared);
         thread::spawn(move || {
             let mut kept = Vec::new();
@@ -128,8 +175,14 @@ impl Fake {
                     continue;
                 }
                 let served = Arc::clone(&served);
-                // A client that goes away ends it with an error.
-                thread::spawn(move || served.serve(stream).ok());
+                let instance = served.disk().instance;
+                let client = Client { number: count, instance, stream };
+                thread::spawn(move || {
+                    let number = client.number;
+                    // A client that goes away ends it with an error.
+                    served.serve(client).ok();
+                    served.end_connections(|client| client.number == number);
+                });
             }
         });
         Self { shared, directory }
@@ -140,18 +193,37 @@ impl Fake {
     }
 
     pub(crate) fn contents(&self) -> Vec<u8> {
-        self.shared.disk().clone()
+        self.shared.disk().contents.clone()
     }
 
     pub(crate) fn seen(&self) -> Seen {
         self.shared.seen().clone()
+    }
+
+    /// It starts anew, without what was not flushed. Whoever was connected does not learn of it: what he sends is swallowed.
+    pub(crate) fn lose_power(&self) {
+        let mut disk = self.shared.disk();
+        disk.contents = disk.stable.clone();
+        disk.unflushed.clear();
+        disk.instance += 1;
+    }
+
+    /// Connections from before power was lost last end.
+    pub(crate) fn end_old_connections(&self) {
+        let instance = self.shared.disk().instance;
+        self.shared.end_connections(|client| client.instance < instance);
+    }
+
+    /// The connection of this number ends, counted from 1.
+    pub(crate) fn end_connection(&self, number: u32) {
+        self.shared.end_connections(|client| client.number == number);
     }
 }
 
 type Io<T> = std::io::Result<T>;
 
 impl Shared {
-    fn disk(&self) -> MutexGuard<'_, Vec<u8>> {
+    fn disk(&self) -> MutexGuard<'_, Disk> {
         self.disk.lock().expect("no panic")
     }
 
@@ -159,7 +231,18 @@ impl Shared {
         self.seen.lock().expect("no panic")
     }
 
-    fn serve(&self, mut stream: UnixStream) -> Io<()> {
+    fn end_connections(&self, which: impl Fn(&Client) -> bool) {
+        let clients = self.clients.lock().expect("no panic");
+        for client in clients.iter().filter(|client| which(client)) {
+            // It may have ended.
+            client.stream.shutdown(Shutdown::Both).ok();
+        }
+    }
+
+    fn serve(&self, client: Client) -> Io<()> {
+        let Client { number, instance, ref stream } = client;
+        let mut stream = stream.try_clone()?;
+        self.clients.lock().expect("no panic").push(client);
         if !self.behaviour.greeting.is_empty() {
             return stream.write_all(self.behaviour.greeting);
         }
@@ -190,6 +273,10 @@ impl Shared {
                 if request.command == 2 {
                     return Ok(());
                 }
+                if self.disk().instance != instance {
+                    self.seen().swallowed += 1;
+                    continue;
+                }
                 let count = {
                     let mut seen = self.seen();
                     seen.requests += 1;
@@ -199,7 +286,7 @@ impl Shared {
                     return Ok(());
                 }
                 let lies = self.behaviour.lies_after.is_some_and(|most| count > most);
-                let reply = if lies { vec![0x67; 4096] } else { self.answer(&request) };
+                let reply = if lies { vec![0x67; 4096] } else { self.answer(&request, number) };
                 stream.write_all(&reply)?;
             }
         }
@@ -214,7 +301,7 @@ impl Shared {
         let mut data = vec![0; length as usize];
         stream.read_exact(&mut data)?;
         let Behaviour { structured, block, payload, flags, refuses, says_length, .. } = self.behaviour;
-        let length = says_length.unwrap_or(self.disk().len() as u64);
+        let length = says_length.unwrap_or(self.disk().contents.len() as u64);
         let reply = match option {
             8 if structured => option_reply(8, ACK, &[]),
             10 if structured => [context(CONTEXT_ID, "base:allocation"), option_reply(10, ACK, &[])].concat(),
@@ -234,7 +321,7 @@ impl Shared {
     fn refusal(&self, request: &Request) -> Option<u32> {
         let Behaviour { block, payload, flags, fails, .. } = &self.behaviour;
         let (start, end) = (request.offset, request.offset + u64::from(request.length));
-        let length = self.disk().len() as u64;
+        let length = self.disk().contents.len() as u64;
         let is_block = |at: u64| at.is_multiple_of(u64::from(*block)) || at == length;
         let offered = match request.command {
             0 => true,
@@ -255,7 +342,7 @@ impl Shared {
         ((start as usize) < range.end && range.start < end as usize).then_some(*code)
     }
 
-    fn answer(&self, request: &Request) -> Vec<u8> {
+    fn answer(&self, request: &Request, connection: u32) -> Vec<u8> {
         let Request { cookie, offset, length, .. } = *request;
         if let Some(code) = self.refusal(request) {
             let chunks = self.behaviour.structured && request.command == 0;
@@ -265,21 +352,29 @@ impl Shared {
         match request.command {
             0 => {
                 self.seen().read_bytes += u64::from(length);
-                let contents = self.disk()[range].to_vec();
+                let contents = self.disk().contents[range].to_vec();
                 self.contents_reply(cookie, offset, &contents)
             }
             7 => status(cookie, true, CONTEXT_ID, &self.extents(range)),
             command => {
-                let mut seen = self.seen();
+                let (mut disk, mut seen) = (self.disk(), self.seen());
                 seen.flushed_last = command == 3;
+                let durably = request.flags & 1 != 0;
                 match command {
                     1 => {
                         seen.writes += 1;
-                        seen.durable_writes += u32::from(request.flags & 1 != 0);
-                        self.disk()[range].copy_from_slice(&request.contents);
+                        seen.durable_writes += u32::from(durably);
+                        disk.contents[range.clone()].copy_from_slice(&request.contents);
+                        disk.changed(connection, range, durably);
                     }
-                    3 => seen.flushes += 1,
-                    6 => self.disk()[range].fill(0),
+                    3 => {
+                        seen.flushes += 1;
+                        disk.flush(connection);
+                    }
+                    6 => {
+                        disk.contents[range.clone()].fill(0);
+                        disk.changed(connection, range, durably);
+                    }
                     _ => {}
                 }
                 simple(cookie, 0)
@@ -301,7 +396,7 @@ impl Shared {
 
     /// What it holds there, in grains: zeros or data.
     fn extents(&self, range: Range<usize>) -> Vec<(u32, u32)> {
-        let disk = self.disk();
+        let disk = &self.disk().contents;
         let mut extents: Vec<(u32, u32)> = Vec::new();
         let mut at = range.start;
         while at < range.end {

@@ -9,8 +9,9 @@ mod server;
 
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
-use engine::copy::{CopyOptions, IoEngine, start};
+use engine::copy::{CopyOptions, ErrorPolicy, IoEngine, start};
 use engine::error::{Error, ErrorKind, Refusal};
 use engine::job::Outcome;
 use engine::ring::{Extent, ExtentQuery, IoPath, ZeroMethod};
@@ -177,6 +178,71 @@ fn several_connections_where_the_server_allows_them() {
     hammer(storage(&fake).as_ref(), 12, 3);
 }
 
+/// `condition` comes true soon.
+fn until(condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < deadline, "it does not come true");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Of a server that takes several connections for one disk, and promises no more than the protocol: a flush covers what came over its own connection.
+#[test]
+fn a_flush_covers_what_was_written_over_any_connection() {
+    let behaviour = Behaviour { flags: flag::ALL | flag::MULTI, shuffles: true, ..Behaviour::default() };
+    let fake = Fake::start(vec![0; 12 * 65536], behaviour);
+    let disk = storage(&fake);
+    hammer(disk.as_ref(), 12, 20);
+    assert!(fake.seen().connections > 1, "{:?}", fake.seen());
+    let written = fake.contents();
+    assert_eq!(disk.flush(), Ok(()));
+    fake.lose_power();
+    assert!(fake.contents() == written, "what was flushed is there");
+}
+
+/// The server has started anew, which the first connection has not heard of when there is a second request, a write or the flush itself.
+#[test]
+fn a_flush_does_not_succeed_on_a_server_that_has_started_anew() {
+    for writes_anew in [false, true] {
+        let behaviour = Behaviour { flags: flag::ALL | flag::MULTI, ..Behaviour::default() };
+        let fake = Fake::start(vec![0; 65536], behaviour);
+        let disk = storage(&fake);
+        write_all(disk.as_ref(), 0, &[1; 4096]);
+        fake.lose_power();
+        assert!(fake.contents().iter().all(|&byte| byte == 0), "it was not flushed");
+        thread::scope(|scope| {
+            scope.spawn(|| disk.write_at(IoPath::Direct, 8192, &[2; 4096]).expect_err("nobody answers"));
+            until(|| fake.seen().swallowed == 1);
+            if writes_anew {
+                write_all(disk.as_ref(), 16384, &[3; 4096]);
+            }
+            let flush = scope.spawn(|| disk.flush());
+            thread::sleep(Duration::from_millis(50));
+            fake.end_old_connections();
+            let flushed = flush.join().expect("no panic");
+            assert!(matches!(flushed, Err(Errno::ECONNRESET | Errno::EPIPE)), "{flushed:?}");
+        });
+        assert!(disk.flush().is_err(), "nor later");
+        assert!(disk.read_at(IoPath::Direct, 0, &mut [0; 512]).is_err());
+    }
+}
+
+#[test]
+fn one_lost_connection_of_several_fails_the_flush() {
+    let behaviour = Behaviour { flags: flag::ALL | flag::MULTI, shuffles: true, ..Behaviour::default() };
+    for number in 1..=2 {
+        let fake = Fake::start(vec![0; 12 * 65536], behaviour.clone());
+        let disk = storage(&fake);
+        hammer(disk.as_ref(), 12, 3);
+        let before = fake.seen().connections;
+        assert!(before > 1);
+        fake.end_connection(number);
+        assert!(disk.flush().is_err());
+        assert_eq!(fake.seen().connections, before, "no other takes its place");
+    }
+}
+
 #[test]
 fn errors_of_the_server_are_the_systems() {
     for (code, errno) in [
@@ -263,6 +329,29 @@ fn what_cannot_be_opened() {
     assert!(error.to_string().contains("ECONNREFUSED"), "{error}");
 }
 
+/// Neither does a pause wait for a resume that cannot help, nor is each of the other clusters tried again and left out.
+#[test]
+fn a_server_that_goes_away_ends_the_copy_whatever_the_policy() {
+    let length = 32 << 20;
+    for policy in [ErrorPolicy::Stop, ErrorPolicy::Ignore, ErrorPolicy::Auto] {
+        for source_dies in [true, false] {
+            let behaviour = |dies: bool| Behaviour { dies_after: dies.then_some(20), ..Behaviour::default() };
+            let from = Fake::start(pattern(length), behaviour(source_dies));
+            let to = Fake::start(vec![0xaa; length], behaviour(!source_dies));
+            let options = CopyOptions {
+                on_source_error: policy,
+                on_target_error: policy,
+                ..CopyOptions::new(from.uri("disk"), to.uri("disk"))
+            };
+            let job = start(&options).expect("it starts").job;
+            let result = job.wait_timeout(Duration::from_secs(20)).expect("it ends");
+            let Outcome::Failed(error) = &result.outcome else { panic!("{policy:?}: {result:?}") };
+            assert!(error.to_string().contains("the server, or the way to it, is gone"), "{error}");
+            assert_eq!(result.progress.retries, 0);
+        }
+    }
+}
+
 fn copy(source: &str, target: &str, io_engine: IoEngine) -> Result<Outcome, Error> {
     let options =
         CopyOptions { io_engine, cluster_size: ClusterSize::DEFAULT, ..CopyOptions::new(source, target) };
@@ -314,8 +403,19 @@ fn without_a_flush_every_write_is_durable_by_itself_or_nothing_is_promised() {
     let nothing = Fake::start(vec![0xaa; 300_000], Behaviour { flags: flag::HAS, ..Behaviour::default() });
     let copy = start(&CopyOptions::new(source, nothing.uri(""))).expect("it starts");
     assert!(copy.notices.iter().any(|notice| notice.contains("offers no flush")), "{:?}", copy.notices);
-    assert!(matches!(copy.job.wait().outcome, Outcome::Complete));
-    assert_eq!(nothing.seen().durable_writes, 0);
+    let result = copy.job.wait();
+    assert!(matches!(result.outcome, Outcome::Complete) && !result.durable, "{result:?}");
+    let Seen { durable_writes, writes, .. } = nothing.seen();
+    assert_eq!(durable_writes, 0);
+    // A map would claim what nobody can promise.
+    let map = there.path().join("m");
+    let with_map = |to: &Fake| CopyOptions { map: Some(map.clone()), ..CopyOptions::new(source, to.uri("")) };
+    let error = start(&with_map(&nothing)).expect_err("refused");
+    assert_eq!(error.kind(), ErrorKind::Refused(Refusal::Unsupported), "{error}");
+    assert!(error.to_string().contains("leave out --map"), "{error}");
+    assert_eq!((nothing.seen().writes, map.exists()), (writes, false), "untouched");
+    let result = start(&with_map(&fua)).expect("it starts").job.wait();
+    assert!(matches!(result.outcome, Outcome::Complete) && result.durable, "{result:?}");
 }
 
 #[test]

@@ -20,6 +20,7 @@ use nix::errno::Errno;
 use crate::run::driver_of;
 use crate::scenario::{Scenario, decode};
 
+mod lost;
 mod zeros;
 
 const CLUSTER: u64 = 8192;

@@ -258,11 +258,17 @@ impl Scenario {
         };
         Plan {
             geometry: self.geometry(),
-            source: Side { file: FileId(0), name: Arc::from("source"), direct_alignment: Some(512) },
+            source: Side {
+                file: FileId(0),
+                name: Arc::from("source"),
+                direct_alignment: Some(512),
+                remote: false,
+            },
             target: Side {
                 file: FileId(1),
                 name: Arc::from("target"),
                 direct_alignment: self.target_traits().direct_alignment,
+                remote: false,
             },
             sync: self.sync,
             zero_detect: self.zero_detect,

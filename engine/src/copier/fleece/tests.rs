@@ -6,7 +6,8 @@ use crate::ring::FileId;
 const NOW: Timestamp = Timestamp(Duration::ZERO);
 
 fn fleece(slots: u32) -> Fleece {
-    let side = Side { file: FileId(2), name: Arc::from("fleece"), direct_alignment: Some(512) };
+    let side =
+        Side { file: FileId(2), name: Arc::from("fleece"), direct_alignment: Some(512), remote: false };
     Fleece::new(FleecePlan { side, slots }, 65536, false)
 }
 

@@ -57,7 +57,7 @@ impl<P> Carrier<P> {
         let io =
             |reason: &'static str| Error::new(ErrorKind::Io(Errno::EIO), operation, path, reason).at(range);
         match fault {
-            Fault::Errno(errno) => {
+            Fault::Errno(errno) | Fault::Lost(errno) => {
                 let range = (operation != Operation::Flush).then_some(range);
                 Error::io(operation, path, range, errno)
             }

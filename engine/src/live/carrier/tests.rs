@@ -86,7 +86,12 @@ impl Rig {
             ..CarrierLimits::default()
         };
         let plan = CarrierPlan {
-            file: Side { file: FileId(3), name: Arc::from("disk.img"), direct_alignment: alignment },
+            file: Side {
+                file: FileId(3),
+                name: Arc::from("disk.img"),
+                direct_alignment: alignment,
+                remote: false,
+            },
             length: Length(LENGTH),
             keep_is_fast,
             buffers: BufferRange { start: 4096, length: 16384 },

@@ -1,7 +1,7 @@
 //! The handshake: from the server's greeting to the choice of an export. Fixed newstyle, and what is before it as far as it has names of exports.
 //!
 //! # Order
-//! Structured replies, then (where there are any) `base:allocation`, then `NBD_OPT_GO` with the question for block sizes. A server that knows an option
+//! Structured replies, then (where there are any) `base:allocation`, and `qemu:allocation-depth` if layers are asked about, then `NBD_OPT_GO` with the question for block sizes. A server that knows an option
 //! not says so, and the next one follows: what it knows not is done without. One that does not know `GO` is asked by `NBD_OPT_EXPORT_NAME`, which has no
 //! reply for an export that is not there: the server just goes.
 //!
@@ -42,6 +42,8 @@ pub struct Agreement {
     pub structured: bool,
     /// How the server calls `base:allocation`, where it tells it.
     pub allocation: Option<u32>,
+    /// How it calls `qemu:allocation-depth`.
+    pub depth: Option<u32>,
 }
 
 impl Agreement {
@@ -112,7 +114,10 @@ pub struct Negotiation {
     /// Replies to the option at hand.
     replies: u32,
     structured: bool,
+    /// Layers are asked about.
+    layers: bool,
     allocation: Option<u32>,
+    depth: Option<u32>,
     described: Option<(u64, u16)>,
     blocks: BlockSizes,
 }
@@ -131,10 +136,18 @@ impl Negotiation {
             no_zeroes: false,
             replies: 0,
             structured: false,
+            layers: false,
             allocation: None,
+            depth: None,
             described: None,
             blocks: BlockSizes::DEFAULT,
         }
+    }
+
+    /// Ask as well in which layer the disk is allocated.
+    #[must_use]
+    pub fn with_layers(self) -> Self {
+        Self { layers: true, ..self }
     }
 
     /// Take what has come from the front of `input`; gives how many bytes were taken, and what comes next.
@@ -218,8 +231,11 @@ impl Negotiation {
         match option {
             option::SET_META_CONTEXT => {
                 put_string(&mut data, &self.export);
-                data.extend_from_slice(&1_u32.to_be_bytes());
+                data.extend_from_slice(&(1 + u32::from(self.layers)).to_be_bytes());
                 put_string(&mut data, &MetaContext::Allocation.name());
+                if self.layers {
+                    put_string(&mut data, &MetaContext::AllocationDepth.name());
+                }
             }
             option::GO => {
                 put_string(&mut data, &self.export);
@@ -254,7 +270,7 @@ impl Negotiation {
             }
             (option::SET_META_CONTEXT, option_reply::ACK) => Ok(Next::Send(self.ask(option::GO))),
             (option::SET_META_CONTEXT, _) if is_error => {
-                self.allocation = None;
+                (self.allocation, self.depth) = (None, None);
                 Ok(Next::Send(self.ask(option::GO)))
             }
             (option::GO, option_reply::INFO) => {
@@ -272,10 +288,18 @@ impl Negotiation {
     fn on_context(&mut self, data: &[u8]) -> Result<(), Violation> {
         let mut fields = Fields(data);
         let id = fields.u32().ok_or(Violation("a meta context without a number"))?;
-        if fields.0 != MetaContext::Allocation.name().as_bytes() || self.allocation.is_some() {
+        let is = |context: MetaContext| fields.0 == context.name().as_bytes();
+        let (place, other) = if is(MetaContext::Allocation) {
+            (&mut self.allocation, self.depth)
+        } else if self.layers && is(MetaContext::AllocationDepth) {
+            (&mut self.depth, self.allocation)
+        } else {
+            return Err(Violation("a meta context that was not asked for"));
+        };
+        if place.is_some() || other == Some(id) {
             return Err(Violation("a meta context that was not asked for"));
         }
-        self.allocation = Some(id);
+        *place = Some(id);
         Ok(())
     }
 
@@ -303,8 +327,8 @@ impl Negotiation {
         let (length, flags) = self.described.ok_or(Violation("an export without a length"))?;
         self.stage = Stage::Over;
         let flags = if flags & transmission::HAS_FLAGS == 0 { 0 } else { flags };
-        let Self { blocks, structured, allocation, .. } = *self;
-        Ok(Next::Agreed(Agreement { length, flags, blocks, structured, allocation }))
+        let Self { blocks, structured, allocation, depth, .. } = *self;
+        Ok(Next::Agreed(Agreement { length, flags, blocks, structured, allocation, depth }))
     }
 }
 

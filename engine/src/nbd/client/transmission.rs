@@ -69,6 +69,13 @@ pub enum Request {
         /// Most extents that are kept of the answer.
         most: usize,
     },
+    /// In which layer it is allocated.
+    Depth {
+        /// Where.
+        range: ByteRange,
+        /// Most extents that are kept of the answer.
+        most: usize,
+    },
 }
 
 impl Request {
@@ -84,7 +91,7 @@ impl Request {
                 let keep = if no_hole { command_flag::NO_HOLE } else { 0 };
                 (command::WRITE_ZEROES, keep | fua(durable), range)
             }
-            Self::Status { range, .. } => (command::BLOCK_STATUS, 0, range),
+            Self::Status { range, .. } | Self::Depth { range, .. } => (command::BLOCK_STATUS, 0, range),
         };
         let length = u32::try_from(range.length).expect("a request is shorter than 4 GiB");
         RequestHeader { flags, command, cookie, offset: range.offset, length }
@@ -150,7 +157,8 @@ struct Open {
     /// Bytes that extents were told of, and that those have which are kept.
     described: u64,
     kept: u64,
-    has_status: bool,
+    /// The context that it asks about was told of, and the other one.
+    told: [bool; 2],
     error: Option<WireError>,
     errors: u32,
 }
@@ -163,7 +171,7 @@ impl Open {
             extents: Vec::new(),
             described: 0,
             kept: 0,
-            has_status: false,
+            told: [false; 2],
             error: None,
             errors: 0,
         }
@@ -172,7 +180,7 @@ impl Open {
     /// The range that a status request asked about, and how many extents are kept.
     fn asked(&self) -> Option<(ByteRange, usize)> {
         match self.request {
-            Request::Status { range, most } => Some((range, most)),
+            Request::Status { range, most } | Request::Depth { range, most } => Some((range, most)),
             _ => None,
         }
     }
@@ -220,6 +228,8 @@ enum Part {
     Status(u32),
     /// So many extents.
     Extents(u32),
+    /// So many extents of the other context: a server tells all that were chosen, whichever is asked about.
+    Passed(u32),
     /// So many bytes about an error.
     Error(u32),
 }
@@ -229,6 +239,7 @@ enum Part {
 pub struct Transmission {
     structured: bool,
     allocation: Option<u32>,
+    depth: Option<u32>,
     next_cookie: u64,
     open: BTreeMap<u64, Open>,
     place: Place,
@@ -239,9 +250,9 @@ impl Transmission {
     /// Under `agreement`.
     #[must_use]
     pub fn new(agreement: &Agreement) -> Self {
-        let Agreement { structured, allocation, .. } = *agreement;
+        let Agreement { structured, allocation, depth, .. } = *agreement;
         let open = BTreeMap::new();
-        Self { structured, allocation, next_cookie: 1, open, place: Place::Header, broken: None }
+        Self { structured, allocation, depth, next_cookie: 1, open, place: Place::Header, broken: None }
     }
 
     /// Requests without their final reply.
@@ -353,12 +364,11 @@ impl Transmission {
             }
             chunk::OFFSET_DATA if length > 8 && length - 8 <= reads => Part::Data(length - 8),
             chunk::OFFSET_HOLE if length == 12 && reads > 0 => Part::Hole,
-            chunk::BLOCK_STATUS if open.asked().is_some() && !open.has_status => {
+            chunk::BLOCK_STATUS if open.asked().is_some() && open.told != [true; 2] => {
                 let extents = length.saturating_sub(4) / 8;
                 if length != 4 + 8 * extents || !(1..=MAX_EXTENTS).contains(&extents) {
                     return Err(Violation("block status of a strange length"));
                 }
-                open.has_status = true;
                 Part::Status(extents)
             }
             _ if kind & chunk::ERROR_BIT != 0 && (6..=MAX_ERROR_BYTES).contains(&length) => {
@@ -382,7 +392,7 @@ impl Transmission {
         input: &[u8],
     ) -> Result<(usize, Option<Step>), Violation> {
         let needed = match part {
-            Part::Data(_) | Part::Extents(_) => 8,
+            Part::Data(_) | Part::Extents(_) | Part::Passed(_) => 8,
             Part::Hole => 12,
             Part::Status(_) => 4,
             Part::Error(length) => length as usize,
@@ -392,7 +402,7 @@ impl Transmission {
         };
         let after = if done { Place::Ending { cookie } } else { Place::Header };
         let spoilt = Violation("a chunk that is cut off");
-        let allocation = self.allocation;
+        let (allocation, depth) = (self.allocation, self.depth);
         let open = self.request(cookie)?;
         let mut step = None;
         let place = match part {
@@ -408,11 +418,23 @@ impl Transmission {
                 after
             }
             Part::Status(extents) => {
-                if fields.u32() != allocation {
+                let by_depth = matches!(open.request, Request::Depth { .. });
+                let (wanted, other) = if by_depth { (depth, allocation) } else { (allocation, depth) };
+                let id = fields.u32().ok_or(spoilt)?;
+                let part = if wanted == Some(id) { Part::Extents(extents) } else { Part::Passed(extents) };
+                if wanted != Some(id) && other != Some(id) {
                     return Err(Violation("block status of a context that was not chosen"));
                 }
-                Place::Chunk { cookie, part: Part::Extents(extents), done }
+                let told = &mut open.told[usize::from(wanted != Some(id))];
+                if std::mem::replace(told, true) {
+                    return Err(Violation("block status of one context twice"));
+                }
+                Place::Chunk { cookie, part, done }
             }
+            Part::Passed(left) => match left - 1 {
+                0 => after,
+                left => Place::Chunk { cookie, part: Part::Passed(left), done },
+            },
             Part::Extents(left) => {
                 let (length, flags) = fields.u32().zip(fields.u32()).ok_or(spoilt)?;
                 open.describe(length, flags)?;

@@ -12,7 +12,7 @@
 //!
 //! # Loss
 //! An error of the socket, its end, or a violation of the protocol is the end of the connection: it is shut down, and every request on it, now and later,
-//! fails with the same error. What became of them at the server nobody knows.
+//! fails with the same error, of those that [`is_lost_connection`] knows. What became of them at the server nobody knows.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,6 +22,7 @@ use nix::errno::Errno;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::stream::{Inbox, Stream};
+use crate::error::is_lost_connection;
 use crate::nbd::WireError;
 use crate::nbd::client::{Agreement, Answer, Request, Step, Transmission};
 
@@ -197,6 +198,8 @@ impl Connection {
 
     fn lose(&self, state: &mut State, errno: Errno) {
         if state.lost.is_none() {
+            // Never to be taken for a server's reply.
+            let errno = if is_lost_connection(errno) { errno } else { Errno::ENOTCONN };
             tracing::debug!(%errno, "the connection to the NBD server is lost");
             state.lost = Some(errno);
             self.stream.shut_down();

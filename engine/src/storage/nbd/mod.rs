@@ -8,15 +8,24 @@
 //! half a MiB that is not where the time goes.
 //!
 //! Requests are pipelined: as many are under way as there are helper threads (12 of 16 for one side of a copy), on up to four connections where the server
-//! says that they are one disk (`CAN_MULTI_CONN`), else on one ([`connection`]). Further connections are made when they would have work.
+//! says that they are one disk (`CAN_MULTI_CONN`), else on one ([`connection`]). The further ones are made together, when there are first two requests at a time.
 //!
 //! # Blocks
 //! A server may insist on whole blocks of up to 64 KiB. Reads of parts of one read it all; writes of parts read, change and write it, one at a time, since the
 //! parts of a block may belong to several clusters. What is longer than the server's longest payload comes back short, as the caller expects of any storage.
 //!
 //! # Durability
-//! A flush is `NBD_CMD_FLUSH`. A server without it but with FUA gets every write with that; with neither, nothing can be promised, which is said once.
-//! When a connection is lost, all of the storage is: what a server has not flushed may be gone with it, and a flush on another connection would not tell.
+//! A flush is `NBD_CMD_FLUSH`. A server without it but with FUA gets every write with that; with neither, nothing can be promised: a copy says so at its start and end, and takes no map.
+//!
+//! A flush goes to *every* connection there is, makes none, and succeeds if all of them do. The reply to a write and the reply to a flush behind it come over one
+//! connection, and so from one instance of the server: what it had acknowledged is on stable storage then, whatever became of others. So nothing hangs on when
+//! a connection was made, nor on how well several are one disk. An instance that has started anew can answer for what it took itself, never for what
+//! was lost with the old one, for no connection ever leaves the list: a lost one fails every flush from then on.
+//!
+//! When a connection is lost, all of the storage is: what a server has not flushed may be gone with it. Also what succeeds on another
+//! connection meanwhile counts as failed. No connection is made in the place of a lost one, nor later than the first two requests that come together; the first
+//! connection has one of these, so if its server is no more by then, that comes out. Further ones go to the address at which the server was found
+//! first: its name, looked up again, may mean another server with another disk.
 //!
 //! # Zeros
 //! `NBD_CMD_WRITE_ZEROES` is used wherever it is offered, and without the flag for "fast or not at all": making zeros at the server is never slower than sending
@@ -26,7 +35,7 @@ mod connection;
 mod open;
 mod stream;
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use nix::errno::Errno;
@@ -34,14 +43,15 @@ use parking_lot::Mutex;
 use serde::Serialize;
 
 use self::connection::{Connection, Failure};
+use self::stream::Found;
 use super::{Descriptors, Limits, Storage};
 use crate::nbd::StatusExtent;
-use crate::nbd::client::{Agreement, Answer, NbdUri, Request};
+use crate::nbd::client::{Agreement, Answer, Request};
 use crate::nbd::wire::transmission;
 use crate::ring::{Extent, ExtentQuery, IoPath, ZeroMethod};
 use crate::units::{ByteRange, Length};
 pub use open::plan_nbd;
-pub(super) use open::{open_nbd, open_nbd_source};
+pub(super) use open::{Layers, open_nbd, open_nbd_source};
 
 /// Most connections to a server that takes several for one.
 const MAX_CONNECTIONS: usize = 4;
@@ -79,28 +89,27 @@ pub struct NbdInfo {
 #[derive(Debug)]
 pub(super) struct NbdStorage {
     name: String,
-    uri: NbdUri,
+    export: String,
+    found: Found,
     agreement: Agreement,
+    /// None ever leaves.
     connections: Mutex<Vec<Arc<Connection>>>,
-    /// How many of them there may be.
-    most: AtomicUsize,
-    /// Somebody is making another.
-    growing: AtomicBool,
+    /// There will be no more of them but those that are being made.
+    grown: AtomicBool,
     lost: OnceLock<Errno>,
     /// Who has it changes parts of blocks.
     parts: Mutex<()>,
 }
 
 impl NbdStorage {
-    fn new(name: &str, uri: &NbdUri, agreement: Agreement, first: Connection) -> Self {
-        let most = if agreement.has(transmission::CAN_MULTI_CONN) { MAX_CONNECTIONS } else { 1 };
+    fn new(name: &str, (export, found): (&str, Found), agreement: Agreement, first: Connection) -> Self {
         Self {
             name: name.to_owned(),
-            uri: uri.clone(),
+            export: export.to_owned(),
+            found,
             agreement,
             connections: Mutex::new(vec![Arc::new(first)]),
-            most: AtomicUsize::new(most),
-            growing: AtomicBool::new(false),
+            grown: AtomicBool::new(!agreement.has(transmission::CAN_MULTI_CONN)),
             lost: OnceLock::new(),
             parts: Mutex::new(()),
         }
@@ -116,9 +125,9 @@ impl NbdStorage {
         self.agreement.has(transmission::SEND_TRIM)
     }
 
-    /// Whether what was written can be brought to stable storage.
-    pub(super) fn can_be_durable(&self) -> bool {
-        self.agreement.has(transmission::SEND_FLUSH) || self.agreement.has(transmission::SEND_FUA)
+    /// Whether the server says what is in the top layer; it was asked for that.
+    pub(super) fn tells_layers(&self) -> bool {
+        self.agreement.depth.is_some()
     }
 
     /// What the server offers.
@@ -126,7 +135,7 @@ impl NbdStorage {
         let Agreement { blocks, structured, allocation, .. } = self.agreement;
         let has = |flag| self.agreement.has(flag);
         NbdInfo {
-            export: self.uri.export.clone(),
+            export: self.export.clone(),
             structured_replies: structured,
             block_status: allocation.is_some(),
             flush: has(transmission::SEND_FLUSH),
@@ -157,42 +166,47 @@ impl NbdStorage {
         !self.agreement.has(transmission::SEND_FLUSH) && self.agreement.has(transmission::SEND_FUA)
     }
 
-    /// The connection with the least to do, or another one if all have something.
+    /// The connection with the least to do. When the first one has something, the others are made, once.
     fn connection(&self) -> Arc<Connection> {
-        let (idlest, count) = {
-            let all = self.connections.lock();
-            let idlest = all.iter().min_by_key(|connection| connection.in_flight());
-            (Arc::clone(idlest.expect("there is a first one")), all.len())
-        };
-        let enough = idlest.in_flight() == 0 || count >= self.most.load(Ordering::Relaxed);
-        if enough || self.growing.swap(true, Ordering::Acquire) {
+        let idlest = self.idlest();
+        if idlest.in_flight() == 0 || self.grown.swap(true, Ordering::Relaxed) {
             return idlest;
         }
-        let another = open::another(&self.uri, &self.agreement);
-        let chosen = match another {
-            Some(connection) => {
-                let connection = Arc::new(connection);
-                self.connections.lock().push(Arc::clone(&connection));
-                connection
-            }
-            None => {
-                self.most.store(count, Ordering::Relaxed);
-                idlest
-            }
-        };
-        self.growing.store(false, Ordering::Release);
-        chosen
+        for _ in 1..MAX_CONNECTIONS {
+            let Some(another) = open::another(&self.export, &self.found, &self.agreement) else { break };
+            self.connections.lock().push(Arc::new(another));
+        }
+        self.idlest()
+    }
+
+    fn idlest(&self) -> Arc<Connection> {
+        let all = self.connections.lock();
+        let idlest = all.iter().min_by_key(|connection| connection.in_flight());
+        Arc::clone(idlest.expect("there is a first one"))
     }
 
     fn call(&self, request: Request, contents: &[u8], into: &mut [u8]) -> Result<Answer, Errno> {
-        if let Some(errno) = self.lost.get() {
-            return Err(*errno);
-        }
-        match self.connection().call(request, contents, into) {
-            Ok(answer) => Ok(answer),
+        self.if_not_lost()?;
+        self.call_on(&self.connection(), request, contents, into)
+    }
+
+    fn call_on(
+        &self,
+        connection: &Connection,
+        request: Request,
+        contents: &[u8],
+        into: &mut [u8],
+    ) -> Result<Answer, Errno> {
+        match connection.call(request, contents, into) {
+            // Another connection may have been lost meanwhile.
+            Ok(answer) => self.if_not_lost().map(|()| answer),
             Err(Failure::Refused(error)) => Err(error.errno()),
             Err(Failure::Lost(errno)) => Err(*self.lost.get_or_init(|| errno)),
         }
+    }
+
+    fn if_not_lost(&self) -> Result<(), Errno> {
+        self.lost.get().map_or(Ok(()), |errno| Err(*errno))
     }
 
     /// How many of `count` bytes at `offset`, all on the export, one request moves; `None`: not even a whole block, or not from a block's start.
@@ -338,11 +352,20 @@ impl Storage for NbdStorage {
         Err(Errno::EOPNOTSUPP)
     }
 
+    fn can_be_flushed(&self) -> bool {
+        self.agreement.has(transmission::SEND_FLUSH) || self.agreement.has(transmission::SEND_FUA)
+    }
+
     fn flush(&self) -> Result<(), Errno> {
+        self.if_not_lost()?;
         if self.agreement.has(transmission::SEND_FLUSH) {
-            return self.call(Request::Flush, &[], &mut []).map(|_| ());
+            // Taken now: what was acknowledged before came over one of these.
+            let all = self.connections.lock().clone();
+            for connection in all {
+                self.call_on(&connection, Request::Flush, &[], &mut [])?;
+            }
         }
-        self.lost.get().map_or(Ok(()), |errno| Err(*errno))
+        Ok(())
     }
 
     /// Whatever is cached is cached by the server.
@@ -350,19 +373,28 @@ impl Storage for NbdStorage {
         Ok(())
     }
 
-    /// What reads as zeros counts as a hole; what has no space behind it, but may read as anything, as data.
+    /// What reads as zeros counts as a hole; what has no space behind it, but may read as anything, as data. In the top layer is what the server says is
+    /// at depth 1: 0 is nowhere, 2 and more in a layer below.
     fn extents(&self, range: ByteRange, query: ExtentQuery, limit: usize) -> Result<Vec<Extent>, Errno> {
-        let tells = query == ExtentQuery::Data && self.agreement.allocation.is_some();
+        let tells = match query {
+            ExtentQuery::Data => self.agreement.allocation.is_some(),
+            ExtentQuery::TopLayer => self.tells_layers(),
+        };
         if !tells || range.offset >= self.length() {
             return Ok(vec![Extent { range, present: true }]);
         }
         let start = range.offset - range.offset % self.block();
         let end = range.end().next_multiple_of(self.block()).min(self.length()).min(start + MAX_EFFECT);
         // One may lie before the range, within its first block.
-        let request =
-            Request::Status { range: ByteRange::between(start, end), most: limit.saturating_add(1) };
+        let (asked, most) = (ByteRange::between(start, end), limit.saturating_add(1));
+        let (request, present): (_, fn(u32) -> bool) = match query {
+            ExtentQuery::Data => {
+                (Request::Status { range: asked, most }, |flags| flags & StatusExtent::ZERO == 0)
+            }
+            ExtentQuery::TopLayer => (Request::Depth { range: asked, most }, |depth| depth == 1),
+        };
         let Answer::Extents(told) = self.call(request, &[], &mut [])? else { return Err(Errno::EPROTO) };
-        let mut extents = extents_in(range, start, &told);
+        let mut extents = extents_in(range, start, &told, present);
         extents.truncate(limit);
         if extents.is_empty() {
             let rest_of_block = ByteRange::between(range.offset, range.end().min(start + self.block()));
@@ -379,15 +411,20 @@ fn part_of(blocks: ByteRange, offset: u64, count: u64) -> Result<std::ops::Range
     Ok(bytes(offset - blocks.offset)?..bytes(end - blocks.offset)?)
 }
 
-/// What a server has `told` of a range from `start` on, as far as it lies in `range`.
-fn extents_in(range: ByteRange, start: u64, told: &[StatusExtent]) -> Vec<Extent> {
+/// What a server has `told` of a range from `start` on, as far as it lies in `range`; `present`: which flags mean that there is something.
+fn extents_in(
+    range: ByteRange,
+    start: u64,
+    told: &[StatusExtent],
+    present: impl Fn(u32) -> bool,
+) -> Vec<Extent> {
     let mut extents: Vec<Extent> = Vec::with_capacity(told.len());
     let mut at = start;
     for StatusExtent { length, flags } in told {
         let piece = ByteRange::new(at, *length);
         at = piece.end();
         let Some(inside) = piece.intersection(range).filter(|inside| !inside.is_empty()) else { continue };
-        let present = flags & StatusExtent::ZERO == 0;
+        let present = present(*flags);
         match extents.last_mut() {
             Some(last) if last.present == present => last.range.length += inside.length,
             _ => extents.push(Extent { range: inside, present }),
@@ -411,8 +448,9 @@ mod tests {
             Extent { range: ByteRange::between(164, 468), present: true },
             Extent { range: ByteRange::between(468, 1000), present: false },
         ];
-        assert_eq!(extents_in(range, 0, &told(&[(64, 0)])), []);
-        assert_eq!(extents_in(range, 0, &told(&[(64, 0), (100, 2), (304, 1), (600, 3)])), expected);
+        let data = |flags| flags & StatusExtent::ZERO == 0;
+        assert_eq!(extents_in(range, 0, &told(&[(64, 0)]), data), []);
+        assert_eq!(extents_in(range, 0, &told(&[(64, 0), (100, 2), (304, 1), (600, 3)]), data), expected);
     }
 
     #[test]

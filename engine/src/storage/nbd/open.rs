@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::connection::Connection;
-use super::stream::{ConnectError, Inbox, Stream};
+use super::stream::{ConnectError, Found, Inbox, Stream};
 use super::{NbdStorage, Storage};
 use crate::error::{Error, Operation, Refusal, Result, describe};
 use crate::nbd::client::negotiation::Next;
@@ -25,8 +25,21 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// The same, for one connection more: a server that takes no more of them keeps it waiting.
 const PATIENCE_FOR_MORE: Duration = Duration::from_secs(3);
 
+/// Whether it is asked in which layer an export is allocated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::storage) enum Layers {
+    Asked,
+    NotAsked,
+}
+
+impl Layers {
+    pub(in crate::storage) fn of(asked: bool) -> Self {
+        if asked { Self::Asked } else { Self::NotAsked }
+    }
+}
+
 /// Why there is no connection with an export.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 enum Unreachable {
     Connect(ConnectError),
     Negotiation(NegotiationError),
@@ -48,10 +61,11 @@ pub(in crate::storage) fn open_nbd(
     operation: Operation,
     locator: &Locator,
     uri: &NbdUri,
+    layers: Layers,
 ) -> Result<NbdStorage> {
     let name = locator.as_str();
-    let reached = reach(uri, Instant::now() + PATIENCE);
-    let (connection, agreement) = reached.map_err(|why| refusal(operation, name, uri, &why))?;
+    let reached = reach(uri, layers, Instant::now() + PATIENCE);
+    let (connection, agreement, found) = reached.map_err(|why| refusal(operation, name, uri, &why))?;
     if agreement.length > MAX_LENGTH {
         let length = agreement.length;
         let reason = format!(
@@ -59,16 +73,20 @@ pub(in crate::storage) fn open_nbd(
         );
         return Err(Error::refused(Refusal::TooLarge, operation, name, reason));
     }
-    Ok(NbdStorage::new(name, uri, agreement, connection))
+    Ok(NbdStorage::new(name, (&uri.export, found), agreement, connection))
 }
 
-/// One connection more to the same export; `None` where there is none to be had.
-pub(super) fn another(uri: &NbdUri, first: &Agreement) -> Option<Connection> {
-    match reach(uri, Instant::now() + PATIENCE_FOR_MORE) {
+/// One connection more to `export` of the server that was found; `None` where there is none to be had.
+pub(super) fn another(export: &str, found: &Found, first: &Agreement) -> Option<Connection> {
+    let deadline = Instant::now() + PATIENCE_FOR_MORE;
+    let connected = Stream::connect(found, deadline).map_err(Unreachable::Connect);
+    let layers = Layers::of(first.depth.is_some());
+    match connected.and_then(|stream| agree(stream, export, layers, deadline)) {
         Ok((connection, agreement)) => {
             let alike = |agreement: &Agreement| Agreement {
                 // Each connection has its own number for it.
                 allocation: agreement.allocation.map(|_| 0),
+                depth: agreement.depth.map(|_| 0),
                 ..*agreement
             };
             (alike(&agreement) == alike(first)).then_some(connection)
@@ -80,10 +98,26 @@ pub(super) fn another(uri: &NbdUri, first: &Agreement) -> Option<Connection> {
     }
 }
 
-fn reach(uri: &NbdUri, deadline: Instant) -> std::result::Result<(Connection, Agreement), Unreachable> {
-    let stream = Stream::connect(&uri.address, deadline).map_err(Unreachable::Connect)?;
+type Reached<T> = std::result::Result<T, Unreachable>;
+
+fn reach(uri: &NbdUri, layers: Layers, deadline: Instant) -> Reached<(Connection, Agreement, Found)> {
+    let (stream, found) = Stream::find(&uri.address, deadline).map_err(Unreachable::Connect)?;
+    let (connection, agreement) = agree(stream, &uri.export, layers, deadline)?;
+    Ok((connection, agreement, found))
+}
+
+fn agree(
+    stream: Stream,
+    export: &str,
+    layers: Layers,
+    deadline: Instant,
+) -> Reached<(Connection, Agreement)> {
     let mut inbox = Inbox::new();
-    let agreement = negotiate(&stream, &mut inbox, &uri.export, deadline)?;
+    let negotiation = match layers {
+        Layers::Asked => Negotiation::new(export).with_layers(),
+        Layers::NotAsked => Negotiation::new(export),
+    };
+    let agreement = negotiate(&stream, &mut inbox, negotiation, deadline)?;
     stream.unlimited()?;
     tracing::debug!(?agreement, "an NBD server has agreed");
     Ok((Connection::new(stream, inbox, &agreement), agreement))
@@ -92,18 +126,16 @@ fn reach(uri: &NbdUri, deadline: Instant) -> std::result::Result<(Connection, Ag
 fn negotiate(
     stream: &Stream,
     inbox: &mut Inbox,
-    export: &str,
+    mut negotiation: Negotiation,
     deadline: Instant,
-) -> std::result::Result<Agreement, Unreachable> {
-    let mut negotiation = Negotiation::new(export);
+) -> Reached<Agreement> {
     loop {
         let (taken, next) = negotiation.advance(inbox.waiting()).map_err(Unreachable::Negotiation)?;
         inbox.take(taken);
         match next {
             Next::Need(count) => {
                 // Also with a server that sends byte by byte the time is limited as a whole.
-                stream.limit_until(deadline)?;
-                let arrived = match inbox.fill(stream, count) {
+                let arrived = match inbox.fill_until(stream, count, Some(deadline)) {
                     Err(Errno::ECONNRESET) => false,
                     result => result?,
                 };
@@ -132,8 +164,10 @@ fn refusal(operation: Operation, name: &str, uri: &NbdUri, why: &Unreachable) ->
         Error::refused(refusal, operation, name, reason).advise(advice)
     };
     match why {
-        Unreachable::Connect(ConnectError::UnknownHost) => {
-            refused(Refusal::NotFound, "the host is not known".to_owned(), "check its name")
+        Unreachable::Connect(ConnectError::Resolver(error)) => {
+            let reason = format!("its host cannot be looked up: {error}");
+            refused(Refusal::NotFound, reason, "check its name, and that names are resolved here")
+                .because(Arc::clone(error))
         }
         Unreachable::Connect(ConnectError::System(errno)) => {
             let (kind, reason, advice) = match (errno, &uri.address) {
@@ -178,10 +212,20 @@ fn refusal(operation: Operation, name: &str, uri: &NbdUri, why: &Unreachable) ->
 ///
 /// # Errors
 /// Refusals only.
-pub(in crate::storage) fn open_nbd_source(locator: &Locator, uri: &NbdUri) -> Result<OpenedSource> {
-    let storage = open_nbd(Operation::OpenSource, locator, uri)?;
+pub(in crate::storage) fn open_nbd_source(
+    locator: &Locator,
+    uri: &NbdUri,
+    layers: Layers,
+) -> Result<OpenedSource> {
+    let storage = open_nbd(Operation::OpenSource, locator, uri, layers)?;
     let identity = identity(locator, uri, &storage);
-    Ok(OpenedSource::remote(Arc::new(storage), identity))
+    let mut warnings = Vec::new();
+    if layers == Layers::Asked && !storage.tells_layers() {
+        warnings.push(format!(
+            "{locator}: the server does not tell what is in the top layer (qemu:allocation-depth): all of it counts as that, and is copied"
+        ));
+    }
+    Ok(OpenedSource::remote(Arc::new(storage), identity, warnings))
 }
 
 /// Check everything about an export as the target of a copy of `source`. Changes nothing.
@@ -195,7 +239,7 @@ pub fn plan_nbd(
     options: &TargetOptions<'_>,
 ) -> Result<TargetPlan> {
     refuse_format(Operation::OpenTarget, locator, options.format)?;
-    let storage = open_nbd(Operation::OpenTarget, locator, uri)?;
+    let storage = open_nbd(Operation::OpenTarget, locator, uri, Layers::NotAsked)?;
     let refused =
         |refusal, reason: String| Error::refused(refusal, Operation::OpenTarget, locator.as_str(), reason);
     let identity = identity(locator, uri, &storage);
@@ -218,7 +262,7 @@ pub fn plan_nbd(
         let rest = Length(has - needs);
         warnings.push(format!("{locator}: it is larger than the source; its last {rest} stay as they are"));
     }
-    if !storage.can_be_durable() {
+    if !storage.can_be_flushed() {
         warnings.push(format!(
             "{locator}: the server offers no flush: that the copy survives a power loss there cannot be promised"
         ));
@@ -265,7 +309,7 @@ mod tests {
     fn why_nobody_is_reached() {
         let fails = |text: &str| {
             let Ok(uri) = NbdUri::parse(text) else { panic!("{text}") };
-            let why = reach(&uri, Instant::now() + Duration::from_secs(5)).unwrap_err();
+            let why = reach(&uri, Layers::NotAsked, Instant::now() + Duration::from_secs(5)).unwrap_err();
             refusal(Operation::OpenSource, text, &uri, &why)
         };
         let nowhere = fails("nbd+unix:///x?socket=/nowhere/at/all");
@@ -273,6 +317,31 @@ mod tests {
         assert!(nowhere.to_string().contains("there is no socket /nowhere/at/all"), "{nowhere}");
         let hidden = fails("nbd+unix:///x?socket=%00nobody-listens-here");
         assert!(hidden.to_string().contains("ECONNREFUSED"), "{hidden}");
+        let unknown = fails("nbd://no-such-host.invalid/x");
+        let cause = std::error::Error::source(&unknown).expect("what the resolver says");
+        assert!(unknown.to_string().contains(&cause.to_string()), "{unknown}");
+    }
+
+    /// A server that sends a byte now and then is given up in time as well.
+    #[test]
+    fn a_server_that_trickles_is_not_waited_for() {
+        let there = tempfile::tempdir().unwrap();
+        let socket = there.path().join("socket");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            // Until the client has gone.
+            while std::io::Write::write_all(&mut stream, b"N").is_ok() {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        });
+        let uri = NbdUri { address: Address::Unix(socket), export: String::new() };
+        let start = Instant::now();
+        let why = reach(&uri, Layers::NotAsked, start + Duration::from_millis(300)).unwrap_err();
+        let late = matches!(why, Unreachable::Connect(ConnectError::System(Errno::ETIMEDOUT)));
+        assert!(late, "{why:?}");
+        assert!(start.elapsed() < Duration::from_millis(1500), "{:?}", start.elapsed());
+        server.join().unwrap();
     }
 
     /// A server that accepts and is silent is given up in time.
@@ -283,8 +352,9 @@ mod tests {
         let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         let uri = NbdUri { address: Address::Unix(socket), export: String::new() };
         let start = Instant::now();
-        let why = reach(&uri, start + Duration::from_millis(200)).unwrap_err();
-        assert_eq!(why, Unreachable::Connect(ConnectError::System(Errno::ETIMEDOUT)));
+        let why = reach(&uri, Layers::NotAsked, start + Duration::from_millis(200)).unwrap_err();
+        let late = matches!(why, Unreachable::Connect(ConnectError::System(Errno::ETIMEDOUT)));
+        assert!(late, "{why:?}");
         assert!(start.elapsed() >= Duration::from_millis(200));
         let error = refusal(Operation::OpenSource, "x", &uri, &why);
         assert!(error.to_string().contains("does not answer within 30 s"), "{error}");

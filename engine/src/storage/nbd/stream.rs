@@ -1,12 +1,15 @@
 //! The socket of a connection to an NBD server, and the bytes that have come and were not taken yet.
 
-use std::net::{TcpStream, ToSocketAddrs};
+use std::io;
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::sockopt::{
     KeepAlive, ReceiveTimeout, SendTimeout, TcpKeepCount, TcpKeepIdle, TcpKeepInterval, TcpNoDelay,
+    TcpUserTimeout,
 };
 use nix::sys::socket::{
     AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, UnixAddr, connect, recv, sendmsg, setsockopt,
@@ -20,14 +23,24 @@ use crate::storage::open::errno_of;
 /// A peer that is silent for so many seconds is asked whether it is still there, so often and with such pauses: one that dropped off the
 /// network is noticed after a minute and a half.
 const KEEP_ALIVE: [u32; 3] = [30, 10, 6];
+/// The same where something was sent that the peer has not acknowledged, in milliseconds: then it is not asked, but sent the same again, which by itself
+/// would go on for a quarter of an hour.
+const UNACKNOWLEDGED: u32 = 90_000;
 
 /// Why there is no connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(super) enum ConnectError {
-    /// The host has no address.
-    UnknownHost,
+    /// The resolver gives no address for the host.
+    Resolver(Arc<io::Error>),
     /// The system said so; `ETIMEDOUT` where nobody answered in time.
     System(Errno),
+}
+
+/// Where a server was found: what a name meant then. Asked again, it may mean another server.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Found {
+    Tcp(SocketAddr),
+    Unix(UnixAddr),
 }
 
 /// See the module's header.
@@ -35,23 +48,49 @@ pub(super) enum ConnectError {
 pub(super) struct Stream(OwnedFd);
 
 impl Stream {
-    /// Connect until `deadline`. Looking a name up may take longer.
-    pub(super) fn connect(address: &Address, deadline: Instant) -> Result<Self, ConnectError> {
-        let stream = match address {
-            Address::Tcp { host, port } => Self(tcp(host, *port, deadline)?),
-            Address::Unix(path) => Self::connect_unix(&UnixAddr::new(path.as_path()), deadline)?,
-            Address::Abstract(name) => Self::connect_unix(&UnixAddr::new_abstract(name), deadline)?,
+    /// Find a server and connect to it, until `deadline`. Looking a name up may take longer.
+    pub(super) fn find(address: &Address, deadline: Instant) -> Result<(Self, Found), ConnectError> {
+        let path = match address {
+            Address::Tcp { host, port } => return tcp(host, *port, deadline),
+            Address::Unix(path) => UnixAddr::new(path.as_path()),
+            Address::Abstract(name) => UnixAddr::new_abstract(name),
         };
-        Ok(stream)
+        let found = Found::Unix(path.map_err(ConnectError::System)?);
+        Ok((Self::connect(&found, deadline)?, found))
     }
 
-    fn connect_unix(address: &nix::Result<UnixAddr>, deadline: Instant) -> Result<Self, ConnectError> {
-        let address = address.map_err(ConnectError::System)?;
+    /// Connect to a server that was found, until `deadline`.
+    pub(super) fn connect(found: &Found, deadline: Instant) -> Result<Self, ConnectError> {
+        match found {
+            Found::Tcp(address) => Self::connect_tcp(address, deadline),
+            Found::Unix(address) => Self::connect_unix(address, deadline),
+        }
+    }
+
+    fn connect_tcp(address: &SocketAddr, deadline: Instant) -> Result<Self, ConnectError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ConnectError::System(Errno::ETIMEDOUT));
+        }
+        match TcpStream::connect_timeout(address, left) {
+            Ok(stream) => {
+                let stream = OwnedFd::from(stream);
+                set_up(&stream).map_err(ConnectError::System)?;
+                Ok(Self(stream))
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {
+                Err(ConnectError::System(Errno::ETIMEDOUT))
+            }
+            Err(error) => Err(ConnectError::System(errno_of(&error))),
+        }
+    }
+
+    fn connect_unix(address: &UnixAddr, deadline: Instant) -> Result<Self, ConnectError> {
         let made = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None);
         let stream = Self(made.map_err(ConnectError::System)?);
         // It bounds the time that a full backlog takes, too.
         stream.limit_until(deadline).map_err(ConnectError::System)?;
-        match connect(stream.0.as_raw_fd(), &address) {
+        match connect(stream.0.as_raw_fd(), address) {
             Ok(()) => Ok(stream),
             Err(Errno::EAGAIN) => Err(ConnectError::System(Errno::ETIMEDOUT)),
             Err(errno) => Err(ConnectError::System(errno)),
@@ -123,29 +162,27 @@ impl Stream {
     }
 }
 
-fn tcp(host: &str, port: u16, deadline: Instant) -> Result<OwnedFd, ConnectError> {
-    let addresses = (host, port).to_socket_addrs().map_err(|error| {
-        tracing::debug!(%error, host, "host not found");
-        ConnectError::UnknownHost
-    })?;
-    let mut failed = ConnectError::UnknownHost;
-    for address in addresses {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(ConnectError::System(Errno::ETIMEDOUT));
-        }
-        match TcpStream::connect_timeout(&address, left) {
-            Ok(stream) => {
-                let stream = OwnedFd::from(stream);
-                return set_up(&stream).map(|()| stream).map_err(ConnectError::System);
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {
-                failed = ConnectError::System(Errno::ETIMEDOUT);
-            }
-            Err(error) => failed = ConnectError::System(errno_of(&error)),
+fn tcp(host: &str, port: u16, deadline: Instant) -> Result<(Stream, Found), ConnectError> {
+    let unresolved = |error| ConnectError::Resolver(Arc::new(error));
+    let addresses: Vec<_> = (host, port).to_socket_addrs().map_err(unresolved)?.collect();
+    first_of(&addresses, deadline)
+        .unwrap_or_else(|| Err(unresolved(io::Error::new(io::ErrorKind::NotFound, "it has no address"))))
+}
+
+/// Connect to the first of `addresses` that answers; `None`: there are none. Each has its share of the time that is left: one where packets vanish leaves
+/// some for the others.
+fn first_of(addresses: &[SocketAddr], deadline: Instant) -> Option<Result<(Stream, Found), ConnectError>> {
+    let mut failed = None;
+    for (tried, address) in addresses.iter().enumerate() {
+        let now = Instant::now();
+        let still_to_try = u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
+        let share = deadline.saturating_duration_since(now) / still_to_try;
+        match Stream::connect_tcp(address, now + share) {
+            Ok(stream) => return Some(Ok((stream, Found::Tcp(*address)))),
+            Err(error) => failed = Some(Err(error)),
         }
     }
-    Err(failed)
+    failed
 }
 
 fn set_up(stream: &OwnedFd) -> Result<(), Errno> {
@@ -154,7 +191,8 @@ fn set_up(stream: &OwnedFd) -> Result<(), Errno> {
     setsockopt(stream, KeepAlive, &true)?;
     setsockopt(stream, TcpKeepIdle, &idle)?;
     setsockopt(stream, TcpKeepInterval, &interval)?;
-    setsockopt(stream, TcpKeepCount, &count)
+    setsockopt(stream, TcpKeepCount, &count)?;
+    setsockopt(stream, TcpUserTimeout, &UNACKNOWLEDGED)
 }
 
 /// Bytes of an inbox: what the machines need to see at once, and enough that small replies take few system calls. More would be copied
@@ -186,12 +224,23 @@ impl Inbox {
         assert!(self.start <= self.end, "took what had not come");
     }
 
-    /// Receive until `needed` bytes are waiting. `false`: the peer has ended before.
+    /// Receive until `needed` bytes are waiting, as long as that takes. `false`: the peer has ended before.
     pub(super) fn fill(&mut self, stream: &Stream, needed: usize) -> Result<bool, Errno> {
+        self.fill_until(stream, needed, None)
+    }
+
+    /// As [`Self::fill`], until `deadline` if there is one: `ETIMEDOUT` or `EAGAIN` then, also with a peer that sends a byte now and then.
+    pub(super) fn fill_until(
+        &mut self,
+        stream: &Stream,
+        needed: usize,
+        deadline: Option<Instant>,
+    ) -> Result<bool, Errno> {
         assert!(needed <= self.bytes.len(), "{needed} bytes at once");
         while self.end - self.start < needed {
             self.bytes.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
+            deadline.map_or(Ok(()), |deadline| stream.limit_until(deadline))?;
             match stream.receive(&mut self.bytes[self.end..], false)? {
                 0 => return Ok(false),
                 count => self.end += count,
@@ -212,5 +261,55 @@ impl Inbox {
             }
         }
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use nix::sys::socket::{Backlog, getsockopt, listen};
+
+    use super::*;
+
+    /// An address where nobody accepts, and the backlog is full: packets vanish. With what keeps it so.
+    fn black_hole() -> (SocketAddr, TcpListener, Vec<TcpStream>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let short = Duration::from_millis(200);
+        let mut kept = Vec::new();
+        while let Ok(stream) = TcpStream::connect_timeout(&address, short) {
+            assert!(kept.len() < 64, "its backlog is never full");
+            kept.push(stream);
+        }
+        (address, listener, kept)
+    }
+
+    #[test]
+    fn an_address_that_does_not_answer_leaves_time_for_the_others() {
+        let (nowhere, _listener, _kept) = black_hole();
+        let here = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = here.local_addr().unwrap();
+        let start = Instant::now();
+        let found = first_of(&[nowhere, nowhere, address], start + Duration::from_secs(3)).unwrap();
+        let Ok((_, Found::Tcp(found))) = found else { panic!("{found:?}") };
+        assert_eq!(found, address);
+        assert!(start.elapsed() >= Duration::from_millis(1900), "{:?}", start.elapsed());
+        let start = Instant::now();
+        let failed = first_of(&[nowhere, nowhere], start + Duration::from_millis(400)).unwrap();
+        assert!(matches!(failed, Err(ConnectError::System(Errno::ETIMEDOUT))), "{failed:?}");
+        assert!(start.elapsed() >= Duration::from_millis(390));
+        assert!(first_of(&[], start).is_none());
+    }
+
+    /// No test can make packets vanish here; this is what the system is told.
+    #[test]
+    fn what_was_sent_and_is_not_acknowledged_is_given_up_in_time() {
+        let here = TcpListener::bind("127.0.0.1:0").unwrap();
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let stream = Stream::connect_tcp(&here.local_addr().unwrap(), deadline).unwrap();
+        assert_eq!(getsockopt(&stream.0, TcpUserTimeout), Ok(90_000));
+        assert_eq!(getsockopt(&stream.0, TcpKeepIdle), Ok(30));
     }
 }
