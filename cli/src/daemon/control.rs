@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use super::errands::{Carried, Errands};
 use super::exports::Exports;
-use super::jobs::{Job, Jobs, log_error};
+use super::jobs::{Job, Jobs, log_error, refusal_of};
 use super::mailbox::{Happening, JobSerial, Letter, Mailbox};
 use super::nodes::Nodes;
 use super::serving::Serving;
@@ -132,10 +132,7 @@ impl Control {
             // With another verb it would have to be remembered.
             let verb = name.trim_start_matches("block-").trim_start_matches("job-");
             return match verb {
-                "cancel" => {
-                    start.call_off();
-                    Ok(())
-                }
+                "cancel" => start.cancel(id).map_err(|refusal| refusal_of(id, refusal)),
                 "resume" => Err(QmpError::generic("Can't resume a job that was not paused")),
                 _ => {
                     let state = Status::Created;

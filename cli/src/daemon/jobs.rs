@@ -152,17 +152,22 @@ impl Job {
 
     /// The refusal of a verb as QEMU words it.
     pub(super) fn refusal(&self, refusal: Refusal) -> QmpError {
-        QmpError::generic(match refusal {
-            Refusal::State { status, verb } => {
-                format!("Job '{}' in state '{status}' cannot accept command verb '{verb}'", self.id)
-            }
-            Refusal::AlreadyPaused => "Job is already paused".to_owned(),
-            Refusal::NotPaused => "Can't resume a job that was not paused".to_owned(),
-        })
+        refusal_of(&self.id, refusal)
     }
 }
 
 /// Why the job did not succeed, if so.
+/// The refusal of a verb on the job `id` as QEMU words it.
+pub(super) fn refusal_of(id: &str, refusal: Refusal) -> QmpError {
+    QmpError::generic(match refusal {
+        Refusal::State { status, verb } => {
+            format!("Job '{id}' in state '{status}' cannot accept command verb '{verb}'")
+        }
+        Refusal::AlreadyPaused => "Job is already paused".to_owned(),
+        Refusal::NotPaused => "Can't resume a job that was not paused".to_owned(),
+    })
+}
+
 fn failure_of(result: &JobResult) -> Option<JobFailure> {
     match &result.outcome {
         Outcome::Complete => None,

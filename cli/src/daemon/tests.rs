@@ -23,6 +23,8 @@ use super::monitors::Monitors;
 use super::nodes::NodeOptions;
 use crate::qmp::QmpError;
 
+mod starting;
+
 const LENGTH: usize = 1 << 20;
 
 /// What the books say.
