@@ -64,3 +64,59 @@ fn a_cancel_that_comes_too_late_for_a_job_that_seems_to_start_is_refused() {
     let told = fixture.until("j null");
     assert!(told.contains(&"j BLOCK_JOB_COMPLETED".to_owned()), "{told:?}");
 }
+
+fn serve(fixture: &mut Fixture) {
+    let socket = fixture.there.path().join("nbd.sock").display().to_string();
+    fixture.ok("nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": socket } } }));
+}
+
+/// Each a raw node over the file node of `s`.
+fn two_over_one(fixture: &mut Fixture) -> (Value, Value) {
+    let path = |name: &str| fixture.there.path().join(name).display().to_string();
+    let bottom = json!({ "driver": "file", "node-name": "f0", "filename": path("s") });
+    let other =
+        json!({ "driver": "raw", "node-name": "A", "file": { "driver": "file", "filename": path("u") } });
+    fixture.ok("blockdev-add", bottom);
+    for name in ["A", "B"] {
+        fixture.ok("blockdev-add", json!({ "driver": "raw", "node-name": name, "file": "f0" }));
+    }
+    (json!({ "type": "nbd", "id": "e", "node-name": "A" }), other)
+}
+
+#[test]
+fn a_node_that_is_about_to_be_exported_stays() {
+    let mut fixture = Fixture::new();
+    serve(&mut fixture);
+    let (export, other) = two_over_one(&mut fixture);
+    let under_way = begin(&mut fixture, "block-export-add", &export);
+    // The mailbox is not looked into.
+    let refused = fixture.control.nodes.remove("A").expect_err("it is about to be exported");
+    assert_eq!(refused.text, "Node A is in use");
+    fixture.control.finish(under_way).expect("it is exported");
+    fixture.ok("block-export-del", json!({ "id": "e" }));
+    fixture.until("e BLOCK_EXPORT_DELETED");
+    fixture.ok("blockdev-del", json!({ "node-name": "A" }));
+    fixture.ok("blockdev-add", other);
+    // One that comes to nothing holds nothing.
+    let under_way = begin(&mut fixture, "block-export-add", &export);
+    fixture.control.stop_server().expect("it runs");
+    fixture.control.finish(under_way).expect_err("there is no server");
+    fixture.ok("blockdev-del", json!({ "node-name": "A" }));
+}
+
+#[test]
+fn a_filter_that_goes_while_it_is_about_to_be_exported_is_not_taken_for_another_node() {
+    let mut fixture = Fixture::new();
+    serve(&mut fixture);
+    fixture.control.nodes.add_filter("F", "s");
+    let export = json!({ "type": "nbd", "id": "e", "node-name": "F" });
+    let under_way = begin(&mut fixture, "block-export-add", &export);
+    fixture.control.nodes.remove_filter("F");
+    let other = json!({ "driver": "null-co", "node-name": "F" });
+    let other = NodeOptions::of(other.as_object().expect("an object")).expect("options");
+    fixture.control.nodes.add(&other, None).expect("added");
+    let refused = fixture.control.finish(under_way).expect_err("it is not what was asked for");
+    assert_eq!(refused.text, "Cannot find device='' nor node-name='F'");
+    assert!(fixture.books.0.borrow().exports.is_empty());
+    fixture.ok("blockdev-del", json!({ "node-name": "s" }));
+}
