@@ -156,6 +156,7 @@ impl Control {
     /// `blockdev-add`.
     pub(super) fn add_node(&mut self, arguments: &Arguments) -> Result<Carried, QmpError> {
         let options = NodeOptions::of(arguments)?;
+        self.nodes.may_add(&options)?;
         let Some(opening) = options.opening()? else {
             return self.nodes.add(&options, None).map(|()| Carried::Out(json!({})));
         };
@@ -170,8 +171,8 @@ impl Control {
         (node, bottom): (String, String),
         door: Arc<Door>,
     ) -> Carried {
-        let engine = self.engine.clone();
         self.nodes.count_export(&node, true);
+        let engine = self.engine.clone();
         let work = move || door.open(&engine).map(Found::Disk);
         self.send_off(Purpose::Export { arguments: arguments.clone(), bottom, node }, work)
     }
