@@ -398,7 +398,25 @@ fn requests_of_an_export_that_goes_are_told_so() {
     let fixture = Fixture::new(20);
     let (export, gone) = fixture.export_disk();
     let mut client = fixture.open("disk");
-    // A write whose payload does not come keeps the client there.
+    // A write whose payload does not come yet keeps the client there.
+    let payload = vec![0x5a; 1 << 20];
+    client.say(&client::request(WRITE, FUA, 1, 0, 1 << 20));
+    export.remove(Removal::Disconnect).unwrap();
+    assert!(gone.recv_timeout(Duration::from_millis(100)).is_err(), "it is owed the end of its write");
+    client.say(&[payload.clone(), client::request(READ, 0, 2, 512, 4096)].concat());
+    let mut told = [client.hear_reply(), client.hear_reply()];
+    told.sort_unstable();
+    assert_eq!(told, [(1, 0), (2, ESHUTDOWN)], "cookies and errors");
+    assert!(client.is_over());
+    gone.recv_timeout(Duration::from_secs(20)).expect("the last has left");
+    assert!(fixture.disk.read(0, 1 << 20).unwrap() == payload);
+}
+
+#[test]
+fn whoever_does_not_leave_an_export_that_goes_is_closed() {
+    let fixture = Fixture::new(20);
+    let (export, gone) = fixture.export_disk();
+    let mut client = fixture.open("disk");
     client.say(&client::request(WRITE, 0, 1, 0, 4096));
     export.remove(Removal::Disconnect).unwrap();
     let told = client.try_ask(READ, 0, 0, 512, &[0; 4096]);
