@@ -179,8 +179,7 @@ impl Control {
         let deadline = std::time::Instant::now() + super::control::PATIENCE;
         self.look_into_mailbox();
         while self.serving.exports.iter().any(|export| export.shutting_down && which(&export.id)) {
-            let left = deadline.saturating_duration_since(std::time::Instant::now());
-            let Some(letter) = self.mailbox.wait(left) else { return };
+            let Some(letter) = self.await_letter(deadline) else { return };
             self.open(letter);
         }
     }

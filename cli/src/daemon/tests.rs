@@ -24,6 +24,7 @@ use super::nodes::NodeOptions;
 use crate::qmp::QmpError;
 
 mod starting;
+mod turns;
 
 const LENGTH: usize = 1 << 20;
 
