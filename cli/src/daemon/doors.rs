@@ -161,7 +161,7 @@ impl Opening {
     pub(super) fn open(&self) -> Result<Opened, QmpError> {
         let filename = &self.filename;
         let failed = |error: std::io::Error| {
-            let why = nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(0)).desc();
+            let why = crate::out::strerror(nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(0)));
             QmpError::generic(format!("Could not open '{filename}': {why}"))
         };
         // Looked at before it is opened: opening a pipe would wait for its other end.

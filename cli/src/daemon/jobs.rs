@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::mailbox::JobSerial;
 use super::report::report_of;
+use crate::out;
 use crate::qmp::{ErrorClass, QmpError};
 
 /// Most jobs, those that wait to be dismissed included.
@@ -156,7 +157,6 @@ impl Job {
     }
 }
 
-/// Why the job did not succeed, if so.
 /// The refusal of a verb on the job `id` as QEMU words it.
 pub(super) fn refusal_of(id: &str, refusal: Refusal) -> QmpError {
     QmpError::generic(match refusal {
@@ -168,17 +168,18 @@ pub(super) fn refusal_of(id: &str, refusal: Refusal) -> QmpError {
     })
 }
 
+/// Why the job did not succeed, if so.
 fn failure_of(result: &JobResult) -> Option<JobFailure> {
     match &result.outcome {
         Outcome::Complete => None,
-        Outcome::Cancelled => Some(JobFailure { text: Errno::ECANCELED.desc().to_owned(), detail: None }),
+        Outcome::Cancelled => Some(JobFailure { text: out::strerror(Errno::ECANCELED), detail: None }),
         Outcome::Failed(error) => {
             Some(JobFailure { text: system_words(error), detail: Some(error.to_string()) })
         }
         Outcome::CompleteWithSkipped => {
             let ranges = result.skipped.len();
             let detail = format!("{} bytes in {ranges} ranges were left out", result.progress.skipped);
-            Some(JobFailure { text: Errno::EIO.desc().to_owned(), detail: Some(detail) })
+            Some(JobFailure { text: out::strerror(Errno::EIO), detail: Some(detail) })
         }
     }
 }
@@ -186,9 +187,9 @@ fn failure_of(result: &JobResult) -> Option<JobFailure> {
 /// What the system calls an error.
 pub(super) fn system_words(error: &Error) -> String {
     match error.kind() {
-        ErrorKind::Io(errno) | ErrorKind::FlushFailed(errno) => errno.desc().to_owned(),
-        ErrorKind::NoSpace => Errno::ENOSPC.desc().to_owned(),
-        ErrorKind::TimedOut => Errno::ETIMEDOUT.desc().to_owned(),
+        ErrorKind::Io(errno) | ErrorKind::FlushFailed(errno) => out::strerror(errno),
+        ErrorKind::NoSpace => out::strerror(Errno::ENOSPC),
+        ErrorKind::TimedOut => out::strerror(Errno::ETIMEDOUT),
         _ => error.reason().to_owned(),
     }
 }
@@ -243,5 +244,5 @@ impl Jobs {
 
 /// An error shared by the event and the log.
 pub(super) fn log_error(id: &str, error: &Arc<Error>) {
-    crate::out::say(format_args!("job {id}: {error}"));
+    out::say(format_args!("job {id}: {error}"));
 }
