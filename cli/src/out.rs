@@ -128,6 +128,13 @@ pub(crate) fn reason(error: &io::Error) -> String {
     }
 }
 
+/// An error of the system in its own words, which are QEMU's, and not always those of our messages.
+pub(crate) fn strerror(errno: Errno) -> String {
+    let text = io::Error::from_raw_os_error(errno as i32).to_string();
+    let words = text.rfind(" (os error").map_or(text.as_str(), |end| &text[..end]);
+    words.to_owned()
+}
+
 /// One line on standard error as it is.
 pub(crate) fn raw(line: &str) {
     // One write a line, so that lines of several programs do not mix. See the header for why the result does not matter.
@@ -145,4 +152,16 @@ pub(crate) fn one_line(text: &str) -> String {
         }
     }
     line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_system_has_its_own_words() {
+        assert_eq!(strerror(Errno::EIO), "Input/output error");
+        assert_eq!(strerror(Errno::EDQUOT), "Disk quota exceeded");
+        assert_eq!(strerror(Errno::ENOSPC), "No space left on device");
+    }
 }

@@ -4,13 +4,15 @@ mod support;
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use support::qmp::{Daemon, Qmp};
-use support::{code, dense, directory, has, run_in, same, stderr, stdout};
+use support::{PATIENCE, code, dense, directory, has, run_in, same, stderr, stdout};
 
 const LENGTH: usize = (8 << 20) + 512;
 
@@ -308,4 +310,82 @@ fn the_operator_hears_what_guests_felt() {
         assert!(guests["line"].as_str().is_some_and(|line| line.contains(&format!("{phase}: "))), "{told}");
     }
     assert!(same(&there.path().join("t0.img"), &there.path().join("copy.img")));
+}
+
+/// What a client says who chooses the export `vda`, writes, and reads.
+fn conversation() -> Vec<u8> {
+    let option = [&3_u32.to_be_bytes()[..], b"vda", &0_u16.to_be_bytes()].concat();
+    let request = |command: u16, length: u32| {
+        let (magic, cookie, offset) = (0x2560_9513_u32, 7_u64, 4096_u64);
+        [
+            &magic.to_be_bytes()[..],
+            &0_u16.to_be_bytes(),
+            &command.to_be_bytes(),
+            &cookie.to_be_bytes(),
+            &offset.to_be_bytes(),
+            &length.to_be_bytes(),
+        ]
+        .concat()
+    };
+    [
+        &3_u32.to_be_bytes()[..],
+        b"IHAVEOPT",
+        &7_u32.to_be_bytes(),
+        &u32::try_from(option.len()).expect("short").to_be_bytes(),
+        &option,
+        &request(1, 5000),
+        &[9; 5000],
+        &request(0, 1 << 20),
+        &request(3, 0),
+    ]
+    .concat()
+}
+
+/// Descriptors that a process has, and bytes of it in memory.
+fn held_by(id: u32) -> (usize, u64) {
+    let open = fs::read_dir(format!("/proc/{id}/fd")).expect("there").count();
+    // What `statm` tells may be off by half a MiB.
+    let told = fs::read_to_string(format!("/proc/{id}/smaps_rollup")).expect("there");
+    let line = told.lines().find(|line| line.starts_with("Rss:")).expect("all of it");
+    let kib: u64 = line.split_whitespace().nth(1).expect("a number").parse().expect("a number");
+    (open, kib << 10)
+}
+
+/// During a backup, and in any state of their conversation.
+#[test]
+fn a_thousand_guests_that_come_and_go_leave_nothing_in_the_daemon() {
+    /// Bytes by which memory may grow while 900 of them do: much less than a KiB for each.
+    const MOST_GROWN: u64 = 256 << 10;
+    let there = directory();
+    let daemon = with_disk(there.path());
+    let mut client = daemon.client();
+    let copy = there.path().join("copy.img");
+    let slow = json!({ "job-id": "slow", "device": "vda", "path": copy, "sync": "full", "speed": 65536 });
+    client.ok("x-backup", slow);
+    let id = daemon.running.id();
+    let during = held_by(id).0;
+    let settled = |what: &str| {
+        let deadline = Instant::now() + PATIENCE;
+        while held_by(id).0 > during {
+            assert!(Instant::now() < deadline, "{what}: {during} before, {} now", held_by(id).0);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        held_by(id).1
+    };
+    let said = conversation();
+    let mut after_some = 0;
+    for round in 0..1000 {
+        let mut guest = UnixStream::connect(there.path().join("nbd.sock")).expect("connected");
+        guest.read_exact(&mut [0; 18]).expect("a greeting");
+        guest.write_all(&said[..(round * 7919) % (said.len() + 1)]).expect("taken");
+        drop(guest);
+        if round == 100 {
+            after_some = settled("after a hundred");
+        }
+    }
+    let grown = settled("after a thousand").saturating_sub(after_some);
+    assert!(grown < MOST_GROWN, "{grown} bytes more after 1000 guests than after 100");
+    client.ok("block-job-set-speed", json!({ "device": "slow", "speed": 0 }));
+    let told = client.until("slow", "null");
+    assert!(told.contains(&"BLOCK_JOB_COMPLETED".to_owned()), "{told:?}");
 }

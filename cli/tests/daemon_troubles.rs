@@ -333,6 +333,80 @@ fn leased(there: &Path) -> Option<Running> {
     Some(holder)
 }
 
+/// The one who asked may not wait for the answer: the daemon has the cancel by then.
+#[test]
+fn a_signal_cancels_a_backup_whose_path_does_not_answer() {
+    if !has("python3") {
+        return;
+    }
+    for twice in [false, true] {
+        let there = directory();
+        let daemon = with_disk(there.path(), &[]);
+        dense(&there.path().join("copy.img"), 1000, 9);
+        let before = fs::read(there.path().join("copy.img")).expect("read");
+        let Some(mut holder) = leased(there.path()) else { return };
+        let words = [
+            "backup",
+            "--qmp",
+            "unix:qmp.sock",
+            "--disk",
+            "vda",
+            "--target",
+            "copy.img",
+            "--force",
+            "--json",
+        ];
+        let mut backup = Running::program(there.path(), &words);
+        holder.expect("somebody waits");
+        backup.signal("INT");
+        backup.expect("SIGINT: cancelling the job; a second one ends at once");
+        thread::sleep(Duration::from_millis(500));
+        assert!(backup.is_running());
+        if twice {
+            backup.signal("INT");
+            assert_eq!(backup.end().0, 130);
+            drop(holder);
+        } else {
+            drop(holder);
+            let (code, told, messages) = backup.end();
+            assert_eq!(code, 130, "{messages}");
+            let told: Value = serde_json::from_str(&told).expect("JSON");
+            assert_eq!((&told["result"], &told["signal"]), (&json!("cancelled"), &json!("SIGINT")));
+        }
+        let mut client = daemon.client();
+        let deadline = Instant::now() + PATIENCE;
+        while client.ok("query-jobs", json!({})) != json!([]) {
+            assert!(Instant::now() < deadline, "it is still there");
+            thread::sleep(Duration::from_millis(10));
+        }
+        assert!(fs::read(there.path().join("copy.img")).expect("read") == before, "{twice}");
+    }
+}
+
+#[test]
+fn whoever_watches_a_start_that_does_not_come_about_is_told() {
+    if !has("python3") {
+        return;
+    }
+    let there = directory();
+    let daemon = with_disk(there.path(), &[]);
+    dense(&there.path().join("copy.img"), LENGTH, 9);
+    let Some(mut holder) = leased(there.path()) else { return };
+    let mut backup = x_backup("nightly", &there.path().join("copy.img").display().to_string());
+    backup["force"] = true.into();
+    let (mut client, mut other) = (daemon.client(), daemon.client());
+    ask(&mut client, "x-backup", &backup);
+    holder.expect("somebody waits");
+    let words = ["job", "watch", "--progress", "json", "--qmp", "unix:qmp.sock", "nightly"];
+    let mut watch = Running::program(there.path(), &words);
+    watch.progress(|line| line["status"] == "created");
+    other.ok("job-cancel", json!({ "id": "nightly" }));
+    drop(holder);
+    let (code, _, messages) = watch.end();
+    assert_eq!(code, 1, "{messages}");
+    assert!(messages.contains("job nightly did not start"), "{messages}");
+}
+
 #[test]
 fn a_second_signal_ends_a_daemon_that_waits_for_a_path() {
     if !has("python3") {

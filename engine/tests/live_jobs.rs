@@ -4,14 +4,15 @@ use std::fs;
 use std::num::NonZeroU64;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use engine::error::ErrorKind;
 use engine::job::{JobEvent, JobHandle, Observer, Outcome, Status};
-use engine::live::{BackupOptions, DiskOptions, Engine, EngineOptions, GroupFailure, LiveDisk};
+use engine::live::{BackupOptions, CallOff, DiskOptions, Engine, EngineOptions, GroupFailure, LiveDisk};
 use engine::modes::SyncMode;
+use engine::units::ByteRange;
 use tempfile::TempDir;
 
 const LENGTH: usize = 300_001;
@@ -244,10 +245,11 @@ fn a_start_that_nobody_wants_any_more_touches_nothing() {
         force: true,
         ..BackupOptions::new(fixture.path(name).display().to_string())
     };
-    let unwanted = AtomicBool::new(true);
+    let call_off = CallOff::default();
+    call_off.all();
     for name in ["old", "new"] {
         let disks = [(fixture.disk.clone(), onto(name))];
-        let start = fixture.engine.start_group_unless(&disks, GroupFailure::GoOn, PATIENCE, &unwanted);
+        let start = fixture.engine.start_group_unless(&disks, GroupFailure::GoOn, PATIENCE, &call_off);
         assert_eq!(start.unwrap_err().kind(), ErrorKind::Cancelled, "{name}");
     }
     assert_eq!(fs::read(fixture.path("old")).unwrap(), b"old contents");
@@ -256,4 +258,82 @@ fn a_start_that_nobody_wants_any_more_touches_nothing() {
     let backup = fixture.engine.start_backup(&fixture.disk, &onto("old")).unwrap();
     assert!(matches!(backup.job.wait().outcome, Outcome::Complete));
     assert!(fs::read(fixture.path("old")).unwrap() == fixture.contents);
+}
+
+/// With targets enough that a call comes while they are emptied one after the other.
+#[test]
+fn a_start_that_nobody_wants_once_a_target_is_emptied_goes_on_and_is_cancelled() {
+    const TARGETS: usize = 20;
+    let there = tempfile::tempdir().unwrap();
+    let path = |name: &str| there.path().join(name).display().to_string();
+    fs::write(path("disk"), vec![7; LENGTH]).unwrap();
+    let engine = Engine::start(&EngineOptions { memory: 256 << 20, ..EngineOptions::default() }).unwrap();
+    let disk = engine.open_disk(&DiskOptions { path: path("disk"), writable: true }).unwrap();
+    let (mut disks, mut heard) = (Vec::new(), Vec::new());
+    for number in 0..TARGETS {
+        let target = path(&format!("old{number}"));
+        fs::write(&target, vec![9; 8 << 20]).unwrap();
+        let (observer, words) = listen();
+        heard.push(words);
+        let options = BackupOptions { force: true, observer: Some(observer), ..BackupOptions::new(target) };
+        disks.push((disk.clone(), options));
+    }
+    let call_off = CallOff::default();
+    let backups = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let deadline = std::time::Instant::now() + PATIENCE;
+            while fs::metadata(path("old0")).unwrap().len() == 8 << 20 {
+                assert!(std::time::Instant::now() < deadline, "nothing is emptied");
+            }
+            call_off.all();
+        });
+        engine.start_group_unless(&disks, GroupFailure::GoOn, PATIENCE, &call_off)
+    });
+    // Its word would be that everything is as it was.
+    for (backup, words) in backups.unwrap().iter().zip(heard) {
+        assert!(matches!(backup.job.wait().outcome, Outcome::Cancelled), "{backup:?}");
+        assert_eq!(backup.job.progress().copied, 0);
+        assert_eq!(*words.lock().unwrap(), ["running", "aborting", "was cancelled", "concluded"]);
+        let notice = backup.notices.last().expect("a word about it");
+        assert!(notice.contains("had been emptied by then"), "{notice}");
+    }
+}
+
+/// Whether a barrier is up: who comes now waits.
+fn is_held_back(disk: &LiveDisk) -> bool {
+    let let_in = Arc::new(AtomicBool::new(false));
+    let teller = Arc::clone(&let_in);
+    disk.begin_write_with(ByteRange::new(0, 1), move |_permit| teller.store(true, Ordering::Relaxed));
+    !let_in.load(Ordering::Relaxed)
+}
+
+#[test]
+fn what_is_called_off_before_its_instant_copies_nothing_and_leaves_no_new_file() {
+    let fixture = Fixture::new();
+    fs::write(fixture.path("old"), vec![9; LENGTH]).unwrap();
+    let new = BackupOptions::new(fixture.path("new").display().to_string());
+    for options in [fixture.in_place("old"), new] {
+        let call_off = CallOff::default();
+        let permit = fixture.disk.begin_write(ByteRange::new(0, 1)).unwrap();
+        let backups = std::thread::scope(|scope| {
+            let disks = [(fixture.disk.clone(), options)];
+            let (engine, called) = (&fixture.engine, &call_off);
+            let start =
+                scope.spawn(move || engine.start_group_unless(&disks, GroupFailure::GoOn, PATIENCE, called));
+            let deadline = std::time::Instant::now() + PATIENCE;
+            while !is_held_back(&fixture.disk) {
+                assert!(std::time::Instant::now() < deadline, "no barrier");
+            }
+            call_off.with(0).unwrap();
+            drop(permit);
+            start.join().unwrap()
+        });
+        let [backup] = &backups.unwrap()[..] else { panic!("one disk") };
+        assert!(matches!(backup.job.wait().outcome, Outcome::Cancelled));
+        // It is too late now.
+        call_off.with(0).unwrap_err();
+        call_off.all();
+    }
+    assert!(fs::read(fixture.path("old")).unwrap() == vec![9; LENGTH]);
+    assert!(!fixture.path("new").exists());
 }

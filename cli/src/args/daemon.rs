@@ -47,7 +47,8 @@ pub(crate) struct DaemonArgs {
     /// nbdcopy does four times, need as many; with 1 they are not offered to
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = max_connections)]
     pub(crate) max_connections: u32,
-    /// Memory for disks and jobs, 16M to 1G: a disk in use takes 4M of it, a job 5M
+    /// Memory for disks and jobs, 16M to 1G: a disk in use takes 4M of it, a job 5M. Clients take their own: all of NBD together 64M and 388K each, all
+    /// of QMP together 48M and 1M each, at most
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = memory)]
     pub(crate) memory: Length,
     /// What carries the I/O; auto: io_uring where the system allows it, else threads

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::job::{has_only_skipped, look, snapshot_of};
-use super::{Client, ClientError};
+use super::{Client, ClientError, REPLY_TIMEOUT, no_answer};
 use crate::args::BackupArgs;
 use crate::keys::Keys;
 use crate::out;
@@ -23,6 +23,8 @@ use crate::signals::{Ending, Signalled};
 const SKIPPED: &str = "complete_with_skipped";
 /// How often the job is looked at.
 const TICK: Duration = Duration::from_millis(100);
+/// How long a second connection may take for its greeting before signals have their turn again.
+const CANCEL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How it ended.
 #[derive(Default)]
@@ -79,7 +81,9 @@ fn lines(args: &BackupArgs, ended: &Ended) -> Vec<String> {
     let mut lines = Vec::new();
     let report = &ended.last["x-report"];
     let count = |name: &str| report[name].as_u64().unwrap_or(0);
-    if args.keeps_partial() && matches!(ended.result, "complete" | SKIPPED | "cancelled") {
+    // Without a report it has not begun.
+    let has_begun = report.is_object();
+    if args.keeps_partial() && has_begun && matches!(ended.result, "complete" | SKIPPED | "cancelled") {
         let (target, disk) = (&args.target, &args.disk);
         let held = bytes(count("done"));
         lines.push(format!("{target} keeps the old contents of {held} of {disk}, which guests changed"));
@@ -158,12 +162,65 @@ fn follow(
     let socket = args.socket.path.display();
     let may_begin =
         format!("; if not, the job may still begin: 'engine-cli job list --qmp unix:{socket}' shows it then");
-    let started = client.execute("x-backup", request).and_then(|_| client.forget_before_creation(&id));
-    started.map_err(|error| lost(error, &may_begin))?;
-    watch(client, args, &id, signalled, meter, last).map_err(|error| lost(error, ""))
+    let mut cancelled = false;
+    match start(client, args, &id, request, signalled, meter, &mut cancelled) {
+        Ok(()) => {}
+        // It did what it was asked for.
+        Err(ClientError::Refused(_)) if cancelled => return Ok(was_cancelled(&json!({}), args, signalled)),
+        Err(ClientError::Lost(why)) if cancelled => {
+            let target = &args.target;
+            return Err(ClientError::Lost(format!(
+                "{why}; the job is cancelled: it copies nothing once {target} can be opened"
+            )));
+        }
+        Err(error) => return Err(lost(error, &may_begin)),
+    }
+    watch(client, args, &id, signalled, meter, last, cancelled).map_err(|error| lost(error, ""))
 }
 
-/// Show the job to its end.
+/// Have the job started. A signal that comes meanwhile cancels it, by a connection of its own: this one waits for the path of the target.
+fn start(
+    client: &mut Client,
+    args: &BackupArgs,
+    id: &str,
+    request: Value,
+    signalled: &Signalled,
+    meter: &Meter,
+    cancelled: &mut bool,
+) -> Result<(), ClientError> {
+    let deadline = Instant::now() + REPLY_TIMEOUT;
+    client.ask("x-backup", request)?;
+    let mut told = false;
+    while client.reply("x-backup", Instant::now() + TICK)?.is_none() {
+        if Instant::now() >= deadline {
+            return Err(no_answer("x-backup"));
+        }
+        let Some(ending) = signalled.ending().filter(|_| !*cancelled) else { continue };
+        if !std::mem::replace(&mut told, true) {
+            meter.say(cancelling(ending));
+        }
+        // The daemon may not have read of the job yet, or be busy: then once more.
+        *cancelled = cancel_start(args, id).unwrap_or(false);
+    }
+    client.forget_before_creation(id)
+}
+
+/// Cancel a job that is about to start; `false`: there is none. One that runs under that id may be another's.
+fn cancel_start(args: &BackupArgs, id: &str) -> Result<bool, ClientError> {
+    let mut second = Client::connect_within(&args.socket.path, CANCEL_PATIENCE)?;
+    match look(&mut second, id)? {
+        Some(job) if job["status"] == "created" => {
+            second.execute("job-cancel", json!({ "id": id })).map(|_| true)
+        }
+        Some(_) | None => Ok(false),
+    }
+}
+
+fn cancelling(ending: Ending) -> String {
+    format!("{}: cancelling the job; a second one ends at once", ending.name())
+}
+
+/// Show the job to its end; `cancelled`: it was already.
 fn watch(
     client: &mut Client,
     args: &BackupArgs,
@@ -171,8 +228,8 @@ fn watch(
     signalled: &Signalled,
     meter: &mut Meter,
     last: &mut Option<Snapshot>,
+    mut cancelled: bool,
 ) -> Result<Ended, ClientError> {
-    let mut cancelled = false;
     let mut told = 0;
     let mut ended: Option<Ended> = None;
     let mut pauses = Pauses::default();
@@ -211,7 +268,7 @@ fn watch(
         }
         if let (false, Some(ending)) = (cancelled, signalled.ending()) {
             cancelled = true;
-            meter.say(format_args!("{}: cancelling the job; a second one ends at once", ending.name()));
+            meter.say(cancelling(ending));
             let force = json!({ "device": id, "force": true });
             // Refused when it is ending already.
             client.execute("block-job-cancel", force).ok();

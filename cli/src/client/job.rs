@@ -100,12 +100,13 @@ fn table(jobs: &Value) -> String {
 
 /// Show a job until it has ended; gives the exit code.
 fn watch(client: &mut Client, id: &str, meter: &mut Meter) -> Result<u8, ClientError> {
-    let mut seen = false;
+    let (mut seen, mut began) = (false, false);
     loop {
-        match look(client, id)? {
+        let job = look(client, id)?;
+        match &job {
             Some(job) => {
-                seen = true;
-                meter.update(&snapshot_of(&job));
+                (seen, began) = (true, began || job["status"] != "created");
+                meter.update(&snapshot_of(job));
                 if job["status"] == "concluded" {
                     return Ok(end(id, &job, meter));
                 }
@@ -117,6 +118,7 @@ fn watch(client: &mut Client, id: &str, meter: &mut Meter) -> Result<u8, ClientE
         let deadline = Instant::now() + TICK;
         while let Some(event) = client.next_event(deadline)? {
             let data = &event["data"];
+            began |= data["id"] == id && event["event"] == "JOB_STATUS_CHANGE";
             if data["device"] == id && event["event"] == "BLOCK_JOB_COMPLETED" {
                 return Ok(end(id, data, meter));
             }
@@ -128,6 +130,11 @@ fn watch(client: &mut Client, id: &str, meter: &mut Meter) -> Result<u8, ClientE
                 meter.say(format_args!("job {id} is gone"));
                 return Ok(FAILED);
             }
+        }
+        // What is called off or refused while its paths are opened was never a job: no event tells of it.
+        if job.is_none() && !began {
+            meter.say(format_args!("job {id} did not start"));
+            return Ok(FAILED);
         }
     }
 }

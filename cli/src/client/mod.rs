@@ -58,7 +58,7 @@ impl Client {
     }
 
     /// As [`Self::connect`]; the daemon may take `patience` for its greeting.
-    fn connect_within(path: &Path, patience: Duration) -> Result<Self, ClientError> {
+    pub(crate) fn connect_within(path: &Path, patience: Duration) -> Result<Self, ClientError> {
         let stream = UnixStream::connect(path).map_err(|error| {
             let advice = match error.kind() {
                 ErrorKind::NotFound | ErrorKind::ConnectionRefused => "; is engine-cli daemon running?",
@@ -98,23 +98,33 @@ impl Client {
 
     /// Have a command carried out.
     pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, ClientError> {
+        self.ask(command, arguments)?;
+        match self.reply(command, Instant::now() + REPLY_TIMEOUT)? {
+            Some(reply) => Ok(reply),
+            None => Err(no_answer(command)),
+        }
+    }
+
+    /// Send a command, whose [`Self::reply`] comes before the next is sent.
+    pub(crate) fn ask(&mut self, command: &str, arguments: Value) -> Result<(), ClientError> {
         let request = json!({ "execute": command, "arguments": arguments }).to_string();
-        self.stream.write_all(request.as_bytes()).map_err(|error| gone(&error))?;
-        let deadline = Instant::now() + REPLY_TIMEOUT;
-        loop {
-            let Some(mut message) = self.receive(deadline)? else {
-                return Err(ClientError::Lost(format!("the daemon does not answer to {command}")));
-            };
+        self.stream.write_all(request.as_bytes()).map_err(|error| gone(&error))
+    }
+
+    /// What the command that was sent came to; `None`: it is not known before `deadline`.
+    pub(crate) fn reply(&mut self, command: &str, deadline: Instant) -> Result<Option<Value>, ClientError> {
+        while let Some(mut message) = self.receive(deadline)? {
             if message.get("event").is_some() {
                 self.keep(message);
             } else if let Some(text) = message["error"]["desc"].as_str() {
                 return Err(ClientError::Refused(text.to_owned()));
             } else if message.get("return").is_some() {
-                return Ok(message["return"].take());
+                return Ok(Some(message["return"].take()));
             } else {
                 return Err(ClientError::Lost(format!("the daemon's answer to {command} makes no sense")));
             }
         }
+        Ok(None)
     }
 
     /// The next event; `None`: not before `deadline`. What has come by then is given even so.
@@ -202,6 +212,10 @@ impl Client {
 
 fn gone(error: &std::io::Error) -> ClientError {
     ClientError::Lost(format!("the connection to the daemon is lost: {}", crate::out::reason(error)))
+}
+
+fn no_answer(command: &str) -> ClientError {
+    ClientError::Lost(format!("the daemon does not answer to {command}"))
 }
 
 fn nonsense(error: &SyntaxError) -> ClientError {

@@ -8,7 +8,8 @@
 //!
 //! # Waiting
 //! A few commands take hold on the ring thread a moment later: a pause, a cancel, a finalize. Their replies wait for that as QEMU's do, but
-//! [`PATIENCE`] at most: a job whose target does not answer keeps nobody from the other jobs. A start waits for its t0, at most its timeout.
+//! [`PATIENCE`] at most: a job whose target does not answer keeps nobody from the other jobs. After a command that has waited it is another client's turn, so
+//! nobody is kept longer than that by each of the others.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -19,7 +20,7 @@ use serde_json::{Value, json};
 
 use super::errands::{Carried, Errands};
 use super::exports::Exports;
-use super::jobs::{Job, Jobs, log_error};
+use super::jobs::{Job, Jobs, log_error, refusal_of};
 use super::mailbox::{Happening, JobSerial, Letter, Mailbox};
 use super::nodes::Nodes;
 use super::serving::Serving;
@@ -46,6 +47,8 @@ pub(super) struct Control {
     /// Events that were not sent yet.
     events: Vec<Value>,
     quitting: bool,
+    /// A command has waited to take hold since this was last asked.
+    waited: bool,
     death: Option<String>,
 }
 
@@ -65,6 +68,7 @@ impl Control {
             errands: Errands::default(),
             events: Vec::new(),
             quitting: false,
+            waited: false,
             death: None,
         })
     }
@@ -82,6 +86,17 @@ impl Control {
     /// What has happened and was not sent yet, in order.
     pub(super) fn take_events(&mut self) -> Vec<Value> {
         std::mem::take(&mut self.events)
+    }
+
+    /// Whether a command has waited since this was last asked: then it is somebody else's turn.
+    pub(super) fn has_waited(&mut self) -> bool {
+        std::mem::take(&mut self.waited)
+    }
+
+    /// The next letter, for which a command waits until `deadline`.
+    pub(super) fn await_letter(&mut self, deadline: Instant) -> Option<Letter> {
+        self.waited = true;
+        self.mailbox.wait(deadline.saturating_duration_since(Instant::now()))
     }
 
     /// Carry out a command, or begin to.
@@ -132,10 +147,7 @@ impl Control {
             // With another verb it would have to be remembered.
             let verb = name.trim_start_matches("block-").trim_start_matches("job-");
             return match verb {
-                "cancel" => {
-                    start.call_off();
-                    Ok(())
-                }
+                "cancel" => start.cancel(id).map_err(|refusal| refusal_of(id, refusal)),
                 "resume" => Err(QmpError::generic("Can't resume a job that was not paused")),
                 _ => {
                     let state = Status::Created;
@@ -190,8 +202,7 @@ impl Control {
         let deadline = Instant::now() + PATIENCE;
         self.look_into_mailbox();
         while self.jobs.get(serial).is_some_and(|job| !enough(job.status) && !job.status.is_over()) {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let Some(letter) = self.mailbox.wait(left) else { return };
+            let Some(letter) = self.await_letter(deadline) else { return };
             self.open(letter);
         }
         self.look_into_mailbox();

@@ -128,8 +128,32 @@ pub(super) struct Opened {
     pub(super) site: Site,
     pub(super) length: u64,
     /// Kept open, so that the file is there for as long as the node is.
-    pub(super) file: File,
+    pub(super) file: Kept,
     pub(super) read_only: bool,
+}
+
+/// A file that is closed in a thread of its own, whoever lets go of it: its server may want to be asked first. Where no thread is to be had it is closed
+/// there and then.
+#[derive(Debug)]
+pub(super) struct Kept(Option<File>);
+
+impl Kept {
+    pub(super) fn new(file: File) -> Self {
+        Self(Some(file))
+    }
+
+    /// See [`allocated`].
+    pub(super) fn allocated(&self) -> Option<u64> {
+        self.0.as_ref().and_then(allocated)
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        let file = self.0.take();
+        // What cannot be started drops what it was given.
+        std::thread::Builder::new().name("close".into()).spawn(move || drop(file)).ok();
+    }
 }
 
 impl Opening {
@@ -137,7 +161,7 @@ impl Opening {
     pub(super) fn open(&self) -> Result<Opened, QmpError> {
         let filename = &self.filename;
         let failed = |error: std::io::Error| {
-            let why = nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(0)).desc();
+            let why = crate::out::strerror(nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(0)));
             QmpError::generic(format!("Could not open '{filename}': {why}"))
         };
         // Looked at before it is opened: opening a pipe would wait for its other end.
@@ -167,7 +191,7 @@ impl Opening {
             return generic(format!("Could not open '{filename}': the path is too long to be told"));
         }
         let found = Some(Arc::new(file.metadata().map_err(failed)?));
-        Ok(Opened { site: Site { locator, found }, length, file, read_only })
+        Ok(Opened { site: Site { locator, found }, length, file: Kept::new(file), read_only })
     }
 
     fn open_file(&self, write: bool) -> std::io::Result<File> {
@@ -183,7 +207,7 @@ impl Opening {
 }
 
 /// Bytes that an open file takes, as far as this host knows: a server is not asked, for it may not answer.
-pub(super) fn allocated(file: &File) -> Option<u64> {
+fn allocated(file: &File) -> Option<u64> {
     let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
     let mut found = MaybeUninit::<libc::statx>::zeroed();
     let (fd, path) = (file.as_raw_fd(), c"".as_ptr());
@@ -192,12 +216,6 @@ pub(super) fn allocated(file: &File) -> Option<u64> {
     // SAFETY: it is made of integers, for which all bits zero is a value, too.
     let found = unsafe { found.assume_init() };
     (done == 0 && found.stx_mask & libc::STATX_BLOCKS != 0).then(|| found.stx_blocks * 512)
-}
-
-/// Close a file in a thread of its own: its server may want to be asked first. Where no thread is to be had it is closed here.
-pub(super) fn close_aside(file: File) {
-    // What cannot be started drops what it was given.
-    std::thread::Builder::new().name("close".into()).spawn(move || drop(file)).ok();
 }
 
 /// Whether nothing can be written to a block device, however it was opened.

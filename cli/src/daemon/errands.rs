@@ -44,8 +44,9 @@ pub(super) enum Carried {
 pub(super) enum Purpose {
     /// `blockdev-add`: the bottom of the node.
     Node(NodeOptions),
-    /// `block-export-add`: the disk of the node at the bottom, for which it is a reader.
-    Export { arguments: Arguments, bottom: String },
+    /// `block-export-add`: the disk of the node at the bottom, for which it is a reader, and the node, which has an export more meanwhile: names may
+    /// mean other nodes else when it is back.
+    Export { arguments: Arguments, bottom: String, node: String },
     /// Jobs: their disks and targets.
     Start(Start),
 }
@@ -133,14 +134,14 @@ impl Control {
         let (_, purpose) = self.errands.list.remove(at);
         let result = match (purpose, found) {
             (Purpose::Node(options), Ok(Found::Bottom(opened))) => self.nodes.add(&options, Some(opened)),
-            (Purpose::Export { arguments, bottom }, Ok(Found::Disk(disk))) => {
-                let added = self.export(&arguments, Some(disk)).map(drop);
+            (Purpose::Export { arguments, bottom, node }, found) => {
+                let added = match found {
+                    Ok(Found::Disk(disk)) => self.export(&arguments, Some((disk, bottom.as_str()))).map(drop),
+                    found => found.map(drop),
+                };
+                self.nodes.count_export(&node, false);
                 self.nodes.release(&bottom);
                 added
-            }
-            (Purpose::Export { bottom, .. }, found) => {
-                self.nodes.release(&bottom);
-                found.map(drop)
             }
             (Purpose::Start(start), Ok(Found::Backups(backups))) => {
                 self.started(start, backups);
@@ -155,6 +156,7 @@ impl Control {
     /// `blockdev-add`.
     pub(super) fn add_node(&mut self, arguments: &Arguments) -> Result<Carried, QmpError> {
         let options = NodeOptions::of(arguments)?;
+        self.nodes.may_add(&options)?;
         let Some(opening) = options.opening()? else {
             return self.nodes.add(&options, None).map(|()| Carried::Out(json!({})));
         };
@@ -162,16 +164,17 @@ impl Control {
         Ok(self.send_off(Purpose::Node(options), work))
     }
 
-    /// Have the disk of the node `bottom` opened, by way of `door`, before `block-export-add` is carried out.
+    /// Have the disk of the node `bottom`, over which `node` is, opened by way of `door`, before `block-export-add` is carried out.
     pub(super) fn open_before_export(
         &mut self,
         arguments: &Arguments,
-        bottom: String,
+        (node, bottom): (String, String),
         door: Arc<Door>,
     ) -> Carried {
+        self.nodes.count_export(&node, true);
         let engine = self.engine.clone();
         let work = move || door.open(&engine).map(Found::Disk);
-        self.send_off(Purpose::Export { arguments: arguments.clone(), bottom }, work)
+        self.send_off(Purpose::Export { arguments: arguments.clone(), bottom, node }, work)
     }
 
     /// Wait until a command is finished, where nobody else has to be served meanwhile.

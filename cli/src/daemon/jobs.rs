@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::mailbox::JobSerial;
 use super::report::report_of;
+use crate::out;
 use crate::qmp::{ErrorClass, QmpError};
 
 /// Most jobs, those that wait to be dismissed included.
@@ -157,14 +158,19 @@ impl Job {
 
     /// The refusal of a verb as QEMU words it.
     pub(super) fn refusal(&self, refusal: Refusal) -> QmpError {
-        QmpError::generic(match refusal {
-            Refusal::State { status, verb } => {
-                format!("Job '{}' in state '{status}' cannot accept command verb '{verb}'", self.id)
-            }
-            Refusal::AlreadyPaused => "Job is already paused".to_owned(),
-            Refusal::NotPaused => "Can't resume a job that was not paused".to_owned(),
-        })
+        refusal_of(&self.id, refusal)
     }
+}
+
+/// The refusal of a verb on the job `id` as QEMU words it.
+pub(super) fn refusal_of(id: &str, refusal: Refusal) -> QmpError {
+    QmpError::generic(match refusal {
+        Refusal::State { status, verb } => {
+            format!("Job '{id}' in state '{status}' cannot accept command verb '{verb}'")
+        }
+        Refusal::AlreadyPaused => "Job is already paused".to_owned(),
+        Refusal::NotPaused => "Can't resume a job that was not paused".to_owned(),
+    })
 }
 
 /// Why the job did not succeed, if so.
@@ -172,12 +178,12 @@ fn failure_of(result: &JobResult) -> Option<JobFailure> {
     let failure = |text: String, detail: Option<String>| JobFailure { text, detail, only_skipped: false };
     match &result.outcome {
         Outcome::Complete => None,
-        Outcome::Cancelled => Some(failure(Errno::ECANCELED.desc().to_owned(), None)),
+        Outcome::Cancelled => Some(failure(out::strerror(Errno::ECANCELED), None)),
         Outcome::Failed(error) => Some(failure(system_words(error), Some(error.to_string()))),
         Outcome::CompleteWithSkipped => {
             let ranges = result.skipped.len();
             let detail = format!("{} bytes in {ranges} ranges were left out", result.progress.skipped);
-            Some(JobFailure { only_skipped: true, ..failure(Errno::EIO.desc().to_owned(), Some(detail)) })
+            Some(JobFailure { only_skipped: true, ..failure(out::strerror(Errno::EIO), Some(detail)) })
         }
     }
 }
@@ -185,9 +191,9 @@ fn failure_of(result: &JobResult) -> Option<JobFailure> {
 /// What the system calls an error.
 pub(super) fn system_words(error: &Error) -> String {
     match error.kind() {
-        ErrorKind::Io(errno) | ErrorKind::FlushFailed(errno) => errno.desc().to_owned(),
-        ErrorKind::NoSpace => Errno::ENOSPC.desc().to_owned(),
-        ErrorKind::TimedOut => Errno::ETIMEDOUT.desc().to_owned(),
+        ErrorKind::Io(errno) | ErrorKind::FlushFailed(errno) => out::strerror(errno),
+        ErrorKind::NoSpace => out::strerror(Errno::ENOSPC),
+        ErrorKind::TimedOut => out::strerror(Errno::ETIMEDOUT),
         _ => error.reason().to_owned(),
     }
 }
@@ -242,7 +248,7 @@ impl Jobs {
 
 /// An error shared by the event and the log.
 pub(super) fn log_error(id: &str, error: &Arc<Error>) {
-    crate::out::say(format_args!("job {id}: {error}"));
+    out::say(format_args!("job {id}: {error}"));
 }
 
 #[cfg(test)]
@@ -283,6 +289,7 @@ mod tests {
                 progress: progress.clone(),
                 skipped,
                 verified: false,
+                durable: true,
                 elapsed: Duration::ZERO,
                 engine: "threads",
                 resumable: false,

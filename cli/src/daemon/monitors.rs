@@ -9,7 +9,9 @@
 //! # Bounds
 //! [`MAX_MONITORS`] clients; whoever comes after waits to be accepted, as everybody does for a moment ([`ACCEPT_PAUSE`]) when the host has no
 //! descriptor for him. One that does not read is not listened to, and given up when too many events wait for it ([`Session`]). A client is served
-//! a bounded number of commands in turn.
+//! a bounded number of commands in turn, and none after one that has waited to take hold. What they have sent half and left unread takes
+//! [`OWN_BYTES`] of memory each, and [`SHARED_BYTES`] of all together beyond that: where it is more, who has most is given up. A reply that is being
+//! made comes on top of that, one at a time.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -23,12 +25,17 @@ use super::Signals;
 use super::control::Control;
 use super::errands::{Carried, ErrandSerial};
 use crate::out;
-use crate::qmp::session::{MAX_INPUT, Request, Session};
+use crate::qmp::session::{MAX_EVENTS, MAX_INPUT, MAX_REPLY, Request, Session};
 
 /// Most clients at a time.
 pub(crate) const MAX_MONITORS: usize = 32;
 /// Most commands of a client before the next has its turn.
 const TURN: usize = 64;
+/// Bytes of memory that each client may have.
+const OWN_BYTES: usize = 1 << 20;
+/// Bytes of memory that all clients may have together beyond that: room for the largest reply, with what comes behind it.
+const SHARED_BYTES: usize = 48 << 20;
+const _: () = assert!(2 * (MAX_REPLY + MAX_EVENTS) <= SHARED_BYTES);
 /// Pause after an accept that failed: what the host lacks does not come back at once, and the listener stays readable.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long clients may take at the end to read what is waiting for them.
@@ -102,6 +109,7 @@ impl<'a> Monitors<'a> {
                     Some(Sign::Nothing) | None => {}
                 }
                 self.serve(at, control);
+                self.curb();
             }
             self.list.iter_mut().for_each(Monitor::send);
             self.list.retain(|monitor| !monitor.gone);
@@ -130,6 +138,9 @@ impl<'a> Monitors<'a> {
             };
             self.broadcast(control);
             self.list[at].session.answer(&request, result);
+            if control.has_waited() {
+                return;
+            }
         }
     }
 
@@ -151,6 +162,21 @@ impl<'a> Monitors<'a> {
         for monitor in self.list.iter_mut().filter(|monitor| monitor.session.is_overrun() && !monitor.gone) {
             out::say(format_args!("QMP client {} does not read its events: disconnected", monitor.number));
             monitor.gone = true;
+        }
+    }
+
+    /// See that the memory of all stays within its bounds.
+    fn curb(&mut self) {
+        let beyond = |monitor: &Monitor| monitor.session.heap_bytes().saturating_sub(OWN_BYTES);
+        while self.list.iter().map(beyond).sum::<usize>() > SHARED_BYTES {
+            let greediest =
+                self.list.iter_mut().max_by_key(|monitor| beyond(monitor)).expect("somebody has it");
+            let number = greediest.number;
+            out::say(format_args!(
+                "QMP client {number} leaves too much unread, or its commands half: disconnected"
+            ));
+            greediest.session.give_up();
+            greediest.gone = true;
         }
     }
 
@@ -310,4 +336,60 @@ impl Monitor {
 
 fn is_transient(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn monitor(number: u64) -> Monitor {
+        let (stream, _) = UnixStream::pair().expect("a pair");
+        let mut session = Session::new();
+        session.receive(br#"{"execute":"qmp_capabilities"}"#);
+        assert_eq!(session.next_request(), None);
+        Monitor { number, stream, session, awaits: None, ended: false, gone: false }
+    }
+
+    /// It has asked for something, and leaves so many bytes of the reply unread.
+    fn ask(monitor: &mut Monitor, bytes: usize) {
+        monitor.session.receive(br#"{"execute":"x"}"#);
+        let request = monitor.session.next_request().expect("one");
+        monitor.session.answer(&request, Ok(json!("x".repeat(bytes))));
+    }
+
+    #[test]
+    fn clients_together_take_bounded_memory() {
+        let (signals, _write) = Signals::unsignalled().expect("a pipe");
+        let mut monitors = Monitors::new(None, &signals).expect("monitors");
+        monitors.list = (0..).take(MAX_MONITORS).map(monitor).collect();
+        let total = |monitors: &Monitors<'_>| -> usize {
+            monitors.list.iter().map(|monitor| monitor.session.heap_bytes()).sum()
+        };
+        let gone = |monitors: &Monitors<'_>| -> Vec<u64> {
+            monitors.list.iter().filter(|monitor| monitor.gone).map(|monitor| monitor.number).collect()
+        };
+        // What is usual takes nothing of what they share.
+        monitors.list.iter_mut().for_each(|monitor| ask(monitor, 200 << 10));
+        monitors.curb();
+        assert!(gone(&monitors).is_empty());
+        // The largest reply, and as many events as wait for anybody.
+        ask(&mut monitors.list[3], MAX_REPLY - 100);
+        let event = json!({ "event": "x".repeat(1000) });
+        (0..MAX_EVENTS / 1100).for_each(|_| monitors.list[3].session.event(&event));
+        monitors.curb();
+        assert!(gone(&monitors).is_empty());
+        // Half a message, in many tokens.
+        for number in 5..MAX_MONITORS {
+            monitors.list[number].session.receive(format!("[{}", "1,".repeat(16_000)).as_bytes());
+            assert_eq!(monitors.list[number].session.next_request(), None);
+        }
+        monitors.curb();
+        assert!(total(&monitors) <= MAX_MONITORS * OWN_BYTES + SHARED_BYTES, "{}", total(&monitors));
+        ask(&mut monitors.list[4], MAX_REPLY - 100);
+        monitors.curb();
+        assert_eq!(gone(&monitors), [3], "who has most");
+        assert!(total(&monitors) <= MAX_MONITORS * OWN_BYTES + SHARED_BYTES, "{}", total(&monitors));
+    }
 }

@@ -4,13 +4,13 @@
 //! As in QEMU there are two kinds: nodes with a file or device (or nothing) behind them, and `raw` nodes over one of those. What counts for
 //! I/O is the *disk* at the bottom; all nodes over it share it. A disk is opened on the engine when the first job or export uses it, and
 //! leaves it with the last: a node that nobody uses holds no lock and no memory of the engine, so that it may be the target of a job.
-//! Nothing in here opens or looks up a path: that is for `doors`, in threads of their own.
+//! Commands open and look up no path in here: that is for `doors`, in threads of their own. Disks of the command line, which come while nobody is served,
+//! are opened here, and asking a node for its size asks the kernel alone. Files are closed aside ([`Kept`]).
 //!
 //! # Rules
 //! - A disk is the source of any number of jobs and the bottom of any number of exports, or the target of one job, never both.
 //! - A node that is used, or that another stands on, stays. What goes with its job, a filter, is nothing to stand on.
 
-use std::fs::File;
 use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ use engine::live::Latencies;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::doors::{Claims, Door, MAX_PATH_TEXT, Opened, Opening, Site, allocated, close_aside};
+use super::doors::{Claims, Door, Kept, MAX_PATH_TEXT, Opened, Opening, Site};
 use crate::qmp::session::MAX_REPLY;
 use crate::qmp::{Arguments, QmpError};
 
@@ -132,7 +132,7 @@ struct Disk {
     site: Site,
     length: u64,
     /// Nothing for `null-co`.
-    file: Option<File>,
+    file: Option<Kept>,
     /// There while somebody reads it.
     door: Option<Arc<Door>>,
     /// Jobs that copy it, exports that show it, and those that are about to.
@@ -142,7 +142,7 @@ struct Disk {
 }
 
 impl Disk {
-    fn new(site: Site, length: u64, file: Option<File>) -> Self {
+    fn new(site: Site, length: u64, file: Option<Kept>) -> Self {
         Self { site, length, file, door: None, readers: 0, target: false }
     }
 }
@@ -204,7 +204,29 @@ impl Nodes {
         added.map(drop)
     }
 
-    /// The same, with what is to be opened opened here and now.
+    /// Whether there is room for such a node, and its names are free: before anything is opened for it. Asked again by [`Self::add`], for others may
+    /// come meanwhile.
+    pub(super) fn may_add(&self, options: &NodeOptions) -> Result<(), QmpError> {
+        let (mut level, mut levels) = (Some(options), 0);
+        while let Some(node) = level {
+            levels += 1;
+            node.node_name.iter().try_for_each(|name| self.check_name(name))?;
+            level = match &node.file {
+                Some(FileReference::Options(below)) => Some(&**below),
+                Some(FileReference::Name(_)) | None => None,
+            };
+        }
+        self.check_room(levels)
+    }
+
+    fn check_room(&self, more: usize) -> Result<(), QmpError> {
+        if self.nodes.len() + more > MAX_NODES {
+            return generic(format!("{MAX_NODES} nodes are the most; delete some"));
+        }
+        Ok(())
+    }
+
+    /// As [`Self::add`], with what is to be opened opened here and now.
     pub(super) fn open_and_add(&mut self, options: &NodeOptions) -> Result<(), QmpError> {
         let opened = options.opening()?.map(|opening| opening.open()).transpose()?;
         self.add(options, opened)
@@ -216,9 +238,7 @@ impl Nodes {
         implicit: bool,
         opened: &mut Option<Opened>,
     ) -> Result<String, QmpError> {
-        if self.nodes.len() >= MAX_NODES {
-            return generic(format!("{MAX_NODES} nodes are the most; delete some"));
-        }
+        self.check_room(1)?;
         let mut read_only = options.read_only;
         let (driver, kind) = match options.driver.as_str() {
             "raw" => {
@@ -316,9 +336,7 @@ impl Nodes {
                 _ => break,
             }
         }
-        if let Kind::Disk(Disk { file: Some(file), .. }) = gone {
-            close_aside(file);
-        }
+        drop(gone);
         Ok(())
     }
 
@@ -504,7 +522,7 @@ fn describe(node: &Node, disk: &Disk) -> Value {
         disk.site.locator().to_owned()
     };
     let mut image = json!({ "filename": filename, "format": node.driver, "virtual-size": disk.length });
-    if let Some(bytes) = disk.file.as_ref().and_then(allocated) {
+    if let Some(bytes) = disk.file.as_ref().and_then(Kept::allocated) {
         image["actual-size"] = bytes.into();
     }
     json!({

@@ -280,3 +280,50 @@ fn a_disk_leaves_the_engine_with_its_last_reader() {
     nodes.remove("a").expect("removed");
     assert!(Path::new(&path(&there, "a.img")).exists());
 }
+
+/// Stands for a file whose server does not answer: a socket that is not closed before what was sent is there, or for ten seconds.
+fn slow_to_close() -> (std::net::TcpStream, std::fs::File) {
+    use std::io::Write;
+
+    use nix::sys::socket::{setsockopt, sockopt};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bound");
+    let mut ours =
+        std::net::TcpStream::connect(listener.local_addr().expect("an address")).expect("connected");
+    let (theirs, _) = listener.accept().expect("accepted");
+    ours.set_nonblocking(true).expect("set");
+    while ours.write(&[0; 1 << 16]).is_ok() {}
+    setsockopt(&ours, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 10 }).expect("set");
+    (theirs, std::os::fd::OwnedFd::from(ours).into())
+}
+
+#[test]
+fn what_is_not_added_is_closed_aside() {
+    let mut nodes = Nodes::default();
+    let there = there();
+    add(&mut nodes, file(&there, "a.img", "a")).expect("added");
+    let below = json!({ "driver": "file", "filename": path(&there, "b.img") });
+    for options in [file(&there, "b.img", "a"), json!({ "driver": "raw", "node-name": "a", "file": below })] {
+        let (_reader, file) = slow_to_close();
+        let opened = Opened { site: Site::null(7), length: 7, file: Kept::new(file), read_only: false };
+        let options = NodeOptions::of(options.as_object().expect("an object")).expect("options");
+        let start = std::time::Instant::now();
+        let refused = nodes.add(&options, Some(opened)).expect_err("its name is taken");
+        assert_eq!(refused.text, "Duplicate nodes with node-name='a'");
+        assert!(start.elapsed() < std::time::Duration::from_secs(5), "{:?}", start.elapsed());
+        // Nor is it opened, where that is known before.
+        assert_eq!(nodes.may_add(&options).expect_err("known").text, refused.text);
+    }
+}
+
+#[test]
+fn room_for_all_of_a_node_is_looked_for_before_it_is_opened() {
+    let mut nodes = Nodes::default();
+    for number in 0..MAX_NODES - 1 {
+        add(&mut nodes, json!({ "driver": "null-co", "node-name": format!("n{number}") })).expect("room");
+    }
+    let of = |options: Value| NodeOptions::of(options.as_object().expect("an object")).expect("options");
+    let below = json!({ "driver": "file", "filename": "/none" });
+    let two = of(json!({ "driver": "raw", "node-name": "two", "file": below }));
+    assert_eq!(nodes.may_add(&two).expect_err("too many").text, "1024 nodes are the most; delete some");
+    nodes.may_add(&of(json!({ "driver": "raw", "node-name": "one", "file": "n0" }))).expect("room for one");
+}

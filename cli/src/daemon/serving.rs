@@ -179,8 +179,7 @@ impl Control {
         let deadline = std::time::Instant::now() + super::control::PATIENCE;
         self.look_into_mailbox();
         while self.serving.exports.iter().any(|export| export.shutting_down && which(&export.id)) {
-            let left = deadline.saturating_duration_since(std::time::Instant::now());
-            let Some(letter) = self.mailbox.wait(left) else { return };
+            let Some(letter) = self.await_letter(deadline) else { return };
             self.open(letter);
         }
     }
@@ -190,11 +189,11 @@ impl Control {
         self.export(arguments, None)
     }
 
-    /// The same, once more when its disk is `opened`.
+    /// The same, once more when its disk, that of a node at the bottom, is `opened`.
     pub(super) fn export(
         &mut self,
         arguments: &Arguments,
-        opened: Option<LiveDisk>,
+        opened: Option<(LiveDisk, &str)>,
     ) -> Result<Carried, QmpError> {
         let asked: AskedExport = decode(arguments)?;
         if !is_well_formed(&asked.id) {
@@ -203,7 +202,10 @@ impl Control {
         if self.serving.exports.iter().any(|export| export.id == asked.id) {
             return refuse(format!("Block export id '{}' is already in use", asked.id));
         }
-        let Ok(bottom) = self.nodes.bottom_of(&asked.node_name) else {
+        // A job's filter may have gone meanwhile, and its name to another disk.
+        let bottom = self.nodes.bottom_of(&asked.node_name).ok();
+        let bottom = bottom.filter(|bottom| opened.as_ref().is_none_or(|(_, held)| held == bottom));
+        let Some(bottom) = bottom else {
             return refuse(format!("Cannot find device='' nor node-name='{}'", asked.node_name));
         };
         if !self.serving.running {
@@ -231,8 +233,8 @@ impl Control {
             None if self.nodes.is_target(&bottom)? => return Err(busy(&asked.node_name)),
             None => {
                 let door = self.nodes.enter(&bottom)?;
-                let Some(disk) = opened.or_else(|| door.opened()) else {
-                    return Ok(self.open_before_export(arguments, bottom, door));
+                let Some(disk) = opened.map(|(disk, _)| disk).or_else(|| door.opened()) else {
+                    return Ok(self.open_before_export(arguments, (node, bottom), door));
                 };
                 (ExportSource::Disk(disk), None)
             }

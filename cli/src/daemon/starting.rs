@@ -4,16 +4,15 @@
 //! From the command on their ids, disks and filters are taken, and clients see them as `created`. When the thread is back they are jobs, or there was
 //! never anything: a client that hears of no `created` by an event has no job. What the engine tells of jobs before the control thread knows that
 //! they have started is kept for then. A job that is starting takes a cancel and nothing else; with one, all that start at the same instant are called
-//! off. Where that comes before their targets are touched, these stay as they are; where it comes later, the jobs are cancelled as soon as they
-//! have started.
+//! off. Where that comes before their targets are touched, these stay as they are; where it comes later, the jobs have it before their t0, or it is
+//! refused: one that was accepted is no job that completes.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
 use engine::error::ErrorKind;
-use engine::job::Status;
-use engine::live::{Backup, BackupOptions, Engine, GroupFailure};
+use engine::job::{Refusal, Status};
+use engine::live::{Backup, BackupOptions, CallOff, Engine, GroupFailure};
 use serde_json::{Value, json};
 
 use super::backup::{Planned, START_TIMEOUT};
@@ -31,7 +30,7 @@ const MAX_KEPT: usize = 1024;
 pub(super) struct Start {
     planned: Vec<Planned>,
     began: SystemTime,
-    unwanted: Arc<AtomicBool>,
+    call_off: Arc<CallOff>,
     kept: Vec<Letter>,
 }
 
@@ -42,11 +41,13 @@ impl Start {
 
     /// Nobody wants it any more.
     pub(super) fn call_off(&self) {
-        self.unwanted.store(true, Ordering::Release);
+        self.call_off.all();
     }
 
-    fn was_called_off(&self) -> bool {
-        self.unwanted.load(Ordering::Acquire)
+    /// The same, asked for by its job `id`: refused where that is ending already, which clients cannot know yet.
+    pub(super) fn cancel(&self, id: &str) -> Result<(), Refusal> {
+        let place = self.planned.iter().position(|job| job.asked.job_id == id);
+        self.call_off.with(place.expect("one of its jobs"))
     }
 
     /// Keep what one of its jobs tells. `false`: there is too much of it.
@@ -88,14 +89,14 @@ fn start_all(
     ways: &[Way],
     claims: &Claims,
     on_failure: GroupFailure,
-    unwanted: &AtomicBool,
+    call_off: &CallOff,
 ) -> Result<Vec<Backup>, QmpError> {
     ways.iter().try_for_each(|way| way.check(claims))?;
     let mut disks = Vec::new();
     for way in ways {
         disks.push((way.door.open(engine)?, way.options.clone()));
     }
-    engine.start_group_unless(&disks, on_failure, START_TIMEOUT, unwanted).map_err(|error| {
+    engine.start_group_unless(&disks, on_failure, START_TIMEOUT, call_off).map_err(|error| {
         if error.kind() == ErrorKind::Cancelled {
             return QmpError::generic("The backup was cancelled before it started; nothing was touched");
         }
@@ -121,10 +122,10 @@ impl Control {
                 }
             }
         }
-        let unwanted = Arc::new(AtomicBool::new(false));
-        let (engine, flag) = (self.engine.clone(), Arc::clone(&unwanted));
-        let work = move || start_all(&engine, &ways, &claims, on_failure, &flag).map(Found::Backups);
-        let start = Start { planned, began: SystemTime::now(), unwanted, kept: Vec::new() };
+        let call_off = Arc::new(CallOff::default());
+        let (engine, calls) = (self.engine.clone(), Arc::clone(&call_off));
+        let work = move || start_all(&engine, &ways, &claims, on_failure, &calls).map(Found::Backups);
+        let start = Start { planned, began: SystemTime::now(), call_off, kept: Vec::new() };
         Ok(self.send_off(Purpose::Start(start), work))
     }
 
@@ -166,16 +167,11 @@ impl Control {
 
     /// They have started.
     pub(super) fn started(&mut self, start: Start, backups: Vec<Backup>) {
-        let called_off = start.was_called_off();
         let Start { planned, began, kept, .. } = start;
         for (job, backup) in planned.into_iter().zip(backups) {
             let Planned { asked, serial, source, target, options } = job;
             for notice in &backup.notices {
                 crate::out::say(format_args!("job {}: {notice}", asked.job_id));
-            }
-            if called_off {
-                // It may have ended already.
-                backup.job.cancel().ok();
             }
             self.tell_status(began, &asked.job_id, Status::Created);
             self.jobs.list.push(Job {

@@ -23,6 +23,9 @@ use super::monitors::Monitors;
 use super::nodes::NodeOptions;
 use crate::qmp::QmpError;
 
+mod starting;
+mod turns;
+
 const LENGTH: usize = 1 << 20;
 
 /// What the books say.

@@ -72,6 +72,10 @@ impl Lexer {
         self.bytes.len()
     }
 
+    pub(super) fn heap_bytes(&self) -> usize {
+        self.bytes.capacity()
+    }
+
     /// Forget the token that has begun.
     pub(super) fn reset(&mut self) {
         self.bytes = Vec::new();

@@ -67,6 +67,13 @@ impl Reader {
         Self { limits, lexer: Lexer::new(), tokens: Vec::new(), bytes: 0, braces: 0, brackets: 0 }
     }
 
+    /// Bytes of memory that the message so far takes, spare room included.
+    #[must_use]
+    pub fn heap_bytes(&self) -> usize {
+        // What stands in tokens is no more than was sent of them, and has no spare room.
+        self.tokens.capacity() * size_of::<Token>() + self.bytes + self.lexer.heap_bytes()
+    }
+
     /// Take bytes off the front of `input` up to the end of a message, and give that; `None`: all of it was taken, and the message goes on.
     pub fn next(&mut self, input: &mut &[u8]) -> Option<Result<Value, SyntaxError>> {
         while let Some((&byte, rest)) = input.split_first() {

@@ -10,7 +10,7 @@
 //! so receives no more ([`Session::wants_input`]). So one reply at most stands behind these, as large as its question makes it: who asks for much is
 //! not given up for it. Events cannot wait, so a client for which [`MAX_EVENTS`] are waiting behind the last reply is given up
 //! ([`Session::is_overrun`]): it has to connect again, and to ask how things stand. In all that is [`MAX_REPLIES`], twice [`MAX_EVENTS`] (a reply may
-//! come when so many wait) and one [`MAX_REPLY`].
+//! come when so many wait) and one [`MAX_REPLY`]. What all clients have together is the owner's to bound ([`Session::heap_bytes`], [`Session::give_up`]).
 
 use serde_json::{Value, json};
 
@@ -24,6 +24,8 @@ pub const MAX_EVENTS: usize = 4 << 20;
 /// More bytes than any reply has: no limit in itself, but what follows from the limits of what can be asked for. The largest is that to
 /// `query-named-block-nodes`.
 pub const MAX_REPLY: usize = 20 << 20;
+/// Most bytes of memory that output has ahead of need.
+const MAX_SPARE: usize = 1 << 20;
 /// Most bytes that were received and not looked at, beyond which nothing should be received.
 pub const MAX_INPUT: usize = 64 << 10;
 // Our own clients read whatever is sent.
@@ -65,7 +67,13 @@ impl Session {
     /// A client that has just connected; the greeting is waiting to be sent.
     #[must_use]
     pub fn new() -> Self {
-        let mut session = Self {
+        let mut session = Self::silent();
+        session.reply(&json!({ "QMP": { "version": version(), "capabilities": [] } }));
+        session
+    }
+
+    fn silent() -> Self {
+        Self {
             reader: Reader::new(Limits::REQUEST),
             negotiated: false,
             input: Vec::new(),
@@ -74,9 +82,7 @@ impl Session {
             sent: 0,
             replied: 0,
             overrun: false,
-        };
-        session.reply(&json!({ "QMP": { "version": version(), "capabilities": [] } }));
-        session
+        }
     }
 
     /// Whether more should be received: not while the client leaves its replies unread, nor before what has come was looked at.
@@ -164,9 +170,7 @@ impl Session {
         let text = event.to_string();
         if self.output.len() - self.replied.max(self.sent) + text.len() > MAX_EVENTS {
             // Half of what is waiting is of no use to it.
-            self.overrun = true;
-            (self.output, self.sent, self.replied) = (Vec::new(), 0, 0);
-            return;
+            return self.give_up();
         }
         self.push(&text);
     }
@@ -179,8 +183,24 @@ impl Session {
     }
 
     fn push(&mut self, text: &str) {
+        let more = text.len() + 2;
+        if self.output.capacity() - self.output.len() < more {
+            // Doubled, a large reply would take as much again for a few events.
+            self.output.reserve_exact(more + self.output.len().min(MAX_SPARE));
+        }
         self.output.extend_from_slice(text.as_bytes());
         self.output.extend_from_slice(b"\r\n");
+    }
+
+    /// It is told nothing any more, and takes no memory.
+    pub fn give_up(&mut self) {
+        *self = Self { overrun: true, ..Self::silent() };
+    }
+
+    /// Bytes of memory for what it has sent and what it is told, spare room included.
+    #[must_use]
+    pub fn heap_bytes(&self) -> usize {
+        self.reader.heap_bytes() + self.input.capacity() + self.output.capacity()
     }
 
     /// Whether it has left so much unread that it is given up.

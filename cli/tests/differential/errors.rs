@@ -1,10 +1,14 @@
-//! Errors of the target. A limit on the sizes of files makes writes beyond it fail, until it is lifted again.
+//! Errors of either side. A limit on the sizes of files makes writes beyond it fail, a small file system is full, a device lies on a file that was cut
+//! short: each until it is mended again.
 
+use std::fs::File;
+use std::path::Path;
 use std::process::Command;
 
 use serde_json::json;
 
-use crate::peer::{Peer, compare};
+use crate::kernel::{LoopDevice, Mount, is_root};
+use crate::peer::{LENGTH, Peer, compare, contents};
 use crate::support::has;
 
 /// Have writes to files beyond `bytes` fail; `None`: no longer.
@@ -55,5 +59,90 @@ fn one_that_stops_is_resumed_and_completes() {
         limit_files(peer, None);
         peer.say("block-job-resume", json!({ "device": "j" }));
         peer.until("j", "null");
+    });
+}
+
+fn set_length(path: &Path, bytes: usize) {
+    File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .expect("open")
+        .set_len(bytes as u64)
+        .expect("set");
+}
+
+/// Wait until the job has stopped on an error, with that io-status; what it shows then is noted.
+fn await_stop(peer: &mut Peer, io_status: &str) {
+    peer.until("j", "BLOCK_JOB_ERROR");
+    let jobs = peer.await_reply("query-block-jobs", |jobs| jobs[0]["status"] == "paused");
+    assert_eq!(jobs[0]["io-status"], io_status, "{:?}", peer.which);
+    peer.say("query-block-jobs", json!({}));
+}
+
+#[test]
+fn one_whose_target_is_full_stops_and_completes_once_there_is_space() {
+    if !is_root() {
+        return;
+    }
+    for policy in ["enospc", "stop"] {
+        compare(|peer| {
+            let full = Mount::tmpfs(&peer.path("full"), LENGTH as u64 / 2);
+            set_length(&peer.path("full/copy"), LENGTH);
+            peer.add("full/copy", json!({ "node-name": "copy" }));
+            peer.backup("j", "copy", json!({ "on-target-error": policy }));
+            await_stop(peer, "nospace");
+            full.remount("size=64M");
+            peer.say("block-job-resume", json!({ "device": "j" }));
+            peer.until("j", "null");
+            let copy = std::fs::read(peer.path("full/copy")).expect("read");
+            peer.note_that("copy", json!(copy == contents(LENGTH)));
+            peer.say("blockdev-del", json!({ "node-name": "copy" }));
+        });
+    }
+}
+
+/// A disk of which the second half cannot be read, as the node `bad`.
+fn half_a_disk(peer: &mut Peer) -> LoopDevice {
+    std::fs::write(peer.path("beneath"), contents(LENGTH)).expect("written");
+    let device = LoopDevice::over(&peer.path("beneath"));
+    set_length(&peer.path("beneath"), LENGTH / 2);
+    let file = json!({ "driver": "host_device", "filename": device.text() });
+    peer.say("blockdev-add", json!({ "driver": "raw", "node-name": "bad", "file": file }));
+    device
+}
+
+#[test]
+fn a_source_that_cannot_be_read_fails_the_job() {
+    if !is_root() {
+        return;
+    }
+    for policy in ["report", "enospc"] {
+        compare(|peer| {
+            let _device = half_a_disk(peer);
+            peer.backup("j", "t", json!({ "device": "bad", "on-source-error": policy }));
+            peer.until("j", "null");
+            peer.say("blockdev-del", json!({ "node-name": "bad" }));
+            // How far it has come by then is nobody's business.
+            peer.backup("whole", "t", json!({}));
+            peer.until("whole", "null");
+        });
+    }
+}
+
+#[test]
+fn one_whose_source_cannot_be_read_stops_and_completes_once_it_can() {
+    if !is_root() {
+        return;
+    }
+    compare(|peer| {
+        let _device = half_a_disk(peer);
+        peer.backup("j", "t", json!({ "device": "bad", "on-source-error": "stop" }));
+        await_stop(peer, "failed");
+        set_length(&peer.path("beneath"), LENGTH);
+        peer.say("block-job-resume", json!({ "device": "j" }));
+        peer.until("j", "null");
+        peer.say("blockdev-del", json!({ "node-name": "bad" }));
     });
 }

@@ -160,3 +160,32 @@ fn a_snapshot_may_be_given_up_for_the_guest() {
     }
     assert!(theirs == ours);
 }
+
+/// QEMU tries until it succeeds, if ever. Here what cannot be written is left out, and the job says so.
+#[test]
+fn what_is_ignored_is_tried_a_few_times_and_then_left_out() {
+    if !has("prlimit") {
+        return;
+    }
+    let made = both(|peer| {
+        peer.backup("j", "t", json!({ "on-target-error": "ignore", "speed": 1 }));
+        peer.until("j", "running");
+        limit_files(peer, Some(2 << 20));
+        peer.say("block-job-set-speed", json!({ "device": "j", "speed": 0 }));
+        peer.until("j", "BLOCK_JOB_ERROR");
+        if peer.which == Which::Qemu {
+            // It still tries, and has what it could not write once it can.
+            std::thread::sleep(Duration::from_millis(200));
+            limit_files(peer, None);
+        }
+        peer.until("j", "null");
+        limit_files(peer, None);
+        let t = std::fs::read(peer.path("t")).expect("read");
+        (peer.end_of("j"), t)
+    });
+    let Some([(theirs, their_copy), (ours, our_copy)]) = made else { return };
+    assert!(theirs["error"].is_null() && their_copy == contents(LENGTH), "{theirs}");
+    assert_eq!(ours["error"], "Input/output error");
+    assert!(our_copy[..2 << 20] == contents(LENGTH)[..2 << 20], "what could be written");
+    assert!(our_copy[2 << 20..] == vec![7; LENGTH - (2 << 20)], "what could not");
+}

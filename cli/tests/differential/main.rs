@@ -12,6 +12,9 @@ mod errors;
 mod guests;
 mod intended;
 mod jobs;
+#[path = "../support/kernel.rs"]
+#[allow(dead_code, reason = "every test program uses its own part of this")]
+mod kernel;
 mod peer;
 mod refusals;
 #[path = "../support/mod.rs"]

@@ -179,6 +179,15 @@ impl Peer {
         told.iter().any(|event| event["event"] == wanted || event["data"]["status"] == wanted)
     }
 
+    /// What a job was told to have ended with: the data of its event.
+    pub(crate) fn end_of(&self, job: &str) -> Value {
+        let ended = |event: &&Value| {
+            event["event"] == "BLOCK_JOB_COMPLETED" || event["event"] == "BLOCK_JOB_CANCELLED"
+        };
+        let told = self.events.get(job).and_then(|told| told.iter().find(ended));
+        told.expect("it has ended")["data"].clone()
+    }
+
     fn note(&mut self, event: &Value) {
         let data = &event["data"];
         let job = data["device"].as_str().or_else(|| data["id"].as_str()).expect("whose").to_owned();

@@ -15,12 +15,12 @@ use crate::kernel::{Look, LoopDevice, is_root};
 use crate::support::{PATIENCE, Running, code, dense, directory, has, json, run_in, same, stderr, stdout};
 
 /// Whether all programs of QEMU that the tests need are there.
-fn has_qemu() -> bool {
+pub(crate) fn has_qemu() -> bool {
     has("qemu-io") && has("qemu-img") && has("qemu-storage-daemon")
 }
 
 /// A program that has a disk open until this is dropped.
-enum Holder {
+pub(crate) enum Holder {
     Program(Child),
     /// Locks as a virtual machine's are, set by hand.
     #[expect(dead_code, reason = "it only has to be there")]
@@ -104,7 +104,7 @@ impl Drop for Holder {
 
 /// A way of having a disk open.
 #[derive(Clone, Copy, Debug)]
-enum Use {
+pub(crate) enum Use {
     QemuIo,
     QemuIoReadOnly,
     Export,
@@ -113,10 +113,10 @@ enum Use {
 }
 
 impl Use {
-    const WRITING: [Self; 3] = [Self::QemuIo, Self::Export, Self::Machine];
-    const READING: [Self; 2] = [Self::QemuIoReadOnly, Self::ExportReadOnly];
+    pub(crate) const WRITING: [Self; 3] = [Self::QemuIo, Self::Export, Self::Machine];
+    pub(crate) const READING: [Self; 2] = [Self::QemuIoReadOnly, Self::ExportReadOnly];
 
-    fn begin(self, path: &Path) -> Holder {
+    pub(crate) fn begin(self, path: &Path) -> Holder {
         println!("--- {self:?} of {}", path.display());
         match self {
             Self::QemuIo => Holder::qemu_io(path, &[]),
@@ -165,7 +165,7 @@ fn qemu(place: &Path, program: &str, arguments: &[&str]) -> (bool, String) {
 
 /// It opens the disk, or is kept from it by the lock on `permission`.
 #[track_caller]
-fn qemu_opens(place: &Path, program: &str, arguments: &[&str], kept_from: Option<&str>) {
+pub(crate) fn qemu_opens(place: &Path, program: &str, arguments: &[&str], kept_from: Option<&str>) {
     let (opened, messages) = qemu(place, program, arguments);
     match kept_from {
         None => assert!(opened, "{program} {arguments:?}: {messages}"),

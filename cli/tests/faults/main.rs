@@ -9,6 +9,7 @@ mod kernel;
 mod support;
 
 mod bad_maps;
+mod daemon_locks;
 mod engines;
 mod interruptions;
 mod kills;

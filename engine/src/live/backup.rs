@@ -249,9 +249,25 @@ pub(super) struct Starting {
     notices: Vec<String>,
     length: Length,
     fleece: Option<OpenedFleece>,
+    /// The target held something that is gone.
+    destroyed: bool,
 }
 
 impl Starting {
+    pub(super) fn job(&self) -> JobHandle {
+        self.job.clone()
+    }
+
+    /// Nobody wants it any more, and it starts all the same.
+    pub(super) fn called_off(&mut self) {
+        if self.destroyed {
+            let name = self.target.storage().name().to_owned();
+            self.notices.push(format!(
+                "it was cancelled while it started, and {name} had been emptied by then: the old contents are gone"
+            ));
+        }
+    }
+
     pub(super) fn started(mut self, number: JobId, inbox: Arc<LiveInbox>) -> Backup {
         if let Some(fleece) = &mut self.fleece {
             if let Err(error) = fleece.keep() {
@@ -286,6 +302,11 @@ impl Checked<'_> {
     /// Whether preparing it destroys what the target holds now.
     pub(super) fn destroys(&self) -> bool {
         self.target.destroys()
+    }
+
+    /// Whether preparing it changes what cannot be changed back.
+    pub(super) fn leaves_a_mark(&self) -> bool {
+        self.target.leaves_a_mark()
     }
 }
 
@@ -381,6 +402,7 @@ fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
     let source = disk.inner.source();
     let geometry = Geometry::new(source.length(), options.cluster_size);
     let cluster = options.cluster_size.bytes();
+    let destroyed = target.destroys();
     let target = target.prepare()?;
     let space_reserved = target.is_new_file();
     if space_reserved {
@@ -453,7 +475,7 @@ fn prepare(checked: Checked<'_>) -> Result<Prepared, Error> {
     };
     let length = geometry.length();
     let disk = job.disk;
-    Ok(Prepared { job, starting: Starting { disk, target, job: handle, notices, length, fleece } })
+    Ok(Prepared { job, starting: Starting { disk, target, job: handle, notices, length, fleece, destroyed } })
 }
 
 /// Reserve space on a new file for the data of the source as it is now, before guests wait for anything: some file systems keep direct I/O

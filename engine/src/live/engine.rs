@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::os::fd::OwnedFd;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use super::DiskId;
 use super::ask::{ask, may_wait};
 use super::backup::{self, Backup, BackupOptions};
+use super::call_off::CallOff;
 use super::command::{Command, GroupFailure, NewGroup, NewJob};
 use super::disk::{DiskShared, File, Inner, LiveDisk, LiveInbox};
 use super::exports::{MAX_CLIENTS, MAX_SERVERS, NbdListener, NbdOptions, NbdServer, ServerId};
@@ -295,11 +296,12 @@ impl Engine {
         on_failure: GroupFailure,
         timeout: Duration,
     ) -> Result<Vec<Backup>, Error> {
-        self.start_group_unless(disks, on_failure, timeout, &AtomicBool::new(false))
+        self.start_group_unless(disks, on_failure, timeout, &CallOff::default())
     }
 
-    /// As [`Self::start_group`], for those whose paths may take long to answer: another thread that sets `unwanted` before the targets are
-    /// touched has them left as they are. One that sets it later may find that the jobs have started; then it cancels them.
+    /// As [`Self::start_group`], for those whose paths may take long to answer: another thread may call it off. Where that comes before a target
+    /// is touched, or while all that was touched can be undone, the start fails with everything as it was. Later it goes on, and its jobs are
+    /// cancelled as jobs are, before anything is copied; a notice says so where old contents are gone.
     ///
     /// # Errors
     /// As [`Self::start_backup`], and [`ErrorKind::Cancelled`](crate::error::ErrorKind::Cancelled).
@@ -311,13 +313,11 @@ impl Engine {
         disks: &[(LiveDisk, BackupOptions)],
         on_failure: GroupFailure,
         timeout: Duration,
-        unwanted: &AtomicBool,
+        call_off: &CallOff,
     ) -> Result<Vec<Backup>, Error> {
         may_wait();
-        let still_wanted = || match unwanted.load(Ordering::Acquire) {
-            false => Ok(()),
-            true => Err(Error::cancelled(disks.first().map_or("", |(disk, _)| disk.name()))),
-        };
+        let cancelled = || Error::cancelled(disks.first().map_or("", |(disk, _)| disk.name()));
+        let still_wanted = || if call_off.was_called() { Err(cancelled()) } else { Ok(()) };
         // All that can be refused before anything of any target is touched.
         for (disk, _) in disks {
             if !Arc::ptr_eq(&disk.inner.inbox, &self.handle.inbox) {
@@ -336,15 +336,24 @@ impl Engine {
             self.ask_to_start(Vec::new(), more_disks, on_failure, timeout)?;
             still_wanted()?;
         }
+        let can_be_undone = !checked.iter().any(backup::Checked::leaves_a_mark);
         let (mut jobs, mut backups) = (Vec::new(), Vec::new());
         for prepared in backup::prepare_all(checked)? {
             let (job, backup) = prepared.split();
             jobs.push(job);
             backups.push(backup);
         }
-        let started = still_wanted().and_then(|()| self.ask_to_start(jobs, Vec::new(), on_failure, timeout));
+        let wanted = call_off.hand_over(backups.iter().map(backup::Starting::job).collect());
+        let started = if !wanted && can_be_undone {
+            Err(cancelled())
+        } else {
+            self.ask_to_start(jobs, Vec::new(), on_failure, timeout)
+        };
         match started {
             Ok(numbers) => {
+                if call_off.was_called() {
+                    backups.iter_mut().for_each(backup::Starting::called_off);
+                }
                 let inbox = &self.handle.inbox;
                 let started = backups.into_iter().zip(numbers);
                 Ok(started.map(|(backup, job)| backup.started(job, Arc::clone(inbox))).collect())

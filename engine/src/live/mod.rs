@@ -41,6 +41,7 @@
 //! | `room`, `memory` | Who has which part of the arena, and the places on the ring. |
 //! | `exports` | Disks and snapshots served over NBD. |
 //! | `engine`, `disk`, `backup`, `opened`, `listing` | The handles; which disks are open; which jobs there are. |
+//! | `call_off` | What becomes of a start that nobody wants any more. |
 //! | `latency`, `felt` | What guests felt. |
 
 mod admission;
@@ -48,6 +49,7 @@ mod ask;
 mod asks;
 mod backup;
 mod begin_write;
+mod call_off;
 pub mod carrier;
 mod command;
 mod controller;
@@ -98,6 +100,7 @@ pub(crate) use self::ask::may_wait;
 pub use crate::modes::CbwErrorPolicy;
 
 pub use self::backup::{Backup, BackupOptions, FleeceOptions, Snapshot};
+pub use self::call_off::CallOff;
 pub use self::carrier::IoRequest;
 pub use self::command::GroupFailure;
 pub use self::controller::SweepDepth;

@@ -127,9 +127,14 @@ fn empty_by(
     set_length(length).map_err(failed)
 }
 
+/// Whether [`lengthen`] has anything to do.
+pub(super) fn will_lengthen(pair: &OpenedPair, length: Length) -> bool {
+    pair.metadata.is_file() && pair.metadata.len() < length.0
+}
+
 /// Make the last sector of a file that stays where it is whole, if that is missing.
 pub(super) fn lengthen(locator: &Locator, pair: &mut OpenedPair, length: Length) -> Result<()> {
-    if !pair.metadata.is_file() || pair.metadata.len() >= length.0 {
+    if !will_lengthen(pair, length) {
         return Ok(());
     }
     let refused = |error: std::io::Error| {

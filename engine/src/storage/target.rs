@@ -30,7 +30,7 @@ use super::locator::{Locator, Place};
 use super::open::{
     OpenedPair, OpenedSource, errno_of, no_live_nbd, refuse_format, refuse_non_disk, warn_of_buffered,
 };
-use super::prepare::{NewFile, NewPlace, create, empty, identify, lengthen};
+use super::prepare::{NewFile, NewPlace, create, empty, identify, lengthen, will_lengthen};
 use super::topology::Node;
 use super::{NullStorage, Storage};
 use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
@@ -211,6 +211,12 @@ impl TargetPlan {
     /// Whether preparing it destroys what it holds now.
     pub(crate) fn destroys(&self) -> bool {
         matches!(&self.state, Planned::Existing { pair, empty_it: true, .. } if pair.metadata.len() > 0)
+    }
+
+    /// Whether preparing it changes a file that is there, which nothing undoes.
+    pub(crate) fn leaves_a_mark(&self) -> bool {
+        let Planned::Existing { pair, empty_it, .. } = &self.state else { return false };
+        *empty_it || will_lengthen(pair, self.length)
     }
 
     /// See whether a file that is to be emptied can have its new length. Changes nothing.

@@ -70,6 +70,15 @@ impl Client {
         self.stream.read_exact(&mut vec![0; bytes]).expect("a reply");
     }
 
+    /// A simple reply without data: its cookie and its error number.
+    pub(crate) fn hear_reply(&mut self) -> (u64, u32) {
+        let mut head = [0; 16];
+        self.stream.read_exact(&mut head).expect("a reply");
+        assert_eq!(head[..4], 0x6744_6698_u32.to_be_bytes());
+        let error = u32::from_be_bytes(head[4..8].try_into().unwrap());
+        (u64::from_be_bytes(head[8..].try_into().unwrap()), error)
+    }
+
     /// Send any bytes, as many as go without waiting for long; how many.
     pub(crate) fn say_what_goes(&mut self, bytes: &[u8]) -> usize {
         self.stream.set_write_timeout(Some(Duration::from_millis(200))).unwrap();

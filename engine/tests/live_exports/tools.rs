@@ -1,10 +1,12 @@
 //! Programs that people have: they find what they expect.
 
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::process::{Command, Output};
 
 use engine::copy::SyncMode;
-use engine::job::Outcome;
+use engine::job::{Outcome, Status};
+use engine::live::BackupOptions;
 
 use crate::Fixture;
 
@@ -104,7 +106,9 @@ fn nbdcopy_takes_a_disk_out_and_puts_one_in() {
 fn fio_verifies_what_it_wrote_during_a_backup() {
     let fixture = Fixture::new(400);
     let (_export, _) = fixture.export_disk();
-    let backup = fixture.engine.start_backup(&fixture.disk, &fixture.options(SyncMode::Full)).unwrap();
+    // By itself it gets nowhere: all that fio changes is copied for that.
+    let options = BackupOptions { speed: NonZeroU64::new(1), ..fixture.options(SyncMode::Full) };
+    let backup = fixture.engine.start_backup(&fixture.disk, &options).unwrap();
     let uri = format!("--uri={}", uri(&fixture.socket(), "disk"));
     let arguments = [
         "--name=verify",
@@ -121,8 +125,13 @@ fn fio_verifies_what_it_wrote_during_a_backup() {
         // Nothing is left in the directory of whoever runs the tests.
         "--verify_state_save=0",
     ];
-    let Some(output) = run("fio", &arguments) else { return };
+    let output = run("fio", &arguments);
+    let (status, progress) = (backup.job.status(), backup.job.progress());
+    backup.job.set_speed(None).unwrap();
+    let Some(output) = output else { return };
     assert!(output.status.success(), "{}", text(&output));
+    assert_eq!(status, Status::Running, "it ran all the time");
+    assert!((10 << 20..progress.total).contains(&progress.copied), "copied for fio: {progress:?}");
     assert!(matches!(backup.job.wait().outcome, Outcome::Complete));
     let copied = std::fs::read(fixture.directory.path().join("backup.img")).unwrap();
     assert!(copied == fixture.contents, "the backup shows t0");
