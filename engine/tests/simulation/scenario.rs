@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::copier::plan::{Checkpoint, Limits, MapPlan, Plan, PlantedBug, Side};
+use engine::copier::plan::{Checkpoint, Limits, MapPlan, Plan, PlantedBug, Side, WriteBackLimits};
 use engine::copy::{ErrorPolicy, SyncMode};
 use engine::job::TargetHolds;
 use engine::ring::sim::{Disk, DiskTraits, FaultPlan, Rates, SharedWorld, World};
@@ -255,6 +255,7 @@ impl Scenario {
             allocation_window_max: 16 * self.cluster,
             extents: 3,
             drop_step: 5 * self.cluster,
+            write_back: WriteBackLimits::DEFAULT,
         };
         Plan {
             geometry: self.geometry(),
