@@ -104,7 +104,8 @@ fn outcome(kind: &IoKind, limits: &ConnectionLimits, chance: &mut Chance) -> Out
         (2, IoKind::Read { .. }) => Outcome::Zero,
         (_, IoKind::Read { range }) => Outcome::Data(vec![7; range.length as usize]),
         (_, IoKind::BlockStatus { contexts, .. }) => {
-            let list = (0..chance.below(6000)).map(|number| StatusExtent { length: 512, flags: number as u32 % 2 });
+            let list =
+                (0..chance.below(6000)).map(|number| StatusExtent { length: 512, flags: number as u32 % 2 });
             Outcome::Extents(vec![list.collect(); contexts.len()])
         }
         _ => Outcome::Done,

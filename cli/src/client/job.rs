@@ -108,7 +108,7 @@ fn watch(client: &mut Client, id: &str, meter: &mut Meter) -> Result<u8, ClientE
                 (seen, began) = (true, began || job["status"] != "created");
                 meter.update(&snapshot_of(job));
                 if job["status"] == "concluded" {
-                    return Ok(end(id, &job, meter));
+                    return Ok(end(id, job, meter));
                 }
             }
             None if !seen => return Err(ClientError::Refused(format!("there is no job {id}"))),
