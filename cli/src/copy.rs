@@ -118,7 +118,7 @@ fn not_started(args: &CopyArgs, error: &Error, ending: Option<Ending>) -> u8 {
     {
         out::say(hint);
     }
-    let code = ending.map_or_else(|| exit_code(error), Ending::exit_code);
+    let code = given_up.map_or_else(|| exit_code(error), Ending::exit_code);
     if args.output.json { deliver(&not_started_json(args, error, ending, code), code) } else { code }
 }
 

@@ -130,6 +130,9 @@ pub(crate) fn reason(error: &io::Error) -> String {
 
 /// An error of the system in its own words, which are QEMU's, and not always those of our messages.
 pub(crate) fn strerror(errno: Errno) -> String {
+    if errno == Errno::UnknownErrno {
+        return errno.desc().to_owned();
+    }
     let text = io::Error::from_raw_os_error(errno as i32).to_string();
     let words = text.rfind(" (os error").map_or(text.as_str(), |end| &text[..end]);
     words.to_owned()

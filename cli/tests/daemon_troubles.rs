@@ -360,7 +360,8 @@ fn a_signal_cancels_a_backup_whose_path_does_not_answer() {
         holder.expect("somebody waits");
         backup.signal("INT");
         backup.expect("SIGINT: cancelling the job; a second one ends at once");
-        thread::sleep(Duration::from_millis(500));
+        // Nobody tells when the daemon has heard of it.
+        thread::sleep(Duration::from_secs(2));
         assert!(backup.is_running());
         if twice {
             backup.signal("INT");

@@ -165,13 +165,17 @@ fn follow(
     let mut cancelled = false;
     match start(client, args, &id, request, signalled, meter, &mut cancelled) {
         Ok(()) => {}
-        // It did what it was asked for.
-        Err(ClientError::Refused(_)) if cancelled => return Ok(was_cancelled(&json!({}), args, signalled)),
+        // It did what it was asked for. How far the start had come is for the daemon to say.
+        Err(ClientError::Refused(why)) if cancelled => {
+            meter.say(why);
+            return Ok(was_cancelled(&json!({}), args, signalled));
+        }
         Err(ClientError::Lost(why)) if cancelled => {
             let target = &args.target;
-            return Err(ClientError::Lost(format!(
+            meter.say(format_args!(
                 "{why}; the job is cancelled: it copies nothing once {target} can be opened"
-            )));
+            ));
+            return Ok(was_cancelled(&json!({}), args, signalled));
         }
         Err(error) => return Err(lost(error, &may_begin)),
     }

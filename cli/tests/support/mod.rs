@@ -178,6 +178,26 @@ impl Running {
         assert!(status.success(), "kill -{name}");
     }
 
+    /// Wait until it catches the signal of that name.
+    pub(crate) fn wait_for_handler(&self, name: &str) {
+        let number = match name {
+            "HUP" => 1,
+            "INT" => 2,
+            "TERM" => 15,
+            _ => panic!("SIG{name}"),
+        };
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let status = fs::read_to_string(format!("/proc/{}/status", self.id())).expect("it runs");
+            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).expect("a line of it");
+            if u64::from_str_radix(caught.trim(), 16).expect("a mask") >> (number - 1) & 1 == 1 {
+                return;
+            }
+            assert!(Instant::now() < deadline, "SIG{name} is not caught");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// Wait for a message that contains `text`.
     pub(crate) fn expect(&mut self, text: &str) -> String {
         let deadline = Instant::now() + PATIENCE;

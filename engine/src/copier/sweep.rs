@@ -73,6 +73,10 @@ impl Copier {
         if self.throttle.allowance(now) == Some(0) {
             return false;
         }
+        // The next flush of a live copy is due while one is under way: what it will have to store is bounded.
+        if !self.checkpoints.is_idle() && self.write_back.is_due(self.written) {
+            return false;
+        }
         match self.drain(now) {
             Drained::Started => return true,
             Drained::NoRoom => return false,

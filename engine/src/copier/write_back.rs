@@ -10,6 +10,8 @@
 //! which the older weigh less. To tell the two apart what is written between two flushes is varied a little. Where the fixed part is
 //! large (a disk that turns), flushing more often gains nothing and costs much, so the aim is at least [`FIXED_PARTS`] times that.
 //!
+//! While a flush is under way the sweep writes no more than the next one may have: also a target that takes writes meanwhile has a bound.
+//!
 //! On a device without such a cache flushes take next to no time, and are soon so far apart that nobody sees them.
 //!
 //! # Ordering
@@ -38,6 +40,8 @@ pub(super) struct WriteBack {
     /// Of the flush under way: since when, and how much was written before it.
     under_way: Option<(Timestamp, u64)>,
     past: Past,
+    /// Most bytes of those.
+    largest: u64,
     limit: u64,
     flushes: u64,
 }
@@ -90,6 +94,7 @@ impl WriteBack {
             captured: 0,
             under_way: None,
             past: Past::default(),
+            largest: 0,
             limit: limits.start_bytes,
             flushes: 0,
         }
@@ -99,7 +104,7 @@ impl WriteBack {
     pub(super) fn set_aim(&mut self, aim: Option<Duration>) {
         if self.aim != aim {
             self.aim = aim;
-            self.limit = self.best();
+            self.limit = self.allowed();
         }
     }
 
@@ -133,8 +138,13 @@ impl WriteBack {
         }
         #[expect(clippy::cast_precision_loss, reason = "an estimate")]
         self.past.add(bytes as f64, now.since(start).as_secs_f64());
-        // What is believed of larger flushes than there were is tried in steps: it may be chance.
-        self.limit = self.best().min(self.limit + self.limit / 4);
+        self.largest = self.largest.max(bytes);
+        self.limit = self.allowed();
+    }
+
+    /// What is believed of larger flushes than there were is tried in steps: it may be chance.
+    fn allowed(&self) -> u64 {
+        self.best().min((self.largest + self.largest / 4).max(self.limits.start_bytes))
     }
 
     /// Bytes after which a flush takes as long as it may, by what is known.
@@ -198,9 +208,9 @@ mod tests {
 
     #[test]
     fn more_flushes_than_gain_something_are_not_made() {
-        // 20 ms, and 5 for each MiB: at three times the fixed part.
+        // 20 ms, and 5 for each MiB: at twice the fixed part.
         let (limit, _) = settle(AIM, |bytes| Duration::from_millis(20) + per_mib(5000, bytes));
-        assert!((6 << 20..=10 << 20).contains(&limit), "{limit}");
+        assert!((3 << 20..=5 << 20).contains(&limit), "{limit}");
         // It makes no difference how much is written.
         assert_eq!(settle(AIM, |_| Duration::from_millis(50)).0, LIMITS.max_bytes);
         // Slower than that cannot be helped.
@@ -223,6 +233,24 @@ mod tests {
         };
         flush(Duration::from_millis(900));
         assert!((0..40).any(|_| flush(Duration::from_micros(200)) > 256 << 20), "it grows again");
+    }
+
+    #[test]
+    fn what_there_was_by_chance_is_not_believed_far() {
+        let mut write_back = WriteBack::new(LIMITS);
+        write_back.set_aim(Some(AIM));
+        let (mut now, mut written) = (Timestamp::default(), 0);
+        // The larger one took less time.
+        for (mib, millis) in [(4, 9), (5, 12), (3, 14)] {
+            written += mib << 20;
+            write_back.begin(written, now);
+            now = now.after(Duration::from_millis(millis));
+            write_back.end(now);
+        }
+        write_back.set_aim(Some(20 * AIM));
+        assert!(write_back.limit <= 7 << 20, "{}", write_back.limit);
+        write_back.set_aim(Some(AIM));
+        assert!(write_back.limit <= 7 << 20, "{}", write_back.limit);
     }
 
     #[test]

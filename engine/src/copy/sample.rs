@@ -7,12 +7,13 @@
 //! refuses the map, and nothing was touched. Equal samples prove nothing about the rest.
 //!
 //! What cannot be read cannot be compared. A failing source may have been readable there once, and that is no reason to copy all of it
-//! again, so this is a notice. (A raw source is covered as a whole in every mode. What a layered one does not cover will be done
-//! without being equal.)
+//! again, so this is a notice. What the top layer of a source does not hold, where only that is copied, is done without being equal: no sample is
+//! taken of it.
 
 use crate::compare::Spots;
 use crate::error::{Error, ErrorKind, Operation};
 use crate::map::{Map, MapFile};
+use crate::modes::SyncMode;
 use crate::ring::ExtentQuery;
 use crate::storage::{DiskId, OpenedSource, Storage, TargetPlan};
 use crate::units::{ByteRange, ClusterIndex, ClusterRange};
@@ -70,12 +71,19 @@ fn refused(map: &MapFile, target: &dyn Storage, offset: u64) -> Error {
 
 /// The clusters to compare, ascending.
 fn samples(map: &Map, source: &dyn Storage) -> Vec<ClusterIndex> {
+    let header = map.header();
     let mut clusters: Vec<_> = spread(map.done())
         .into_iter()
-        .map(|rest| {
-            let bytes = map.header().geometry.bytes_of(rest);
-            let data = first_data(source, bytes).unwrap_or(bytes.offset);
-            map.header().geometry.cluster_at(data)
+        .filter_map(|rest| {
+            let bytes = header.geometry.bytes_of(rest);
+            let found = match header.sync {
+                SyncMode::Top => first(source, bytes, ExtentQuery::TopLayer)?,
+                SyncMode::Full | SyncMode::None => {
+                    // Without an answer the sample is taken where it would have been.
+                    first(source, bytes, ExtentQuery::Data).unwrap_or(bytes.offset)
+                }
+            };
+            Some(header.geometry.cluster_at(found))
         })
         .collect();
     clusters.dedup();
@@ -100,11 +108,10 @@ fn spread(done: &[ClusterRange]) -> Vec<ClusterRange> {
     chosen
 }
 
-/// Where `range` first has data, as far as its storage tells and within [`LOOK_AHEAD`].
-fn first_data(source: &dyn Storage, range: ByteRange) -> Option<u64> {
+/// Where `range` first has what `query` asks about, as far as its storage tells and within [`LOOK_AHEAD`].
+fn first(source: &dyn Storage, range: ByteRange, query: ExtentQuery) -> Option<u64> {
     let ahead = ByteRange::new(range.offset, range.length.min(LOOK_AHEAD));
-    // Without an answer the sample is taken where it would have been.
-    let extents = source.extents(ahead, ExtentQuery::Data, 2).ok()?;
+    let extents = source.extents(ahead, query, 2).ok()?;
     extents.iter().find(|extent| extent.present).map(|extent| extent.range.offset)
 }
 

@@ -25,7 +25,8 @@ impl State {
     }
 }
 
-/// Calls one start off ([`Engine::start_group_unless`](super::Engine::start_group_unless)), from any thread.
+/// Calls one start off ([`Engine::start_group_unless`](super::Engine::start_group_unless)), from any thread, but
+/// not in an observer of a job: it uses the handles of the jobs.
 #[derive(Debug, Default)]
 pub struct CallOff {
     state: Mutex<State>,

@@ -357,6 +357,9 @@ fn a_thousand_clients_come_and_go() {
     let before = descriptors();
     let backup = fixture.engine.start_backup(&fixture.disk, &options).unwrap();
     let (during, mut after_some) = (descriptors(), 0);
+    // What is there for whoever comes first is there from here on.
+    settled.write(0, 4000, &[9; 5000]);
+    settled.read(0, 1 << 20);
     let session = [
         client::choice("disk"),
         client::request(WRITE, 0, 1, 4000, 5000),

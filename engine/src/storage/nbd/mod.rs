@@ -23,8 +23,7 @@
 //! was lost with the old one, for no connection ever leaves the list: a lost one fails every flush from then on.
 //!
 //! When a connection is lost, all of the storage is: what a server has not flushed may be gone with it. Also what succeeds on another
-//! connection meanwhile counts as failed. No connection is made in the place of a lost one, nor later than the first two requests that come together; the first
-//! connection has one of these, so if its server is no more by then, that comes out. Further ones go to the address at which the server was found
+//! connection meanwhile counts as failed. No connection is made in the place of a lost one, nor later than the first two requests that come together. Further ones go to the address at which the server was found
 //! first: its name, looked up again, may mean another server with another disk.
 //!
 //! # Zeros
