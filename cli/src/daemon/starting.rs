@@ -4,8 +4,8 @@
 //! From the command on their ids, disks and filters are taken, and clients see them as `created`. When the thread is back they are jobs, or there was
 //! never anything: a client that hears of no `created` by an event has no job. What the engine tells of jobs before the control thread knows that
 //! they have started is kept for then. A job that is starting takes a cancel and nothing else; with one, all that start at the same instant are called
-//! off. Where that comes before their targets are touched, these stay as they are; where it comes later, the jobs have it before their t0, or it is
-//! refused: one that was accepted is no job that completes.
+//! off. Where that comes before their targets are touched, these stay as they are; where it comes later, the jobs have it, before their t0 or behind
+//! it, or it is refused: one that was accepted is no job that completes.
 
 use std::sync::Arc;
 use std::time::SystemTime;

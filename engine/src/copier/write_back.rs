@@ -10,7 +10,8 @@
 //! which the older weigh less. To tell the two apart what is written between two flushes is varied a little. Where the fixed part is
 //! large (a disk that turns), flushing more often gains nothing and costs much, so the aim is at least [`FIXED_PARTS`] times that.
 //!
-//! While a flush is under way the sweep writes no more than the next one may have: also a target that takes writes meanwhile has a bound.
+//! While a flush is under way the sweep begins nothing beyond what the next one may have: also with a target that takes writes meanwhile there is a
+//! bound, but for what is in flight and for guests' copies, which never wait.
 //!
 //! On a device without such a cache flushes take next to no time, and are soon so far apart that nobody sees them.
 //!

@@ -301,7 +301,7 @@ impl Engine {
 
     /// As [`Self::start_group`], for those whose paths may take long to answer: another thread may call it off. Where that comes before a target
     /// is touched, or while all that was touched can be undone, the start fails with everything as it was. Later it goes on, and its jobs are
-    /// cancelled as jobs are, before anything is copied; a notice says so where old contents are gone.
+    /// cancelled as jobs are, before anything is copied unless they have begun by then; a notice says so where old contents are gone.
     ///
     /// # Errors
     /// As [`Self::start_backup`], and [`ErrorKind::Cancelled`](crate::error::ErrorKind::Cancelled).

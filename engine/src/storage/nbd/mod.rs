@@ -23,8 +23,8 @@
 //! was lost with the old one, for no connection ever leaves the list: a lost one fails every flush from then on.
 //!
 //! When a connection is lost, all of the storage is: what a server has not flushed may be gone with it. Also what succeeds on another
-//! connection meanwhile counts as failed. No connection is made in the place of a lost one, nor later than the first two requests that come together. Further ones go to the address at which the server was found
-//! first: its name, looked up again, may mean another server with another disk.
+//! connection meanwhile counts as failed. No connection is made in the place of a lost one, nor later than the first two requests that come
+//! together. Further ones go to the address at which the server was found first: its name, looked up again, may mean another server with another disk.
 //!
 //! # Zeros
 //! `NBD_CMD_WRITE_ZEROES` is used wherever it is offered, and without the flag for "fast or not at all": making zeros at the server is never slower than sending
