@@ -87,6 +87,51 @@ fn a_pause_is_told_once_and_lifted_by_a_signal_or_by_the_job_command() {
     assert_eq!(count(&told.join("\n"), "EFBIG"), 3, "{told:#?}");
 }
 
+/// The guest goes on, for what it changes is in the fleece file; on the way from there to the target there is no room.
+#[test]
+fn a_pause_on_the_way_from_the_fleece_file_is_told_and_lifted_by_a_signal() {
+    const CHANGED: usize = 8 << 20;
+    if !kernel::is_root() || !has("qemu-io") {
+        return;
+    }
+    let there = directory();
+    let disk = there.path().join("disk.img");
+    dense(&disk, LENGTH, 3);
+    let daemon = Daemon::start(there.path(), &["--nbd", "unix:nbd.sock", "--disk", "vda=disk.img"]);
+    drop(daemon.client());
+    let before = std::fs::read(&disk).expect("read");
+    let small = there.path().join("small");
+    let _mount = kernel::Mount::tmpfs(&small, 4 << 20);
+    let mut arguments = BACKUP;
+    arguments[6] = "small/copy.img";
+    let fleece = ["--sync", "none", "--fleece", "fleece.img", "--fleece-size", "16M", "--progress", "json"];
+    let mut running = Running::program(there.path(), &[&arguments[..], &fleece].concat());
+    running.progress(|line| line["status"] == "running");
+    let guest = Command::new("timeout")
+        .args(["60", "qemu-io", "-f", "raw", "-c", "write -P 9 0 8M", "nbd+unix:///vda?socket=nbd.sock"])
+        .current_dir(there.path())
+        .output()
+        .expect("qemu-io runs");
+    assert!(guest.status.success() && !support::stdout(&guest).contains("failed"), "{guest:?}");
+    let reason = running.expect("engine-cli: paused: ");
+    assert!(reason.contains("ENOSPC") && reason.contains("copy.img"), "{reason}");
+    running.expect("to try again ");
+    running.progress(|line| line["status"] == "paused");
+    let remounted = Command::new("mount").args(["-o", "remount,size=32m"]).arg(&small).status();
+    assert!(remounted.expect("mount runs").success());
+    running.signal("CONT");
+    running.progress(|line| {
+        line["status"] == "running"
+            && line["x-progress"]["done"] == CHANGED
+            && line["x-progress"]["fleeced"] == 0
+    });
+    running.signal("INT");
+    let (code, _, messages) = running.end();
+    assert_eq!(code, 130, "{messages}");
+    let copy = std::fs::read(small.join("copy.img")).expect("read");
+    assert!(copy[..CHANGED] == before[..CHANGED], "the old contents are there");
+}
+
 #[test]
 fn the_last_line_of_progress_is_the_end() {
     let there = directory();

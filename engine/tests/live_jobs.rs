@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use engine::error::ErrorKind;
 use engine::job::{JobEvent, JobHandle, Observer, Outcome, Status};
-use engine::live::{BackupOptions, CallOff, DiskOptions, Engine, EngineOptions, GroupFailure, LiveDisk};
+use engine::live::{
+    BackupOptions, CallOff, DiskOptions, Engine, EngineOptions, FleeceOptions, GroupFailure, LiveDisk,
+};
 use engine::modes::SyncMode;
 use engine::units::ByteRange;
 use tempfile::TempDir;
@@ -336,4 +338,40 @@ fn what_is_called_off_before_its_instant_copies_nothing_and_leaves_no_new_file()
     }
     assert!(fs::read(fixture.path("old")).unwrap() == vec![9; LENGTH]);
     assert!(!fixture.path("new").exists());
+}
+
+/// What is there by the time the job has started is not the file that was taken.
+#[test]
+fn another_file_at_the_path_of_the_fleece_file_stays() {
+    for replaced in [false, true] {
+        let fixture = Fixture::new();
+        fs::write(fixture.path("fleece"), b"").unwrap();
+        let fleece = FleeceOptions {
+            size: 8 << 20,
+            ..FleeceOptions::new(fixture.path("fleece").display().to_string())
+        };
+        let new = BackupOptions::new(fixture.path("new").display().to_string());
+        let options = BackupOptions { fleece: Some(fleece), ..new };
+        let permit = fixture.disk.begin_write(ByteRange::new(0, 1)).unwrap();
+        let backup = std::thread::scope(|scope| {
+            let start = scope.spawn(|| fixture.engine.start_backup(&fixture.disk, &options));
+            let deadline = std::time::Instant::now() + PATIENCE;
+            while !is_held_back(&fixture.disk) {
+                assert!(std::time::Instant::now() < deadline, "no barrier");
+            }
+            if replaced {
+                fs::write(fixture.path("other"), b"somebody else's").unwrap();
+                fs::rename(fixture.path("other"), fixture.path("fleece")).unwrap();
+            }
+            drop(permit);
+            start.join().unwrap().unwrap()
+        });
+        assert!(matches!(backup.job.wait().outcome, Outcome::Complete));
+        assert_eq!(
+            fs::read(fixture.path("fleece")).ok().as_deref(),
+            replaced.then_some(&b"somebody else's"[..])
+        );
+        let told = backup.notices.iter().any(|notice| notice.contains("another file is there by now"));
+        assert_eq!(told, replaced, "{:?}", backup.notices);
+    }
 }

@@ -261,6 +261,24 @@ fn a_target_that_has_lost_its_name_is_the_end_of_its_group() {
     }
 }
 
+/// A write that hangs is looked for on the disk that is named.
+#[test]
+fn a_start_that_finds_no_instant_names_the_disk_whose_writes_go_on() {
+    let fixture = Fixture::new();
+    let disks = ["one", "two"].map(|name| fixture.disk_of(name, &[7; 1 << 20], false));
+    for busy in [0, 1] {
+        let permit = disks[busy].begin_write(ByteRange::new(0, 1)).unwrap();
+        let options = ["backup0", "backup1"].map(|target| fixture.options(target));
+        let group: Vec<_> = disks.iter().cloned().zip(options).collect();
+        let start = fixture.engine.start_group(&group, GroupFailure::GoOn, Duration::from_millis(50));
+        let error = start.unwrap_err().to_string();
+        assert!(error.contains("no point in time"), "{error}");
+        let named = ["one", "two"].map(|name| error.contains(&fixture.name(name)));
+        assert_eq!(named, [busy == 0, busy == 1], "{error}");
+        drop(permit);
+    }
+}
+
 #[test]
 fn what_is_refused_leaves_the_old_backup_as_it_was() {
     let fixture = Fixture::new();

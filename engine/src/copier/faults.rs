@@ -132,8 +132,11 @@ impl Copier {
         self.events.push(Event::Error { error: Arc::clone(error), action });
     }
 
-    /// Pause on `error`.
+    /// Pause on `error`, which was told.
     pub(super) fn stop(&mut self, io_status: IoStatus, error: Arc<Error>) {
+        let is_told =
+            |event: &Event| matches!(event, Event::Error { error: told, .. } if Arc::ptr_eq(told, &error));
+        debug_assert!(self.events.iter().any(is_told), "a pause that nobody is told the reason of: {error}");
         if self.stopped.is_none() {
             self.stopped = Some(Arc::clone(&error));
             self.drained_said = false;

@@ -17,7 +17,7 @@
 //! A run that failed is taken apart; a cluster that failed alone is the request's own failure, for the sweep's failures only
 //! release the cluster, and a request that waited for it then finds it free and copies it itself. `on_cbw_error` decides:
 //! either the guest's write fails and the job goes on, or the job fails and the write goes on. So does the time-out, counted from
-//! the moment the guest asked. Either way the cluster stays to copy and is on the sweep's list.
+//! the moment the guest asked. Either way the cluster stays to copy: it is on the sweep's list, or the sweep comes to it again.
 //!
 //! # Time-outs
 //! Nobody is refused whose clusters are done, whoever has copied them and however late that is seen. And a deadline is judged by the time of the last turn, for
@@ -424,6 +424,15 @@ impl Copier {
         });
     }
 
+    /// A guest could not copy `cluster`, which the sweep may have passed. While the job is paused nothing takes it off the list again, and guests may
+    /// go on to fail for hours: the list has its bound.
+    fn put_back(&mut self, cluster: ClusterIndex, attempts: u32, now: Timestamp) {
+        if self.retries.len() < self.plan.limits.guest_retries || self.retries.waits(one(cluster)) {
+            return self.retries.put(cluster, attempts, now);
+        }
+        self.rewind_to(cluster);
+    }
+
     /// A transfer made for the request `id` has ended; `unsettled` of it could not be copied.
     pub(super) fn guest_copy_ended(
         &mut self,
@@ -439,7 +448,7 @@ impl Copier {
             if self.ending.is_none() && self.plan.sync != SyncMode::None {
                 // A run that failed is taken apart: which cluster of it is bad is not known yet.
                 let failed = u32::from(clusters.count() == 1);
-                self.retries.put(cluster, alone.unwrap_or(0) + failed, now);
+                self.put_back(cluster, alone.unwrap_or(0) + failed, now);
             }
         }
         let Some(request) = self.guests.requests.get_mut(&id) else { return };

@@ -481,6 +481,13 @@ impl Copier {
         self.sweep_slots
     }
 
+    /// Clusters in the list of those to try again.
+    #[cfg(feature = "sim")]
+    #[must_use]
+    pub fn to_retry(&self) -> usize {
+        self.retries.len()
+    }
+
     /// Runs of zeros in flight.
     #[cfg(feature = "sim")]
     #[must_use]

@@ -127,6 +127,9 @@ pub struct Limits {
     pub retries: u32,
     /// Pause before the first retry; doubles with each.
     pub retry_pause: Duration,
+    /// Clusters in the list of those to try again, beyond which one that a guest could not copy is no longer put there: the sweep goes
+    /// back to it instead.
+    pub guest_retries: usize,
     /// Most ranges left out, of whatever size; one more fails the job.
     pub skipped_ranges: usize,
     /// Clusters that a verification finds wrong before it leaves the rest of its window to be copied again.
@@ -170,6 +173,7 @@ impl Default for Limits {
             checkpoint_bytes: 1 << 30,
             retries: 5,
             retry_pause: Duration::from_millis(100),
+            guest_retries: 4096,
             skipped_ranges: 65_536,
             mismatches: 1024,
             zero_run_bytes: 32 << 20,

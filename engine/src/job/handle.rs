@@ -272,6 +272,12 @@ impl JobHandle {
         &self.shared
     }
 
+    /// From now on `observer` hears of what happens.
+    #[cfg(feature = "sim")]
+    pub fn observe(&self, observer: Observer) {
+        self.shared.set_observer(observer);
+    }
+
     /// The last counters that the ring thread published. It does when something happens: time goes on, and a rate falls, without.
     #[must_use]
     pub fn progress(&self) -> Progress {

@@ -82,7 +82,8 @@ pub struct BackupOptions {
     /// guest's write waits for the first job all the same, and fails only after that. By then an error is tried once more, and a copy that was
     /// late but is there by then does no harm.
     pub on_cbw_error: CbwErrorPolicy,
-    /// How long a guest's write waits for its copy at most, counted from the moment it asks.
+    /// How long a guest's write waits for its copy at most, counted from the moment it asks. A large write asks for one part after the other, each with
+    /// all of this time: of 1 MiB where the engine carries it, of 16 MiB where its guest has an I/O path of its own.
     pub cbw_timeout: Option<Duration>,
     /// How long guests may wait, at the start, for writes that are under way; counted from the start's turn. (A group has its own.)
     pub start_timeout: Duration,

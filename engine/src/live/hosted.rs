@@ -22,10 +22,10 @@ use crate::error::{Error, ErrorKind, Operation};
 use crate::storage::OpenedSource;
 use crate::units::Timestamp;
 
-/// Most requests of callers that wait for room in a disk's carrier. Each has its own buffer, so this is a bound on memory for those who send
+/// Most requests of callers that a disk has, under way or waiting. Each has its own buffer, so this is a bound on memory for those who send
 /// without waiting. Those of clients of exports do not count, nor are they refused: their connections bound them, in number and in bytes, and
 /// they have nobody to tell that he is to come again.
-const MAX_QUEUED: usize = 16_384;
+const MAX_OF_CALLERS: usize = 16_384;
 
 /// Most questions of a disk on the ring. Those that wait for that are bounded by what each client may have under way.
 pub(super) const MAX_QUESTIONS: usize = 2;
@@ -61,8 +61,8 @@ pub(super) struct HostedDisk {
     /// What its guests felt of late.
     pub(super) felt: Felt,
     queue: VecDeque<Queued>,
-    /// Of those in the queue the callers'.
-    callers_queued: usize,
+    /// Requests of callers that have no outcome yet.
+    of_callers: usize,
     /// In the order in which they came.
     questions: VecDeque<Question>,
     /// Of the questions those on the ring.
@@ -93,7 +93,7 @@ impl HostedDisk {
             passers: Passers::default(),
             felt: Felt::default(),
             queue: VecDeque::new(),
-            callers_queued: 0,
+            of_callers: 0,
             questions: VecDeque::new(),
             asked: 0,
             in_flight: 0,
@@ -107,7 +107,7 @@ impl HostedDisk {
     /// Take a request.
     ///
     /// # Errors
-    /// When it is a caller's, and too many of callers wait already.
+    /// When it is a caller's, and callers have too many already.
     pub(super) fn submit(
         &mut self,
         request: IoRequest,
@@ -115,11 +115,11 @@ impl HostedDisk {
         now: Timestamp,
     ) -> Result<(), (IoAsker, Error)> {
         let is_caller = matches!(asker, IoAsker::Caller(_));
-        if is_caller && self.callers_queued >= MAX_QUEUED {
+        if is_caller && self.of_callers >= MAX_OF_CALLERS {
             let name = self.shared.name().to_string();
-            return Err((asker, too_many(Operation::Queue, name, MAX_QUEUED)));
+            return Err((asker, too_many(Operation::Queue, name, MAX_OF_CALLERS)));
         }
-        self.callers_queued += usize::from(is_caller);
+        self.of_callers += usize::from(is_caller);
         self.queue.push_back(Queued { request, asker, since: now });
         self.feed();
         Ok(())
@@ -130,7 +130,6 @@ impl HostedDisk {
         let mut fed = false;
         while self.carrier.has_room() {
             let Some(Queued { request, asker, since }) = self.queue.pop_front() else { break };
-            self.callers_queued -= usize::from(matches!(asker, IoAsker::Caller(_)));
             let id = IoId(self.next_io);
             self.next_io += 1;
             self.askers.insert(id, (asker, since));
@@ -160,10 +159,11 @@ impl HostedDisk {
 
     /// What has ended since the last call: who waits for it, and since when.
     pub(super) fn take_outcomes(&mut self) -> Vec<(IoAsker, Timestamp, IoOutcome)> {
-        let askers = &mut self.askers;
+        let (askers, of_callers) = (&mut self.askers, &mut self.of_callers);
         let outcomes = self.carrier.take_outcomes().into_iter();
         let with_asker = |(id, outcome)| {
             let (asker, since) = askers.remove(&id).expect("every request has its asker");
+            *of_callers -= usize::from(matches!(asker, IoAsker::Caller(_)));
             (asker, since, outcome)
         };
         outcomes.map(with_asker).collect()
@@ -172,7 +172,7 @@ impl HostedDisk {
     /// Whoever waits for a request: the ring thread is going. Dropped, they are answered.
     pub(super) fn take_askers(&mut self) -> Vec<IoAsker> {
         let submitted = std::mem::take(&mut self.askers).into_values().map(|(asker, _)| asker);
-        self.callers_queued = 0;
+        self.of_callers = 0;
         let queued = std::mem::take(&mut self.queue).into_iter().map(|queued| queued.asker);
         submitted.chain(queued).collect()
     }

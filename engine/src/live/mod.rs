@@ -91,6 +91,8 @@ mod tests;
 mod token;
 #[cfg(all(test, feature = "sim"))]
 mod turns_tests;
+#[cfg(all(test, feature = "sim"))]
+mod waiting_tests;
 mod waits;
 #[cfg(all(test, feature = "sim"))]
 mod writers_tests;

@@ -64,6 +64,8 @@ pub struct SimJobState {
     pub ends: bool,
     /// Whether it is decided that it does not succeed.
     pub fails: bool,
+    /// Clusters in its list of those to try again.
+    pub to_retry: usize,
 }
 
 /// A fleece file for a [`SimJob`].
@@ -430,6 +432,7 @@ impl Reactor<SimRing> {
             attached: job.attached,
             ends: job.runner.copier.is_ending(),
             fails: job.runner.copier.is_ending() && !job.runner.copier.is_complete(),
+            to_retry: job.runner.copier.to_retry(),
         })
     }
 }

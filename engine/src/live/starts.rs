@@ -8,10 +8,12 @@
 //!    undone and the start fails. Nothing was copied.
 //!
 //! One start is under way at a time; the others wait for their turn, their timeouts counted from then on. After a barrier was up, the disks
-//! rest for as long before the next is raised, so that guests who are held back write at least half of the time.
+//! rest for as long before the next is raised, so that guests who are held back write at least half of the time; starts of other disks go first
+//! meanwhile, but none that needs a disk of one that came earlier.
 //!
 //! A start without jobs is a *rehearsal*: what would be destroyed by preparing the jobs is not, if no instant can be found.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -70,12 +72,22 @@ impl<R: Ring> Reactor<R> {
                 }
             }
             self.rests.retain(|_, &mut until| until > now);
-            let rested =
-                |group: &NewGroup<R::File>| group.disks().all(|disk| !self.rests.contains_key(&disk));
-            let Some(next) = self.waiting.iter().position(rested) else { return };
+            let Some(next) = self.next_rested() else { return };
             let group = self.waiting.remove(next).expect("just seen");
             self.raise(group, now);
         }
+    }
+
+    /// The first of the starts that wait whose disks have rested. None goes before one that came earlier and needs one of its disks: a group would
+    /// wait for ever where each of its disks has starts of its own.
+    fn next_rested(&self) -> Option<usize> {
+        let mut taken = BTreeSet::new();
+        self.waiting.iter().position(|group| {
+            let free = |disk: DiskId| !self.rests.contains_key(&disk) && !taken.contains(&disk);
+            let is_next = group.disks().all(free);
+            taken.extend(group.disks());
+            is_next
+        })
     }
 
     /// When a start that waits may begin.
@@ -203,8 +215,11 @@ impl<R: Ring> Reactor<R> {
     fn give_up(&mut self, raised: Raised, now: Timestamp) {
         self.rest(&raised, now);
         let Raised { jobs, disks, answer, timeout, .. } = raised;
+        // Asked for while the barriers are up.
+        let is_kept = |disk: &&DiskId| !self.disks[*disk].shared.gate().is_drained();
+        let kept = disks.iter().find(is_kept).unwrap_or(&disks[0]);
+        let name = self.disks[kept].shared.name().to_string();
         self.barrier_lowered(&disks);
-        let name = self.disks[&disks[0]].shared.name().to_string();
         self.undo(jobs);
         let reason = format!(
             "writes that had begun before did not end within {timeout:?}, so there is no point in time"

@@ -45,7 +45,7 @@ impl Bench {
         let traits = DiskTraits { fixed_length: true, ..DiskTraits::default() };
         world.borrow_mut().add_disk(Disk::new(vec![7; length], traits));
         world.borrow_mut().add_disk(Disk::sparse(length, DiskTraits::default()));
-        let ring = SimRing::new(world.clone(), 4 << 16, 32, 1, FaultPlan::default()).with_sockets(4);
+        let ring = SimRing::new(world.clone(), 8 << 16, 32, 1, FaultPlan::default()).with_sockets(4);
         let mut engine = SimEngine::new(ring);
         let limits = CarrierLimits {
             requests: 8,

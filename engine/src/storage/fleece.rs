@@ -57,8 +57,12 @@ impl OpenedFleece {
     pub(crate) fn keep(&mut self) -> Result<()> {
         let Some((file, locator)) = self.taken.take() else { return Ok(()) };
         let Place::Path(path) = locator.place() else { unreachable!("a file has a path") };
-        match std::fs::remove_file(path) {
-            Ok(()) => Ok(()),
+        match remove_if_same(path, &file) {
+            Ok(true) => Ok(()),
+            Ok(false) => {
+                let reason = "another file is there by now; that one stays";
+                Err(Error::refused(Refusal::InUse, OPERATION, locator.as_str(), reason))
+            }
             Err(error) => {
                 let errno = errno_of(&error);
                 self.taken = Some((file, locator.clone()));
@@ -66,6 +70,16 @@ impl OpenedFleece {
             }
         }
     }
+}
+
+/// Remove the name `path` of `file`. `false`: it is that of another one.
+fn remove_if_same(path: &Path, file: &File) -> std::io::Result<bool> {
+    let (now, ours) = (std::fs::metadata(path)?, file.metadata()?);
+    let same = (now.dev(), now.ino()) == (ours.dev(), ours.ino());
+    if same {
+        std::fs::remove_file(path)?;
+    }
+    Ok(same)
 }
 
 impl OpenedFleece {

@@ -5,12 +5,12 @@
 
 mod bench;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use engine::copier::plan::PlantedBug;
 use engine::copy::{ErrorPolicy, SyncMode};
-use engine::job::{IoStatus, JobResult, Outcome, Refusal};
+use engine::job::{ErrorAction, IoStatus, JobEvent, JobResult, Observer, Outcome, Refusal};
 use engine::live::carrier::IoOutcome;
 use engine::live::sim::Pending;
 use engine::live::{CbwErrorPolicy, IoRequest};
@@ -217,6 +217,35 @@ fn slots_that_held_what_is_on_the_target_are_free_in_a_pause() {
         bench.write(cluster);
     }
     bench.end_complete();
+}
+
+/// What the drain meets is told as what the sweep meets is: who watches the job has nothing else to go by.
+#[test]
+fn an_error_of_the_drain_is_told() {
+    let policies = [
+        (ErrorPolicy::Enospc, ErrorAction::Stop),
+        (ErrorPolicy::Report, ErrorAction::Report),
+        (ErrorPolicy::Ignore, ErrorAction::Ignore),
+    ];
+    for (policy, action) in policies {
+        let setup = Setup { room: 30, on_target_error: policy, ..Setup::of_changes(15) };
+        let mut bench = Bench::start(&setup);
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let hears = Arc::clone(&told);
+        bench.job.observe(Observer::new(move |event| {
+            if let JobEvent::Error { error, action } = event {
+                hears.lock().unwrap().push((error.to_string(), action));
+            }
+        }));
+        bench.write(40);
+        bench.pass(Duration::from_millis(500));
+        let told = told.lock().unwrap();
+        assert!(!told.is_empty(), "{policy:?}: {:?}", bench.job.progress());
+        for (error, then) in told.iter() {
+            assert!(error.contains("cannot write target") && error.contains("ENOSPC"), "{error}");
+            assert_eq!(*then, action);
+        }
+    }
 }
 
 #[test]

@@ -325,6 +325,25 @@ fn a_copy_that_leaves_something_out_does_not_take_its_group_along() {
     }
 }
 
+/// Guests whose writes fail one after the other while the job is stopped: what is to be tried again has its bound (see the oracle), and none of it is
+/// forgotten.
+#[test]
+fn guests_of_a_job_that_is_stopped_may_go_on_to_fail() {
+    for seed in 241..247 {
+        let mut scenario = busy(seed, if seed % 2 == 0 { Path::Carried } else { Path::Own });
+        scenario.disks[0].length = 120 * 8192;
+        scenario.disks[0].requests = 150;
+        scenario.mends_after = Duration::from_millis(200);
+        scenario.mended_at = Duration::from_secs(100);
+        let job = &mut scenario.starts[0].jobs[0];
+        job.on_cbw_error = CbwErrorPolicy::BreakGuestWrite;
+        job.bad_target = vec![ByteRange::new(0, scenario.disks[0].length)];
+        job.target_policy = ErrorPolicy::Stop;
+        let seen = ended(&scenario).seen;
+        assert!(seen.complete == 1 && seen.failed + seen.refused > 40, "{seen:?}");
+    }
+}
+
 /// Those who read the snapshot send the sweep back over what was left out, and come upon it themselves.
 #[test]
 fn readers_and_the_sweep_leave_alone_what_was_left_out() {

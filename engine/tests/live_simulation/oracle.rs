@@ -13,7 +13,7 @@ use engine::ring::sim::SharedWorld;
 use engine::units::{ByteRange, Timestamp};
 
 use crate::blame::Blame;
-use crate::scenario::{BLOCK, JobSpec, Scenario};
+use crate::scenario::{BLOCK, GUEST_RETRIES, JobSpec, Scenario};
 use crate::seen::Seen;
 
 /// A job that was asked for, and what is known of it.
@@ -173,6 +173,14 @@ impl Job {
         }
         if sweep > self.spec.slots - self.spec.reserved {
             return Err(format!("the sweep has {sweep} slots of {}", self.spec.slots));
+        }
+        // Of guests; the sweep and those who read have what their slots hold each.
+        let most_to_retry = GUEST_RETRIES + 3 * self.spec.slots as usize;
+        if state.to_retry > most_to_retry {
+            return Err(format!(
+                "{} clusters are to be tried again, {most_to_retry} are the most",
+                state.to_retry
+            ));
         }
         let progress = self.handle.progress();
         if progress.status == Status::Paused && sweep > 0 {

@@ -17,6 +17,8 @@ use engine::units::{ByteRange, ClusterSize, Geometry, Length, Speed};
 use fastrand::Rng;
 
 pub(crate) const BLOCK: u64 = 4096;
+/// See [`Limits::guest_retries`].
+pub(crate) const GUEST_RETRIES: usize = 3;
 
 /// How guests get at a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -327,6 +329,7 @@ impl JobSpec {
             limits: Limits {
                 retries: 3,
                 retry_pause: Duration::from_millis(2),
+                guest_retries: GUEST_RETRIES,
                 zero_run_bytes: 6 * spec.cluster,
                 extents: 3,
                 drop_step: 5 * spec.cluster,

@@ -247,6 +247,7 @@ impl Scenario {
             checkpoint_bytes: self.checkpoint_bytes,
             retries: 3,
             retry_pause: Duration::from_millis(2),
+            guest_retries: 0,
             skipped_ranges: self.most_skipped,
             mismatches: self.most_mismatches,
             zeroing_failures: 2,

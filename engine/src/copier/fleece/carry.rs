@@ -370,6 +370,7 @@ impl Copier {
         let verdict = verdict(policy, failure.fault, attempts, &self.plan.limits);
         let error = Arc::new(self.error_of(failure));
         tracing::info!(%error, ?policy, ?verdict, attempts, "drain failed");
+        self.tell_error(&error, verdict);
         let ends = self.ending.is_some();
         let fleece = self.fleece.as_mut().expect("it was drained");
         match verdict {

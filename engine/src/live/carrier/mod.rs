@@ -386,10 +386,11 @@ impl<P> Carrier<P> {
         self.requests.len() - usize::from(self.background.running)
     }
 
-    /// Whether one more request may be submitted.
+    /// Whether one more request may be submitted. Those that wait for a copy or at the barrier hold nothing and are in nobody's way: they take no room.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        self.requests_under_way() < self.plan.limits.requests
+        let waiting = self.copying.len() + self.barred.len();
+        self.requests_under_way() - waiting < self.plan.limits.requests
     }
 
     /// Bytes of discards that were put off and not carried out yet.

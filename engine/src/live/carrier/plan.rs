@@ -159,7 +159,7 @@ impl CarrierPlan {
 /// Named bounds of a carrier.
 #[derive(Clone, Copy, Debug)]
 pub struct CarrierLimits {
-    /// Most requests under way; submitting one more is a bug of the caller.
+    /// Most requests under way, without those that wait for a copy or at the barrier; submitting one more is a bug of the caller.
     pub requests: usize,
     /// Unit in which the buffers are handed out, in bytes: whole pages.
     pub slot_bytes: u32,
