@@ -6,7 +6,7 @@ use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -165,6 +165,38 @@ fn a_signal_is_heard_while_events_keep_coming() {
     let (code, _, messages) = running.end();
     assert_eq!(code, 130, "{messages}");
     assert!(messages.contains("SIGINT: cancelling the job"), "{messages}");
+}
+
+/// The daemon is busy with the start, and takes no second client for the cancel meanwhile.
+#[test]
+fn a_signal_that_reaches_the_job_only_once_it_has_started_is_told_once() {
+    let there = directory();
+    let ((asked, is_asked), (go_on, goes_on)) = (mpsc::channel(), mpsc::channel());
+    daemon(there.path(), move |command, teller| {
+        match command {
+            "x-backup" => {
+                asked.send(()).expect("somebody waits");
+                goes_on.recv().expect("told to");
+                teller.status("nightly", "created");
+                teller.reply(json!({}));
+            }
+            "block-job-cancel" => {
+                teller.event("BLOCK_JOB_CANCELLED", json!({ "type": "backup", "device": "nightly" }));
+                teller.status("nightly", "null");
+                teller.reply(json!({}));
+            }
+            _ => teller.reply(job("running")),
+        }
+        true
+    });
+    let mut running = Running::program(there.path(), &BACKUP);
+    is_asked.recv().expect("it asks");
+    running.signal("INT");
+    running.expect("SIGINT: cancelling the job");
+    go_on.send(()).expect("it waits");
+    let (code, _, messages) = running.end();
+    assert_eq!(code, 130, "{messages}");
+    assert_eq!(messages.matches("cancelling the job").count(), 1, "{messages}");
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod support;
 
 use std::fs;
 use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -95,6 +96,58 @@ fn a_backup_shows_t0_while_a_guest_writes_and_a_tool_pulls_the_snapshot() {
     // Nothing can be written to what is for reading.
     client.ok("block-export-add", json!({ "type": "nbd", "id": "r", "node-name": "vda", "name": "r" }));
     assert!(!guest(there.path(), "r", &["write 0 512"]).status.success());
+}
+
+/// A client reads the disk as a whole by TCP, and writes to it.
+#[track_caller]
+fn is_served_by_tcp(there: &Path, port: u16) {
+    let uri = format!("nbd://127.0.0.1:{port}/vda");
+    let pulled = run_in(there, &["copy", &uri, "pulled.img", "--force"]);
+    assert_eq!(code(&pulled), 0, "{}", stderr(&pulled));
+    assert!(same(&there.join("disk.img"), &there.join("pulled.img")));
+    if !has("qemu-io") {
+        return;
+    }
+    let commands = ["write -P 7 4096 100000", "flush", "read -P 7 4096 100000"];
+    let arguments = commands.iter().flat_map(|command| ["-c", command]);
+    let arguments: Vec<&str> = ["qemu-io", "-f", "raw"].into_iter().chain(arguments).chain([&*uri]).collect();
+    let output = tool(there, &arguments);
+    let said = stdout(&output) + &stderr(&output);
+    assert!(output.status.success() && !said.contains("failed"), "{said}");
+    assert_eq!(fs::read(there.join("disk.img")).expect("read")[4096..104_096], [7; 100_000]);
+}
+
+#[test]
+fn a_disk_is_served_by_tcp_as_the_command_line_wants_it() {
+    let there = directory();
+    dense(&there.path().join("disk.img"), LENGTH, 3);
+    let mut daemon = Daemon::start(there.path(), &["--nbd", "tcp:0", "--disk", "vda=disk.img"]);
+    let line = daemon.running.expect("NBD is served on tcp:127.0.0.1:");
+    let port = line.rsplit_once(':').expect("a port").1.parse().expect("a number");
+    is_served_by_tcp(there.path(), port);
+}
+
+#[test]
+fn a_disk_is_served_by_tcp_as_a_client_of_qmp_wants_it() {
+    let there = directory();
+    dense(&there.path().join("disk.img"), LENGTH, 3);
+    let daemon = Daemon::start(there.path(), &["--disk", "vda=disk.img"]);
+    let mut client = daemon.client();
+    // Of ports that were free a moment ago one is free still.
+    let port = (0..20).find_map(|_| {
+        let free = TcpListener::bind(("127.0.0.1", 0)).expect("a port").local_addr().expect("bound").port();
+        let address = json!({ "type": "inet", "data": { "host": "127.0.0.1", "port": free.to_string() } });
+        let reply = client.execute("nbd-server-start", json!({ "addr": address }));
+        let taken = reply["error"]["desc"].as_str().is_some_and(|why| why.contains("EADDRINUSE"));
+        assert!(taken || reply == json!({ "return": {} }), "{reply}");
+        (!taken).then_some(free)
+    });
+    client.ok(
+        "block-export-add",
+        json!({ "type": "nbd", "id": "e", "node-name": "vda", "name": "vda", "writable": true }),
+    );
+    is_served_by_tcp(there.path(), port.expect("one of them"));
+    client.ok("nbd-server-stop", json!({}));
 }
 
 #[test]

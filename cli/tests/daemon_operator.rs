@@ -5,13 +5,14 @@
 mod kernel;
 mod support;
 
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use kernel::{LoopDevice, is_root};
 use serde_json::{Value, json};
 use support::qmp::Daemon;
-use support::{Running, code, dense, directory, json as object, run_in, same, stderr, stdout};
+use support::{PATIENCE, Running, code, dense, directory, json as object, run_in, same, stderr, stdout};
 
 const LENGTH: usize = (4 << 20) + 513;
 
@@ -318,8 +319,12 @@ fn a_free_port_is_told_and_an_end_without_jobs_speaks_of_none() {
     let mut daemon = Daemon::start(there.path(), &["--nbd", "tcp:0"]);
     let line = daemon.running.expect("NBD is served on tcp:127.0.0.1:");
     let port = line.rsplit_once(':').expect("a port").1.parse().expect("a number");
-    assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
-    drop(daemon.client());
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).expect("connected");
+    stream.set_read_timeout(Some(PATIENCE)).expect("set");
+    let mut greeting = [0; 16];
+    stream.read_exact(&mut greeting).expect("a greeting");
+    assert_eq!(&greeting, b"NBDMAGICIHAVEOPT");
+    drop((stream, daemon.client()));
     daemon.running.signal("TERM");
     let (code, _, messages) = daemon.running.end();
     assert_eq!(code, 0, "{messages}");

@@ -294,7 +294,59 @@ fn size(text: &str) -> Result<Length, String> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: BackupArgs,
+    }
+
+    /// What the daemon is asked for by `backup` with `more`.
+    fn request(more: &[&str]) -> Value {
+        let line = ["backup", "--qmp", "q", "--disk", "vda", "--target", "/t"];
+        let line = Line::try_parse_from(line.iter().chain(more)).expect("well-formed");
+        line.args.request("j").expect("paths that can be told")
+    }
+
+    /// An operator's guests come first, and do not wait for ever: other defaults than those of QMP.
+    #[test]
+    fn a_backup_as_the_daemon_is_asked_for_it() {
+        let plain = json!({
+            "job-id": "j", "device": "vda", "path": "/t", "force": false, "sync": "full", "speed": 0,
+            "on-source-error": "report", "on-target-error": "report",
+            "on-cbw-error": "break-snapshot", "cbw-timeout": 30,
+        });
+        assert_eq!(request(&[]), plain);
+        let more = [
+            "--force",
+            "--sync",
+            "top",
+            "--speed",
+            "1M",
+            "--on-source-error",
+            "ignore",
+            "--on-target-error",
+            "stop",
+            "--on-cbw-error",
+            "break-guest-write",
+            "--cbw-timeout",
+            "0",
+            "--fleece",
+            "/f",
+            "--fleece-size",
+            "2M",
+        ];
+        let other = json!({
+            "job-id": "j", "device": "vda", "path": "/t", "force": true, "sync": "top", "speed": 1 << 20,
+            "on-source-error": "ignore", "on-target-error": "stop",
+            "on-cbw-error": "break-guest-write", "cbw-timeout": 0,
+            "x-fleece": { "path": "/f", "size": 2 << 20 },
+        });
+        assert_eq!(request(&more), other);
+    }
 
     #[test]
     fn sockets_and_speeds_as_users_write_them() {

@@ -162,15 +162,15 @@ fn follow(
     let socket = args.socket.path.display();
     let may_begin =
         format!("; if not, the job may still begin: 'engine-cli job list --qmp unix:{socket}' shows it then");
-    let mut cancelled = false;
-    match start(client, args, &id, request, signalled, meter, &mut cancelled) {
+    let mut cancel = Cancel::default();
+    match start(client, args, &id, request, signalled, meter, &mut cancel) {
         Ok(()) => {}
         // It did what it was asked for. How far the start had come is for the daemon to say.
-        Err(ClientError::Refused(why)) if cancelled => {
+        Err(ClientError::Refused(why)) if cancel.accepted => {
             meter.say(why);
             return Ok(was_cancelled(&json!({}), args, signalled));
         }
-        Err(ClientError::Lost(why)) if cancelled => {
+        Err(ClientError::Lost(why)) if cancel.accepted => {
             let target = &args.target;
             meter.say(format_args!(
                 "{why}; the job is cancelled: it copies nothing once {target} can be opened"
@@ -179,7 +179,25 @@ fn follow(
         }
         Err(error) => return Err(lost(error, &may_begin)),
     }
-    watch(client, args, &id, signalled, meter, last, cancelled).map_err(|error| lost(error, ""))
+    watch(client, args, &id, signalled, meter, last, cancel).map_err(|error| lost(error, ""))
+}
+
+/// What has become of a signal.
+#[derive(Default)]
+struct Cancel {
+    /// It was announced.
+    told: bool,
+    /// The job is cancelled for it.
+    accepted: bool,
+}
+
+impl Cancel {
+    /// Once, however often it takes to reach the job.
+    fn announce(&mut self, ending: Ending, meter: &Meter) {
+        if !std::mem::replace(&mut self.told, true) {
+            meter.say(format_args!("{}: cancelling the job; a second one ends at once", ending.name()));
+        }
+    }
 }
 
 /// Have the job started. A signal that comes meanwhile cancels it, by a connection of its own: this one waits for the path of the target.
@@ -190,21 +208,18 @@ fn start(
     request: Value,
     signalled: &Signalled,
     meter: &Meter,
-    cancelled: &mut bool,
+    cancel: &mut Cancel,
 ) -> Result<(), ClientError> {
     let deadline = Instant::now() + REPLY_TIMEOUT;
     client.ask("x-backup", request)?;
-    let mut told = false;
     while client.reply("x-backup", Instant::now() + TICK)?.is_none() {
         if Instant::now() >= deadline {
             return Err(no_answer("x-backup"));
         }
-        let Some(ending) = signalled.ending().filter(|_| !*cancelled) else { continue };
-        if !std::mem::replace(&mut told, true) {
-            meter.say(cancelling(ending));
-        }
+        let Some(ending) = signalled.ending().filter(|_| !cancel.accepted) else { continue };
+        cancel.announce(ending, meter);
         // The daemon may not have read of the job yet, or be busy: then once more.
-        *cancelled = cancel_start(args, id).unwrap_or(false);
+        cancel.accepted = cancel_start(args, id).unwrap_or(false);
     }
     client.forget_before_creation(id)
 }
@@ -220,11 +235,7 @@ fn cancel_start(args: &BackupArgs, id: &str) -> Result<bool, ClientError> {
     }
 }
 
-fn cancelling(ending: Ending) -> String {
-    format!("{}: cancelling the job; a second one ends at once", ending.name())
-}
-
-/// Show the job to its end; `cancelled`: it was already.
+/// Show the job to its end; `cancel`: what has become of a signal by then.
 fn watch(
     client: &mut Client,
     args: &BackupArgs,
@@ -232,7 +243,7 @@ fn watch(
     signalled: &Signalled,
     meter: &mut Meter,
     last: &mut Option<Snapshot>,
-    mut cancelled: bool,
+    mut cancel: Cancel,
 ) -> Result<Ended, ClientError> {
     let mut told = 0;
     let mut ended: Option<Ended> = None;
@@ -270,9 +281,9 @@ fn watch(
                 _ => {}
             }
         }
-        if let (false, Some(ending)) = (cancelled, signalled.ending()) {
-            cancelled = true;
-            meter.say(cancelling(ending));
+        if let (false, Some(ending)) = (cancel.accepted, signalled.ending()) {
+            cancel.accepted = true;
+            cancel.announce(ending, meter);
             let force = json!({ "device": id, "force": true });
             // Refused when it is ending already.
             client.execute("block-job-cancel", force).ok();

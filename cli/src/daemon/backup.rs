@@ -26,7 +26,7 @@ use super::control::Control;
 use super::errands::Carried;
 use super::jobs::MAX_JOBS;
 use super::mailbox::JobSerial;
-use super::nodes::{SECTOR, busy, is_well_formed};
+use super::nodes::{MAX_ID, SECTOR, busy, is_well_formed};
 use crate::qmp::{Arguments, QmpError};
 
 /// How long guests may wait, at the start, for writes that are under way.
@@ -175,7 +175,7 @@ impl Control {
     }
 
     /// Check everything that can be told from here about a job that comes after those `before` it.
-    fn plan(&mut self, arguments: &Arguments, before: &[Planned]) -> Result<Planned, QmpError> {
+    pub(super) fn plan(&mut self, arguments: &Arguments, before: &[Planned]) -> Result<Planned, QmpError> {
         let asked: Asked = decode(arguments)?;
         let nodes = &self.nodes;
         let (source, length) = (nodes.bottom_of(&asked.device)?, nodes.length_of(&asked.device)?);
@@ -237,6 +237,9 @@ impl Control {
     fn check_job_id(&self, id: &str, before: &[Planned]) -> Result<(), QmpError> {
         if !is_well_formed(id) {
             return refuse(format!("Invalid job ID '{id}'"));
+        }
+        if id.len() > MAX_ID {
+            return refuse("Job ID too long");
         }
         let taken = self.jobs.by_id(id).is_ok() || self.starting(id).is_some();
         if taken || before.iter().any(|other| other.asked.job_id == id) {

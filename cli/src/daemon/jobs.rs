@@ -1,5 +1,6 @@
 //! Jobs as clients of QMP know them: by id, with their events, their progress in whole clusters, their errors in the system's words.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use engine::error::{Error, ErrorKind, Operation};
@@ -9,12 +10,23 @@ use nix::errno::Errno;
 use serde_json::{Value, json};
 
 use super::mailbox::JobSerial;
+use super::nodes::MAX_ID;
 use super::report::report_of;
 use crate::out;
+use crate::qmp::session::MAX_REPLY;
 use crate::qmp::{ErrorClass, QmpError};
 
 /// Most jobs, those that wait to be dismissed included.
 pub(super) const MAX_JOBS: usize = 256;
+/// Most bytes of a sentence about a job as it stands in a reply: room for the longest path that the system takes, unless that is full of letters
+/// that are written as several.
+const MAX_TEXT: usize = 5 << 10;
+/// Most notices that are shown while a job runs; there are not as many.
+const MAX_NOTICES: usize = 12;
+/// Most bytes of what is told of a job, but for its id and such sentences.
+const MAX_JOB_TEXT: usize = 1 << 10;
+// Its notices, why it is paused, and why it has failed, in the system's words and in ours.
+const _: () = assert!(MAX_JOBS * (MAX_ID + (MAX_NOTICES + 3) * MAX_TEXT + MAX_JOB_TEXT) <= MAX_REPLY);
 
 /// Why a job has failed.
 #[derive(Clone, Debug)]
@@ -25,6 +37,35 @@ pub(super) struct JobFailure {
     pub(super) detail: Option<String>,
     /// All is there but what policy `ignore` has left out.
     pub(super) only_skipped: bool,
+}
+
+impl JobFailure {
+    /// As members of `value`: what is told of its job.
+    fn tell(&self, value: &mut Value) {
+        value["error"] = bounded(&self.text).into();
+        if let Some(detail) = &self.detail {
+            value["x-detail"] = bounded(detail).into();
+        }
+        if self.only_skipped {
+            value["x-only-skipped"] = true.into();
+        }
+    }
+}
+
+/// `text`, or as much of its beginning as takes [`MAX_TEXT`] in a reply.
+pub(super) fn bounded(text: &str) -> Cow<'_, str> {
+    const MORE: char = '…';
+    // Without the quotation marks.
+    let told = |text: &str| Value::from(text).to_string().len() - 2;
+    if told(text) <= MAX_TEXT {
+        return Cow::Borrowed(text);
+    }
+    let (mut bytes, mut buffer) = (MORE.len_utf8(), [0; 4]);
+    let fits = |letter: &char| {
+        bytes += told(letter.encode_utf8(&mut buffer));
+        bytes <= MAX_TEXT
+    };
+    Cow::Owned(text.chars().take_while(fits).chain([MORE]).collect())
 }
 
 /// A job that was started.
@@ -66,18 +107,21 @@ impl Job {
     pub(super) fn query(&self) -> Value {
         let (offset, length) = self.counts();
         let progress = self.handle.progress();
-        let notices = [&self.notices[..], &self.handle.notices(0)].concat();
+        let ran = self.handle.notices(0);
+        let notices: Vec<_> =
+            self.notices.iter().chain(&ran).take(MAX_NOTICES).map(|text| bounded(text)).collect();
+        let paused_on = progress.paused_on.as_deref().map(bounded);
         let mut value = json!({
             "id": self.id, "type": "backup", "status": self.status.as_str(),
             "current-progress": offset, "total-progress": length,
             "x-progress": {
                 "total": progress.total, "done": progress.done, "copied": progress.copied,
                 "zeros": progress.zeros, "holes": progress.holes, "skipped": progress.skipped,
-                "fleeced": progress.fleeced, "rate": progress.rate, "paused-on": progress.paused_on,
+                "fleeced": progress.fleeced, "rate": progress.rate, "paused-on": paused_on,
                 "notices": notices,
             },
         });
-        self.add_failure(&mut value);
+        self.failure.iter().for_each(|failure| failure.tell(&mut value));
         value
     }
 
@@ -96,21 +140,9 @@ impl Job {
             "auto-finalize": self.auto_finalize, "auto-dismiss": self.auto_dismiss,
         });
         if let Some(failure) = &self.failure {
-            value["error"] = failure.text.clone().into();
+            value["error"] = bounded(&failure.text).into();
         }
         value
-    }
-
-    fn add_failure(&self, value: &mut Value) {
-        if let Some(failure) = &self.failure {
-            value["error"] = failure.text.clone().into();
-            if let Some(detail) = &failure.detail {
-                value["x-detail"] = detail.clone().into();
-            }
-            if failure.only_skipped {
-                value["x-only-skipped"] = true.into();
-            }
-        }
     }
 
     /// Its end as an event: the name, and the data.
@@ -126,7 +158,7 @@ impl Job {
         if matches!(result.outcome, Outcome::Cancelled) {
             return ("BLOCK_JOB_CANCELLED", data);
         }
-        self.add_failure(&mut data);
+        self.failure.iter().for_each(|failure| failure.tell(&mut data));
         ("BLOCK_JOB_COMPLETED", data)
     }
 
@@ -152,7 +184,7 @@ impl Job {
             ErrorAction::Ignore => "ignore",
         };
         json!({
-            "device": self.id, "operation": operation, "action": action, "x-detail": error.to_string(),
+            "device": self.id, "operation": operation, "action": action, "x-detail": bounded(&error.to_string()),
         })
     }
 
@@ -252,15 +284,51 @@ pub(super) fn log_error(id: &str, error: &Arc<Error>) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::time::Duration;
 
-    use engine::job::Progress;
+    use engine::job::{Progress, SkippedRange};
 
     use super::*;
+    use crate::qmp::commands::{EVENTS, find};
+    use crate::qmp::schema::{Kind, Object};
 
     #[test]
-    fn what_has_only_left_something_out_is_told_from_what_has_failed() {
+    fn texts_about_a_job_are_bounded_as_they_are_told() {
+        let told = |text: &str| Value::from(text).to_string().len() - 2;
+        let path = format!("cannot write /{}: no space left on device", "x".repeat(4095));
+        assert_eq!(bounded(&path), path);
+        for (letter, most) in
+            [("x", MAX_TEXT), ("\u{1}", MAX_TEXT / 6), ("\"", MAX_TEXT / 2), ("ü", MAX_TEXT / 2)]
+        {
+            let whole = letter.repeat(most);
+            assert_eq!(bounded(&whole), whole);
+            let longer = letter.repeat(most + 1);
+            let cut = bounded(&longer);
+            assert!(cut.ends_with('…') && longer.starts_with(cut.trim_end_matches('…')), "{letter}");
+            assert!((MAX_TEXT - 12..=MAX_TEXT).contains(&told(&cut)), "{letter}: {}", told(&cut));
+        }
+    }
+
+    #[test]
+    fn clients_find_in_the_schema_how_a_failure_is_told() {
+        let detail = Some("10 bytes were left out".to_owned());
+        let failure = JobFailure { text: "Input/output error".into(), detail, only_skipped: true };
+        let mut value = json!({});
+        failure.tell(&mut value);
+        assert_eq!(value.as_object().map(serde_json::Map::len), Some(3), "{value}");
+        let completed = EVENTS.iter().find(|event| event.name == "BLOCK_JOB_COMPLETED").expect("it is there");
+        let Kind::Array(Kind::Object(job)) = find("query-jobs").expect("it is there").returns else {
+            panic!("an array of jobs")
+        };
+        let has = |object: &Object, name: &str| object.members.iter().any(|member| member.name == name);
+        for (name, _) in value.as_object().expect("an object") {
+            assert!(has(completed.data, name) && has(job, name), "{name}");
+        }
+    }
+
+    /// A job of 100 bytes has ended so.
+    pub(in super::super) fn ended(outcome: Outcome, skipped: Vec<SkippedRange>) -> JobResult {
         let progress = Progress {
             status: Status::Concluded,
             io_status: IoStatus::Ok,
@@ -282,24 +350,26 @@ mod tests {
             paused_on: None,
             elapsed: Duration::ZERO,
         };
-        let only_skipped = |outcome| {
-            let (skipped, notices) = (Vec::new(), Vec::new());
-            let result = JobResult {
-                outcome,
-                progress: progress.clone(),
-                skipped,
-                verified: false,
-                durable: true,
-                elapsed: Duration::ZERO,
-                engine: "threads",
-                resumable: false,
-                resumable_bytes: 0,
-                map_removed: false,
-                guests: None,
-                notices,
-            };
-            failure_of(&result).map(|failure| failure.only_skipped)
-        };
+        JobResult {
+            outcome,
+            progress,
+            skipped,
+            verified: false,
+            durable: true,
+            elapsed: Duration::ZERO,
+            engine: "threads",
+            resumable: false,
+            resumable_bytes: 0,
+            map_removed: false,
+            guests: None,
+            notices: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_has_only_left_something_out_is_told_from_what_has_failed() {
+        let only_skipped =
+            |outcome| failure_of(&ended(outcome, Vec::new())).map(|failure| failure.only_skipped);
         let error = Error::new(ErrorKind::Io(Errno::EIO), Operation::Flush, "target", "it failed");
         assert_eq!(only_skipped(Outcome::CompleteWithSkipped), Some(true));
         assert_eq!(only_skipped(Outcome::Failed(Arc::new(error))), Some(false));

@@ -340,8 +340,10 @@ fn is_transient(error: &io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use engine::live::{Engine, EngineOptions};
     use serde_json::json;
 
+    use super::super::engine_exports::EngineExports;
     use super::*;
 
     fn monitor(number: u64) -> Monitor {
@@ -357,6 +359,28 @@ mod tests {
         monitor.session.receive(br#"{"execute":"x"}"#);
         let request = monitor.session.next_request().expect("one");
         monitor.session.answer(&request, Ok(json!("x".repeat(bytes))));
+    }
+
+    #[test]
+    fn a_client_that_does_not_read_its_events_is_disconnected() {
+        let engine = Engine::start(&EngineOptions::default()).expect("an engine");
+        let exports = Box::new(EngineExports::new(engine.clone()));
+        let mut control = Control::new(engine, exports, 1).expect("a control");
+        let (signals, _write) = Signals::unsignalled().expect("a pipe");
+        let mut monitors = Monitors::new(None, &signals).expect("monitors");
+        monitors.list = vec![monitor(0), monitor(1)];
+        let gone = |monitors: &Monitors<'_>| -> Vec<bool> {
+            monitors.list.iter().map(|monitor| monitor.gone).collect()
+        };
+        let event = json!({ "event": "x".repeat(1 << 20) });
+        // All but what is one too many.
+        (1..MAX_EVENTS >> 20).for_each(|_| monitors.list[1].session.event(&event));
+        monitors.broadcast(&mut control);
+        assert_eq!(gone(&monitors), [false, false]);
+        monitors.list[1].session.event(&event);
+        assert!(monitors.list[1].session.is_overrun());
+        monitors.broadcast(&mut control);
+        assert_eq!(gone(&monitors), [false, true], "and nobody else");
     }
 
     #[test]

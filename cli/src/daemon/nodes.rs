@@ -29,7 +29,7 @@ const MAX_NODE_TEXT: usize = 1 << 10;
 // Else a client that asks for all of them would be given up.
 const _: () = assert!(MAX_NODES * (2 * MAX_PATH_TEXT + MAX_NODE_TEXT) <= MAX_REPLY);
 /// Most bytes of a node's name.
-const MAX_NODE_NAME: usize = 31;
+pub(super) const MAX_NODE_NAME: usize = 31;
 /// Length of `null-co` without a size.
 const NULL_LENGTH: u64 = 1 << 30;
 /// Lengths are told apart in these units.
@@ -175,6 +175,9 @@ pub(super) struct Nodes {
     nodes: Vec<Node>,
     made_up: u64,
 }
+
+/// Most bytes of the id of a job or an export. All clients hear of them, again and again, and whoever asks has all of them in one reply.
+pub(super) const MAX_ID: usize = 255;
 
 /// Whether `name` is a name by QEMU's rule for nodes, jobs and exports.
 pub(super) fn is_well_formed(name: &str) -> bool {

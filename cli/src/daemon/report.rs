@@ -4,11 +4,14 @@ use engine::job::JobResult;
 use engine::live::GuestLatencies;
 use serde_json::{Value, json};
 
+use super::jobs::bounded;
 use crate::report::latencies::{numbers, words};
 use crate::report::range_value;
 
 /// Most ranges that are listed; the rest are counted.
 const MAX_RANGES: usize = 100;
+/// Most bytes of their errors: all clients are told of them.
+const MAX_ERRORS_TEXT: usize = 64 << 10;
 
 /// See the module's header. `started`: what the job's start had to say.
 pub(super) fn report_of(result: &JobResult, started: &[String]) -> Value {
@@ -17,9 +20,13 @@ pub(super) fn report_of(result: &JobResult, started: &[String]) -> Value {
         .skipped
         .iter()
         .take(MAX_RANGES)
-        .map(|skipped| json!({ "range": range_value(skipped.range), "error": skipped.error }))
+        .map(|skipped| (skipped.range, bounded(&skipped.error)))
+        .scan(0, |bytes, (range, error)| {
+            *bytes += error.len();
+            (*bytes <= MAX_ERRORS_TEXT).then(|| json!({ "range": range_value(range), "error": error }))
+        })
         .collect();
-    let notices = [started, &result.notices].concat();
+    let notices: Vec<_> = started.iter().chain(&result.notices).map(|text| bounded(text)).collect();
     json!({
         "seconds": result.elapsed.as_secs_f64(),
         "total": progress.total, "done": progress.done, "copied": progress.copied, "zeros": progress.zeros, "holes": progress.holes,
@@ -40,7 +47,26 @@ fn guests_of(guests: &GuestLatencies) -> Value {
 mod tests {
     use std::time::Duration;
 
+    use engine::job::{Outcome, SkippedRange, TargetHolds};
+    use engine::units::ByteRange;
+
+    use super::super::jobs::tests::ended;
     use super::*;
+
+    #[test]
+    fn what_was_left_out_is_listed_within_bounds() {
+        for (error, listed) in [("bad".to_owned(), MAX_RANGES), ("x".repeat(4000), MAX_ERRORS_TEXT / 4000)] {
+            let skipped = |at: u64| {
+                let (range, error) = (ByteRange::new(at * 10, 5), error.clone());
+                SkippedRange { range, error, target: TargetHolds::Unknown }
+            };
+            let result = ended(Outcome::CompleteWithSkipped, (0..200).map(skipped).collect());
+            let told = report_of(&result, &[]);
+            assert_eq!(told["skipped"].as_array().map(Vec::len), Some(listed));
+            assert_eq!(told["skipped"][1], json!({ "range": { "offset": 10, "length": 5 }, "error": error }));
+            assert_eq!(told["skipped-ranges"], 200);
+        }
+    }
 
     #[test]
     fn what_guests_felt_in_numbers_and_in_a_line() {

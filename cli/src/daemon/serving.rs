@@ -11,11 +11,15 @@ use super::errands::Carried;
 use super::exports::{ExportOptions, ExportSource, Exported, Exports, MAX_NAME, NbdOptions};
 use super::listen::{Endpoint, Listener, SocketFile, listen};
 use super::mailbox::{ExportSerial, Happening, JobSerial};
-use super::nodes::{busy, is_well_formed};
+use super::nodes::{MAX_ID, MAX_NODE_NAME, busy, is_well_formed};
+use crate::qmp::session::MAX_REPLY;
 use crate::qmp::{Arguments, QmpError};
 
 /// Most exports.
 const MAX_EXPORTS: usize = 256;
+/// Most bytes of what is told of an export, but for its id and its node.
+const MAX_EXPORT_TEXT: usize = 256;
+const _: () = assert!(MAX_EXPORTS * (MAX_ID + MAX_NODE_NAME + MAX_EXPORT_TEXT) <= MAX_REPLY);
 /// Most connections at all, and where the command line does not say otherwise.
 pub(crate) const MAX_CONNECTIONS: u32 = 1024;
 
@@ -198,6 +202,9 @@ impl Control {
         let asked: AskedExport = decode(arguments)?;
         if !is_well_formed(&asked.id) {
             return refuse("Invalid block export id");
+        }
+        if asked.id.len() > MAX_ID {
+            return refuse("Block export id too long");
         }
         if self.serving.exports.iter().any(|export| export.id == asked.id) {
             return refuse(format!("Block export id '{}' is already in use", asked.id));

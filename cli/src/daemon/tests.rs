@@ -23,6 +23,8 @@ use super::monitors::Monitors;
 use super::nodes::NodeOptions;
 use crate::qmp::QmpError;
 
+mod limits;
+mod options;
 mod starting;
 mod turns;
 

@@ -269,6 +269,7 @@ static JOB_INFO: Object = object(&[
     needs("total-progress", Kind::Int),
     may("error", Kind::Text),
     may("x-detail", Kind::Text),
+    may("x-only-skipped", Kind::Bool),
     may("x-progress", Kind::Any),
 ]);
 static BLOCK_JOB_INFO: Object = object(&[
@@ -401,6 +402,7 @@ static COMPLETED: Object = object(&[
     needs("speed", Kind::Int),
     may("error", Kind::Text),
     may("x-detail", Kind::Text),
+    may("x-only-skipped", Kind::Bool),
     may("x-report", Kind::Any),
 ]);
 

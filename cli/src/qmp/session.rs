@@ -21,8 +21,8 @@ use super::{Arguments, Limits, QmpError, Reader, check, version};
 pub const MAX_REPLIES: usize = 256 << 10;
 /// Most bytes of events that wait to be sent behind the last reply.
 pub const MAX_EVENTS: usize = 4 << 20;
-/// More bytes than any reply has: no limit in itself, but what follows from the limits of what can be asked for. The largest is that to
-/// `query-named-block-nodes`.
+/// More bytes than any reply has: no limit in itself, but what follows from the limits of what can be asked for. The largest are those to
+/// `query-named-block-nodes` and, of jobs that have much to tell, `query-jobs`.
 pub const MAX_REPLY: usize = 20 << 20;
 /// Most bytes of memory that output has ahead of need.
 const MAX_SPARE: usize = 1 << 20;

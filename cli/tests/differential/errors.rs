@@ -7,8 +7,9 @@ use std::process::Command;
 
 use serde_json::json;
 
+use crate::jobs::transaction;
 use crate::kernel::{LoopDevice, Mount, is_root};
-use crate::peer::{LENGTH, Peer, compare, contents};
+use crate::peer::{LENGTH, Peer, action, compare, contents};
 use crate::support::has;
 
 /// Have writes to files beyond `bytes` fail; `None`: no longer.
@@ -42,6 +43,39 @@ fn reported_errors_fail_the_job() {
             peer.until("whole", "null");
         });
     }
+}
+
+/// One is done and waits, one is at work, and one fails.
+#[test]
+fn a_failure_takes_its_group_along() {
+    if !has("prlimit") {
+        return;
+    }
+    compare(|peer| {
+        std::fs::write(peer.path("v"), vec![7; LENGTH]).expect("written");
+        peer.add("v", json!({}));
+        let actions = [
+            action("done", "v", json!({})),
+            action("at-work", "u", json!({ "sync": "none" })),
+            action("fails", "t", json!({ "speed": 1 })),
+        ];
+        transaction(peer, json!(actions), Some("grouped"));
+        peer.until("done", "waiting");
+        peer.until("at-work", "running");
+        peer.until("fails", "running");
+        limit_files(peer, Some(2 << 20));
+        peer.say("block-job-set-speed", json!({ "device": "fails", "speed": 0 }));
+        for job in ["done", "at-work", "fails"] {
+            peer.until(job, "null");
+        }
+        peer.say("query-jobs", json!({}));
+        let told = ["done", "at-work", "fails"].map(|job| peer.end_of(job)["error"].is_string());
+        assert_eq!(told, [false, false, true], "{:?}", peer.which);
+        limit_files(peer, None);
+        // What was half copied is made whole, so that the images can be compared.
+        peer.backup("whole", "t", json!({}));
+        peer.until("whole", "null");
+    });
 }
 
 #[test]

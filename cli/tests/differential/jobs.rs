@@ -123,6 +123,29 @@ fn a_pause_freezes_the_job_and_a_resume_completes_it() {
     });
 }
 
+/// QEMU pauses jobs by itself, too, but not while nothing else happens.
+#[test]
+fn a_pause_and_a_resume_are_told() {
+    compare(|peer| {
+        peer.backup("j", "t", json!({ "speed": 65536 }));
+        peer.until("j", "running");
+        peer.say("query-jobs", json!({}));
+        peer.note_pauses(true);
+        for (verb, status) in [
+            ("job-pause", "paused"),
+            ("job-resume", "running"),
+            ("job-pause", "paused"),
+            ("job-resume", "running"),
+        ] {
+            peer.say(verb, json!({ "id": "j" }));
+            peer.until_it_is("j", status);
+        }
+        peer.note_pauses(false);
+        peer.say("block-job-set-speed", json!({ "device": "j", "speed": 0 }));
+        peer.until("j", "null");
+    });
+}
+
 #[test]
 fn speeds_are_seen_and_change() {
     compare(|peer| {
@@ -167,7 +190,8 @@ fn quit_in_the_middle_of_jobs() {
     });
 }
 
-fn transaction(peer: &mut Peer, actions: Value, mode: Option<&str>) {
+/// Several jobs at one instant.
+pub(crate) fn transaction(peer: &mut Peer, actions: Value, mode: Option<&str>) {
     let properties = mode.map_or(json!({}), |mode| json!({ "completion-mode": mode }));
     peer.say("transaction", json!({ "actions": actions, "properties": properties }));
 }

@@ -38,6 +38,8 @@ pub(crate) struct Peer {
     replies: Vec<Value>,
     /// For each job, in order.
     events: BTreeMap<String, Vec<Value>>,
+    /// Whether pauses are noted, and that they are over: where nobody but the script causes any.
+    notes_pauses: bool,
 }
 
 /// What a script made a daemon say and do.
@@ -85,7 +87,8 @@ impl Peer {
             Which::Qemu => start_qemu(there.path()),
         };
         let events = BTreeMap::new();
-        let mut peer = Self { which, there, running: Some(running), qmp, replies: Vec::new(), events };
+        let (running, replies) = (Some(running), Vec::new());
+        let mut peer = Self { which, there, running, qmp, replies, events, notes_pauses: false };
         let seven = vec![7; length];
         for (name, contents) in
             [("s", contents(length)), ("t", seven.clone()), ("u", seven), ("small", vec![7; 64 << 10])]
@@ -195,12 +198,32 @@ impl Peer {
         let event = normal_event(event);
         let status = event["data"]["status"].as_str();
         // A graph that changes pauses jobs; only the first time that it runs is the same.
-        let drained = status == Some("paused")
-            || status == Some("running") && told.iter().any(|e| e["data"]["status"] == "running");
+        let goes_on = status == Some("running") && told.iter().any(|e| e["data"]["status"] == "running");
+        let drained = !self.notes_pauses && (status == Some("paused") || goes_on);
         // Several workers meet the same error.
         let repeated = event["event"] == "BLOCK_JOB_ERROR" && told.last() == Some(&event);
         if !drained && !repeated {
             told.push(event);
+        }
+    }
+
+    /// Note pauses from now on, or not any more. What has come so far is noted as before.
+    pub(crate) fn note_pauses(&mut self, notes: bool) {
+        while let Some(event) = self.qmp.pending() {
+            self.note(&event);
+        }
+        self.notes_pauses = notes;
+    }
+
+    /// Wait until the last that was noted of a job is that it has entered a state.
+    #[track_caller]
+    pub(crate) fn until_it_is(&mut self, job: &str, status: &str) {
+        let is = |told: &BTreeMap<String, Vec<Value>>| {
+            told[job].last().is_some_and(|event| event["data"]["status"] == status)
+        };
+        while !is(&self.events) {
+            let event = self.qmp.event();
+            self.note(&event);
         }
     }
 

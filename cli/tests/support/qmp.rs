@@ -85,6 +85,11 @@ impl Qmp {
         self.events.pop_front().or_else(|| self.receive())
     }
 
+    /// The next message of those that were kept for later.
+    pub(crate) fn pending(&mut self) -> Option<Value> {
+        self.events.pop_front()
+    }
+
     /// Close the connection.
     pub(crate) fn hang_up(&mut self) {
         self.stream.shutdown(std::net::Shutdown::Both).expect("shut");

@@ -11,14 +11,30 @@ use crate::job::{JobHandle, Refusal};
 struct State {
     called: bool,
     /// Of the start, in order, once their targets are ready.
-    jobs: Vec<JobHandle>,
+    jobs: Vec<Called>,
+}
+
+/// A job of a start.
+#[derive(Debug)]
+struct Called {
+    job: JobHandle,
+    /// It has accepted a cancel.
+    cancelled: bool,
+}
+
+impl Called {
+    fn call(&mut self) -> Result<(), Refusal> {
+        self.job.cancel()?;
+        self.cancelled = true;
+        Ok(())
+    }
 }
 
 impl State {
     fn call(&mut self) {
         self.called = true;
-        for job in &self.jobs {
-            if let Err(refusal) = job.cancel() {
+        for job in &mut self.jobs {
+            if let Err(refusal) = job.call() {
                 tracing::debug!(%refusal, "called off too late");
             }
         }
@@ -44,8 +60,8 @@ impl CallOff {
     /// Then.
     pub fn with(&self, place: usize) -> Result<(), Refusal> {
         let mut state = self.state.lock();
-        if let Some(job) = state.jobs.get(place) {
-            job.cancel()?;
+        if let Some(job) = state.jobs.get_mut(place) {
+            job.call()?;
         }
         state.call();
         Ok(())
@@ -55,13 +71,52 @@ impl CallOff {
         self.state.lock().called
     }
 
+    /// Whether the job of the disk at `place` was cancelled by a call: one that was ending already was not.
+    pub(super) fn has_cancelled(&self, place: usize) -> bool {
+        self.state.lock().jobs.get(place).is_some_and(|job| job.cancelled)
+    }
+
     /// Calls are for these jobs from now on, and so is one that has come already. `false`: it has.
     pub(super) fn hand_over(&self, jobs: Vec<JobHandle>) -> bool {
         let mut state = self.state.lock();
-        state.jobs = jobs;
+        state.jobs = jobs.into_iter().map(|job| Called { job, cancelled: false }).collect();
         if state.called {
             state.call();
         }
         !state.called
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::Lifecycle;
+    use crate::job::handle::Shared;
+    use crate::job::runner::empty_progress;
+
+    /// A job that has begun; `late`: it takes no cancel any more.
+    fn job(late: bool) -> JobHandle {
+        let shared = Shared::new(Lifecycle::new(true, false), empty_progress(100), None);
+        shared.with_lifecycle(Lifecycle::start);
+        assert!(!late || shared.refuse_cancels());
+        JobHandle::new(shared)
+    }
+
+    #[test]
+    fn a_call_has_cancelled_those_that_took_it() {
+        for before in [true, false] {
+            let call_off = CallOff::default();
+            if before {
+                call_off.all();
+            }
+            assert_eq!(call_off.hand_over(vec![job(false), job(true), job(false)]), !before);
+            if !before {
+                call_off.with(1).expect_err("it is ending already");
+                assert!(!call_off.was_called(), "nothing is done then");
+                call_off.with(0).expect("it takes a cancel");
+            }
+            let cancelled: Vec<bool> = (0..4).map(|place| call_off.has_cancelled(place)).collect();
+            assert_eq!(cancelled, [true, false, true, false]);
+        }
     }
 }

@@ -304,7 +304,8 @@ impl LiveDisk {
     /// Bring every write that has completed to stable storage.
     ///
     /// # Errors
-    /// As [`Self::read`].
+    /// As [`Self::read`]. Where data of the disk goes through the page cache (there is no direct I/O, or the disk ends within one of its blocks), all
+    /// flushes fail after one that has failed, whoever asks for them, until the disk is opened anew: what it has lost is told once, to nobody in particular.
     ///
     /// # Panics
     /// In a callback on the ring thread, before anything is done: it would wait for itself.

@@ -351,8 +351,10 @@ impl Engine {
         };
         match started {
             Ok(numbers) => {
-                if call_off.was_called() {
-                    backups.iter_mut().for_each(backup::Starting::called_off);
+                for (place, backup) in backups.iter_mut().enumerate() {
+                    if call_off.has_cancelled(place) {
+                        backup.called_off();
+                    }
                 }
                 let inbox = &self.handle.inbox;
                 let started = backups.into_iter().zip(numbers);

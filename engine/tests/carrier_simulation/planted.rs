@@ -48,3 +48,8 @@ fn planted_failed_write_is_done() {
 fn planted_blocks_not_read() {
     finds(CarrierBug::BlocksNotRead, &["may be"]);
 }
+
+#[test]
+fn planted_flush_believed_again() {
+    finds(CarrierBug::FlushBelievedAgain, &["Flush: ", "may be"]);
+}

@@ -98,6 +98,11 @@ impl Scenario {
             dies_at: (rng.u8(..12) == 0).then(|| rng.u64(..200)),
         }
     }
+
+    /// Whether data of the disk goes through the page cache.
+    fn is_cached(&self) -> bool {
+        self.alignment.is_none_or(|block| !self.length.is_multiple_of(u64::from(block)))
+    }
 }
 
 struct Run {
@@ -367,19 +372,20 @@ impl Run {
                 self.host.seen.failed += 1;
                 self.check_error(kind, error)?;
             }
-            let told = |wrong: String| format!("{kind:?}: {wrong}");
+            let wrongly = |wrong: String| format!("{kind:?}: {wrong}");
             match kind {
                 Kind::Write | Kind::Discard => self.shadow.changed(id, Some(result.is_ok())),
                 Kind::Read => {
                     self.host.seen.read_back += 1;
-                    self.shadow.looked(id, result.ok().as_deref()).map_err(told)?;
+                    self.shadow.looked(id, result.ok().as_deref()).map_err(wrongly)?;
                 }
                 Kind::Flush => {
-                    // A flush that fails loses writes for good, and says so once.
-                    let whole = result.is_ok() && self.scenario.faults.rates.flush == 0;
+                    // A flush that fails loses writes for good, and says so once. Where it was the page cache that lost them, none succeeds after it.
+                    let told = self.scenario.faults.rates.flush == 0 || self.scenario.is_cached();
+                    let whole = result.is_ok() && told;
                     self.host.seen.durable += u64::from(whole);
                     let medium = whole.then(|| self.world.borrow_mut().disk(0).medium().to_vec());
-                    self.shadow.looked(id, medium.as_deref()).map_err(told)?;
+                    self.shadow.looked(id, medium.as_deref()).map_err(wrongly)?;
                 }
                 Kind::Beyond if result.is_ok() => return Err(format!("{id:?} lies beyond the end")),
                 Kind::Beyond => {}

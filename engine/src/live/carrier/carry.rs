@@ -28,6 +28,7 @@ impl<P> Carrier<P> {
                 }
             }
             // A flush is never tried again: what the first did not bring there, a second does not tell of.
+            (Doing::Flush(_), result) => self.on_flushed(&task, result.map(drop)),
             (Doing::Zero(_, count) | Doing::Discard(count), Err(errno))
                 if *count < MAX_INTERRUPTIONS && is_passing(errno) =>
             {
@@ -63,7 +64,7 @@ impl<P> Carrier<P> {
             Doing::Load(piece) | Doing::Fetch(piece) | Doing::Store(piece) => piece.op(&self.plan.file),
             Doing::Zero(method, _) => Op::WriteZeroes { file, range, method: *method },
             Doing::Discard(_) => Op::Discard { file, range },
-            Doing::Flush => unreachable!("a flush is not tried again"),
+            Doing::Flush(_) => unreachable!("a flush is not tried again"),
         };
         self.give_out(task.request, task.doing, op);
     }
@@ -90,7 +91,8 @@ impl<P> Carrier<P> {
                 buffer[to].copy_from_slice(arena.slice(from));
                 self.end_window(key);
             }
-            Doing::Store(_) | Doing::Zero(..) | Doing::Discard(_) | Doing::Flush => self.end_window(key),
+            Doing::Store(_) | Doing::Zero(..) | Doing::Discard(_) => self.end_window(key),
+            Doing::Flush(_) => unreachable!("a flush has its own way"),
         }
     }
 
@@ -104,7 +106,7 @@ impl<P> Carrier<P> {
         let (operation, range) = match &task.doing {
             Doing::Load(_) | Doing::Store(_) => (own, window.range),
             Doing::Fetch(piece) => (Operation::Read, piece.range()),
-            Doing::Zero(..) | Doing::Discard(_) | Doing::Flush => (own, window.cover),
+            Doing::Zero(..) | Doing::Discard(_) | Doing::Flush(_) => (own, window.cover),
         };
         let believed = operation == Operation::Write && self.plan.has_bug(CarrierBug::FailedWriteIsDone);
         if !believed {
@@ -114,6 +116,7 @@ impl<P> Carrier<P> {
         if running.operations == 0 {
             self.end_window(key);
         }
+        self.flush_over(task);
     }
 
     /// The disk cannot do it in this way: the same bytes again in another.
@@ -140,7 +143,7 @@ impl<P> Carrier<P> {
     }
 
     /// A window is over: on to the next, or to the request's end.
-    fn end_window(&mut self, key: Key) {
+    pub(super) fn end_window(&mut self, key: Key) {
         let (end, failure) = self.let_go(key);
         let request = &mut self.requests[key];
         request.at = end;

@@ -53,6 +53,9 @@ impl<P> Carrier<P> {
     /// A window failed.
     pub(super) fn error_of(&self, failure: Failure) -> Error {
         let Failure { operation, range, fault } = failure;
+        if let (Operation::Flush, Some(error)) = (operation, self.flushes.failed()) {
+            return error.clone();
+        }
         let path = &*self.plan.file.name;
         let io =
             |reason: &'static str| Error::new(ErrorKind::Io(Errno::EIO), operation, path, reason).at(range);

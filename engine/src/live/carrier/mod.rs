@@ -32,12 +32,13 @@
 //! [`CarrierLimits`] has them. Operations given out at a time: two for each window whose buffers are held, and one for each other request.
 //!
 //! The parts: [`plan`](self) has the types, `windows` cuts, `locks`, `buffers` and `deferred` are what their names say, `start` lets windows
-//! in, `carry` takes their results, `errors` finds the words.
+//! in, `carry` takes their results, `flushes` those of flushes, `errors` finds the words.
 
 mod buffers;
 mod carry;
 mod deferred;
 mod errors;
+mod flushes;
 mod locks;
 mod plan;
 mod start;
@@ -57,6 +58,7 @@ use crate::units::{ByteRange, Timestamp};
 
 use buffers::Buffers;
 use deferred::DeferredDiscards;
+use flushes::Flushes;
 use locks::{LockId, Locks};
 use windows::{Cutter, Window};
 
@@ -168,7 +170,8 @@ enum Doing {
     /// Changes a range without data; after so many interruptions.
     Zero(ZeroMethod, u32),
     Discard(u32),
-    Flush,
+    /// The flush of that number.
+    Flush(u64),
 }
 
 /// How far the discards that were put off have been looked at.
@@ -192,6 +195,7 @@ pub struct Carrier<P> {
     cutter: Cutter,
     buffers: Buffers,
     locks: Locks,
+    flushes: Flushes,
     requests: Slab<Request<P>>,
     tasks: Slab<Task>,
     /// What can be started, the oldest first.
@@ -236,6 +240,7 @@ impl<P> Carrier<P> {
             cutter: Cutter::new(plan.length, alignment, limits.window_bytes, limits.wide_window_bytes),
             buffers,
             locks: Locks::default(),
+            flushes: Flushes::new(&plan),
             requests: Slab::new(),
             tasks: Slab::new(),
             ready: VecDeque::new(),

@@ -30,7 +30,8 @@ pub enum IoRequest {
         /// Comes back as given.
         data: Vec<u8>,
     },
-    /// Bring to stable storage every write whose outcome was given out before.
+    /// Bring to stable storage every write whose outcome was given out before. Where data goes through the page cache, all fail after one that
+    /// has failed, until the disk is opened anew: nobody tells what that one has lost.
     Flush,
     /// Contents of `range` are not needed any more, and undefined until written again.
     Discard {
@@ -141,6 +142,8 @@ pub enum CarrierBug {
     FailedWriteIsDone,
     /// What a write covers in part is not read before.
     BlocksNotRead,
+    /// A flush that succeeds is believed although another has failed before.
+    FlushBelievedAgain,
 }
 
 impl CarrierPlan {

@@ -62,6 +62,12 @@ impl<P> Carrier<P> {
             self.start_discard(key, host);
             return Turn::Next;
         }
+        if matches!(self.requests[key].body, Body::Flush)
+            && let Some(error) = self.flushes.failed().cloned()
+        {
+            self.finish(key, Err(error));
+            return Turn::Next;
+        }
         if let Body::Zeroes { may_unmap, only_fast: true } = self.requests[key].body
             && self.zero_method(may_unmap, true).is_none()
         {
@@ -216,7 +222,10 @@ impl<P> Carrier<P> {
                 self.give_out(key, Doing::Zero(method, 0), op);
             }
             Act::Discard => unreachable!("discards do not stand in the line"),
-            Act::Flush => self.give_out(key, Doing::Flush, Op::Flush { file }),
+            Act::Flush => {
+                let doing = Doing::Flush(self.flushes.begin());
+                self.give_out(key, doing, Op::Flush { file });
+            }
         }
     }
 

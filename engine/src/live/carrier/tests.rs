@@ -13,6 +13,8 @@ use crate::error::ErrorKind;
 use crate::ring::{Arena, Completion, FileId, IoPath, Output};
 use crate::units::{ClusterRange, Length};
 
+mod flushes;
+
 const LENGTH: u64 = 100_000;
 
 /// Permits that are out.
@@ -588,17 +590,5 @@ fn too_many_requests_are_the_callers_bug() {
     let mut rig = Rig::new(Some(512));
     for id in 0..9 {
         rig.write(id, 0, &[0; 512]);
-    }
-}
-
-#[test]
-fn no_more_is_given_out_than_there_is_room_for() {
-    let mut rig = Rig::new(Some(512));
-    for id in 0..4 {
-        rig.carrier.submit(IoId(id), IoRequest::Flush);
-    }
-    for want in 1..=4 {
-        assert!(!rig.carrier.poll(rig.now, 1, &mut rig.arena, &mut rig.host, &mut rig.ops));
-        assert_eq!(rig.ops.len(), want);
     }
 }
