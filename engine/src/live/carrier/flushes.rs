@@ -4,7 +4,8 @@
 //! flush succeeds, although what its guest was told is written may be lost. So all flushes fail from then on, until the disk is opened
 //! anew. One that has succeeded while others were in flight is told when these have ended: one of them may have been told of what concerns it.
 //!
-//! Of direct I/O the write itself tells what has failed, and nothing is kept here.
+//! Of direct I/O the write itself tells what has failed, and nothing is kept here. A file system makes a part of one of its blocks zero in the page
+//! cache, though: from the first zeros that begin or end within one, a disk is one whose data goes there.
 
 use std::collections::{BTreeSet, VecDeque};
 
@@ -14,6 +15,9 @@ use super::{Carrier, CarrierBug, CarrierPlan, Doing, Failure, Key, Task};
 use crate::error::{Error, Operation};
 use crate::piece::Fault;
 use crate::units::ByteRange;
+
+/// Bytes of a block of a file system, at most: a page.
+const FILE_SYSTEM_BLOCK: u64 = 4096;
 
 /// See the module's header.
 #[derive(Debug)]
@@ -32,6 +36,12 @@ impl Flushes {
     pub(super) fn new(plan: &CarrierPlan) -> Self {
         let cached = is_cached(plan) && !plan.has_bug(CarrierBug::FlushBelievedAgain);
         Self { cached, next: 0, in_flight: BTreeSet::new(), waiting: VecDeque::new(), failed: None }
+    }
+
+    /// `range` is about to be made zero without data.
+    pub(super) fn zeroing(&mut self, range: ByteRange) {
+        let within = |at: u64| !at.is_multiple_of(FILE_SYSTEM_BLOCK);
+        self.cached |= within(range.offset) || within(range.end());
     }
 
     /// One is given out; its number.

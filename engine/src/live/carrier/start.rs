@@ -218,6 +218,9 @@ impl<P> Carrier<P> {
                 }
             }
             Act::Zero(method) => {
+                if !self.plan.has_bug(CarrierBug::FlushBelievedAgain) {
+                    self.flushes.zeroing(window.cover);
+                }
                 let op = Op::WriteZeroes { file, range: window.cover, method };
                 self.give_out(key, Doing::Zero(method, 0), op);
             }

@@ -103,6 +103,31 @@ fn flushes_of_direct_io_have_nothing_to_do_with_each_other() {
     assert!(rig.outcome(3).is_ok());
 }
 
+/// A file system writes the rest of such a block by way of the page cache.
+#[test]
+fn zeros_that_end_within_a_block_of_the_file_system_go_through_the_page_cache() {
+    for (offset, length, cached) in [(0, 8192, false), (512, 3584, true), (4096, 512, true)] {
+        let mut rig = Rig::new(Some(32));
+        rig.submit(
+            1,
+            IoRequest::WriteZeroes {
+                range: ByteRange::new(offset, length),
+                may_unmap: true,
+                only_fast: false,
+            },
+        );
+        assert_eq!(shape(&rig.succeed()), ("unmap", offset, length));
+        assert!(rig.outcome(1).is_ok());
+        flush(&mut rig, 2);
+        assert!(rig.fail(Errno::EIO).outcome(2).is_err());
+        flush(&mut rig, 3);
+        if !cached {
+            rig.succeed();
+        }
+        assert_eq!(rig.outcome(3).is_err(), cached, "{offset} {length}");
+    }
+}
+
 #[test]
 fn one_that_waits_for_another_is_told_of_the_end() {
     let mut rig = Rig::new(None);
