@@ -329,6 +329,7 @@ impl JobSpec {
                 retry_pause: Duration::from_millis(2),
                 zero_run_bytes: 6 * spec.cluster,
                 extents: 3,
+                unanswered_bytes: 6 * spec.cluster,
                 drop_step: 5 * spec.cluster,
                 write_back: WriteBackLimits {
                     start_bytes: 6 * spec.cluster,
