@@ -302,6 +302,7 @@ fn a_signal_ends_a_start_that_waits_for_a_server() {
     for (arguments, signal, exit) in [
         (&["copy", "--json", URI, "b"][..], "INT", 130),
         (&["copy", "--json", "a", URI], "TERM", 143),
+        (&["copy", "--json", "--map", "m", "a", URI], "INT", 130),
         (&["compare", "--json", "a", URI], "INT", 130),
     ] {
         let running = Running::program(there.path(), arguments);
@@ -319,8 +320,11 @@ fn a_signal_ends_a_start_that_waits_for_a_server() {
             "{object}"
         );
         assert_eq!(object["signal"], format!("SIG{signal}"));
+        // A map of nothing neither, which stands in until there is a first one.
+        for name in ["b", "m"] {
+            assert!(!there.path().join(name).exists(), "{arguments:?} leaves {name}");
+        }
     }
-    assert!(!there.path().join("b").exists());
 }
 
 /// A layer over another one: what the upper one holds is copied, if the server says what that is. If not, that is said, and all is copied.
@@ -471,6 +475,43 @@ fn errors_of_the_server_go_by_the_policy() {
     let _server = Server::nbdkit(there.path(), &["error"], &failing);
     ok(&run_in(there.path(), &["copy", "--on-source-error", "ignore", URI, "b"]));
     assert!(same(&there.path().join("kept.img"), &there.path().join("b")));
+}
+
+/// What was written is not what is read back: told as that, with where; or left out and listed, by the policy. Never a success.
+#[test]
+fn a_target_that_forgets_what_is_written_fails_its_verification() {
+    if !has("nbdkit") {
+        return;
+    }
+    let there = directory();
+    let length = 512 << 10;
+    dense(&there.path().join("a"), length, 3);
+    // It takes writes, and reads as zeros.
+    let _server = Server::nbdkit(there.path(), &[], &["null", "512K"]);
+    for engine in ["auto", "threads"] {
+        let verified = ["copy", "--verify", "--json", "--io-engine", engine];
+        let output = run_in(there.path(), &[&verified[..], &["a", URI]].concat());
+        assert_eq!(code(&output), 1, "{engine}: {}", stderr(&output));
+        let object = json(&output);
+        assert_eq!((&object["result"], &object["verified"]), (&"failed".into(), &false.into()), "{object}");
+        let error = &object["error"];
+        assert_eq!((&error["kind"], &error["path"]), (&"verify_mismatch".into(), &URI.into()), "{object}");
+        let number = |value: &serde_json::Value| value.as_u64().expect("a number");
+        let (offset, count) = (number(&error["range"]["offset"]), number(&error["range"]["length"]));
+        assert!(count > 0 && offset + count <= length as u64, "{object}");
+        let said = stderr(&output);
+        assert!(said.contains("what was read back differs from what was written; do not trust"), "{said}");
+
+        let ignored = [&verified[..], &["--on-target-error", "ignore", "a", URI]].concat();
+        let output = run_in(there.path(), &ignored);
+        assert_eq!(code(&output), 3, "{engine}: {}", stderr(&output));
+        let object = json(&output);
+        assert_eq!(object["result"], "complete_with_skipped", "{object}");
+        assert_eq!((number(&object["skipped_bytes"]), number(&object["done"])), (length as u64, 0));
+        let skipped = object["skipped"].as_array().expect("a list");
+        let listed: u64 = skipped.iter().map(|range| number(&range["length"])).sum();
+        assert_eq!((number(&skipped[0]["offset"]), listed), (0, length as u64), "{object}");
+    }
 }
 
 #[test]

@@ -7,10 +7,13 @@ mod sample;
 mod start;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
 
 use crate::job::JobHandle;
+use crate::map::MapFile;
 pub use crate::modes::{ErrorPolicy, Format, SyncMode};
 pub use crate::ring::select::IoEngine;
 use crate::units::{ClusterSize, Speed};
@@ -84,16 +87,30 @@ impl CopyOptions {
 /// Lets a start be given up as long as nothing was touched: until then it may wait long, for servers that do not answer and for what is compared before a
 /// copy goes on.
 #[derive(Clone, Debug, Default)]
-pub struct StartToken(Arc<AtomicU8>);
+pub struct StartToken(Arc<Start>);
+
+#[derive(Debug, Default)]
+struct Start {
+    decided: AtomicU8,
+    /// Has an empty file stand in where there was none.
+    map: Mutex<Weak<MapFile>>,
+}
 
 impl StartToken {
     const TOUCHES: u8 = 1;
     const GIVEN_UP: u8 = 2;
 
-    /// Give the start up; whether that was in time: then nothing of the target was touched, nor will be. If not, the start goes to its end.
+    /// Give the start up; whether that was in time: then nothing of the target was touched, nor will be, and a map file that it has made is gone. If not,
+    /// the start goes to its end.
     #[must_use]
     pub fn give_up(&self) -> bool {
-        self.decide(Self::GIVEN_UP)
+        let in_time = self.decide(Self::GIVEN_UP);
+        // The start itself may wait for a server for as long as the program lasts.
+        let map = if in_time { self.0.map.lock().upgrade() } else { None };
+        if let Some(map) = map {
+            map.remove_stand_in();
+        }
+        in_time
     }
 
     /// From here on the target is touched, unless the start was given up.
@@ -101,9 +118,15 @@ impl StartToken {
         self.decide(Self::TOUCHES)
     }
 
+    /// The start has opened `map`; whether it goes on.
+    pub(crate) fn has_map(&self, map: &Arc<MapFile>) -> bool {
+        *self.0.map.lock() = Arc::downgrade(map);
+        self.0.decided.load(Ordering::Acquire) != Self::GIVEN_UP
+    }
+
     /// The first word counts.
     fn decide(&self, wanted: u8) -> bool {
-        match self.0.compare_exchange(0, wanted, Ordering::AcqRel, Ordering::Acquire) {
+        match self.0.decided.compare_exchange(0, wanted, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => true,
             Err(decided) => decided == wanted,
         }

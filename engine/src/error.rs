@@ -10,6 +10,8 @@
 //! - [`Error::is_refusal`] holds exactly where nothing of the target was touched (exit code 2).
 //! - Printed, an error is one line whatever a path contains: control characters are escaped.
 
+mod system;
+
 use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
@@ -283,35 +285,28 @@ impl Error {
     /// An I/O error in the middle of the work, sorted by what the system said.
     #[must_use]
     pub fn io(operation: Operation, path: impl Into<String>, range: Option<ByteRange>, errno: Errno) -> Self {
+        let error = Self::by_system(operation, path, range, (errno, system::reason(operation, errno)));
+        match system::advice(operation, errno) {
+            Some(advice) => error.advise(advice),
+            None => error,
+        }
+    }
+
+    /// An I/O error with `reason`, sorted by `errno`, which is its cause.
+    fn by_system(
+        operation: Operation,
+        path: impl Into<String>,
+        range: Option<ByteRange>,
+        (errno, reason): (Errno, String),
+    ) -> Self {
         let kind = match (operation, errno) {
             (_, Errno::ENOSPC | Errno::EDQUOT) => ErrorKind::NoSpace,
             (Operation::Flush, _) => ErrorKind::FlushFailed(errno),
             _ => ErrorKind::Io(errno),
         };
-        let advice = match errno {
-            Errno::ENOSPC if operation == Operation::WriteMap => Some("free some space in its file system"),
-            Errno::ENOENT if operation == Operation::WriteMap => {
-                Some("its directory was removed, and the map with it")
-            }
-            Errno::EEXIST if operation == Operation::WriteMap => {
-                Some("something else has the name under which it is written first: move that away")
-            }
-            Errno::EACCES | Errno::EPERM if operation == Operation::WriteMap => {
-                Some("check the permissions of its directory")
-            }
-            Errno::ENOSPC => Some("free some space, or choose a larger target"),
-            Errno::EDQUOT => Some("raise the quota or free some of it"),
-            Errno::EFBIG => Some("raise the limit on file sizes (ulimit -f), or choose another file system"),
-            Errno::EIO => Some("the device or its connection is failing: see the kernel's log"),
-            Errno::EROFS => Some("the file system has gone read-only: see the kernel's log"),
-            _ => None,
-        };
-        let mut error = Self::new(kind, operation, path, describe(errno)).because(errno);
+        let mut error = Self::new(kind, operation, path, reason).because(errno);
         Arc::make_mut(&mut error.story).range = range;
-        match advice {
-            Some(advice) => error.advise(advice),
-            None => error,
-        }
+        error
     }
 
     /// As [`Self::io`], of a disk at an NBD server: either its reply says so, or there is no connection any more ([`is_lost_connection`]). Of both the
@@ -323,7 +318,7 @@ impl Error {
         range: Option<ByteRange>,
         errno: Errno,
     ) -> Self {
-        let error = Self::io(operation, path, range, errno);
+        let error = Self::by_system(operation, path, range, (errno, describe(errno)));
         match errno {
             Errno::EPROTO => {
                 error.advise("the server does not keep to the protocol: use another, or see the log (-v)")

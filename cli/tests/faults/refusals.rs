@@ -3,9 +3,9 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt, symlink};
 
-use crate::kernel::{Look, LoopDevice, Mount, as_nobody, is_root, tool};
-use crate::support::{dense, directory, has};
-use crate::{MIB, assert_refused, refused};
+use crate::kernel::{Look, LoopDevice, Mount, Unattached, as_nobody, is_root, tool};
+use crate::support::{code, dense, directory, has, run_in};
+use crate::{MIB, assert_refused, copied, refused};
 
 #[test]
 fn sources_that_are_no_disks() {
@@ -86,6 +86,29 @@ fn devices_that_cannot_be_the_target() {
     let elsewhere = directory();
     let _mount = Mount::new("ext4", device.text(), "ro", &elsewhere.path().join("at"));
     refused(place, &["a", device.text()], &[device.text(), "mounted", "unmount it"]);
+}
+
+/// A device to which nothing is attached is no disk of no bytes: with `--force` an old backup would be emptied for it.
+#[test]
+fn devices_without_a_length() {
+    let there = directory();
+    let place = there.path();
+    dense(&place.join("old"), MIB, 0);
+    fs::write(place.join("empty"), "").expect("written");
+    let Some(device) = Unattached::new(&place.join("loop")) else { return };
+    let words = [device.text(), "the device has no length", "lsblk"];
+    refused(place, &["--force", device.text(), "old"], &words);
+    refused(place, &["--force", "--map", "m", device.text(), "old"], &words);
+    refused(place, &[device.text(), "new"], &words);
+    // As the target it is no better, also for a source for which there is room.
+    refused(place, &["old", device.text()], &words);
+    refused(place, &["empty", device.text()], &words);
+    let compared = run_in(place, &["compare", "old", device.text()]);
+    assert_refused(&compared, &["compare"], &words);
+    // Whoever only looks is told what there is; and a file may be empty.
+    assert_eq!(code(&run_in(place, &["info", device.text()])), 0);
+    copied(place, &["--force", "empty", "old"]);
+    assert_eq!(fs::metadata(place.join("old")).expect("stat").len(), 0);
 }
 
 #[test]

@@ -1,10 +1,19 @@
 //! Real devices and file systems that go away by themselves, and the look of a directory before and after.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+
+/// Of `/dev/loop-control`, from `linux/loop.h`.
+const LOOP_CTL_ADD: libc::Ioctl = 0x4C80;
+const LOOP_CTL_REMOVE: libc::Ioctl = 0x4C81;
 
 /// Whether devices and mounts can be had; says so where a test is skipped for that.
 pub(crate) fn is_root() -> bool {
@@ -55,6 +64,55 @@ impl LoopDevice {
 impl Drop for LoopDevice {
     fn drop(&mut self) {
         Command::new("losetup").arg("--detach").arg(&self.0).output().ok();
+    }
+}
+
+/// A loop device to which nothing is attached, by a node of its own. Its number is one that nobody is given who wants any free one.
+pub(crate) struct Unattached {
+    node: PathBuf,
+    control: File,
+    number: libc::c_ulong,
+}
+
+impl Unattached {
+    /// `None`, with a word about it, where there can be none.
+    pub(crate) fn new(node: &Path) -> Option<Self> {
+        if !is_root() {
+            return None;
+        }
+        let control = File::open("/dev/loop-control").expect("open");
+        // So many tests of this kind may run side by side, in all builds of this machine.
+        let number = (4000..4032).find(|&number: &libc::c_ulong| {
+            // SAFETY: a number is handed over, and no memory.
+            unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_ADD, number) >= 0 }
+        });
+        let Some(number) = number else {
+            eprintln!("SKIPPED: no loop device can be added");
+            return None;
+        };
+        let added = Self { node: node.to_owned(), control, number };
+        let told = fs::read_to_string(format!("/sys/block/loop{number}/dev")).expect("its device number");
+        let (major, minor) = told.trim().split_once(':').expect("two numbers");
+        let device = makedev(major.parse().expect("a number"), minor.parse().expect("a number"));
+        mknod(node, SFlag::S_IFBLK, Mode::S_IRWXU, device).expect("a node");
+        Some(added)
+    }
+
+    pub(crate) fn text(&self) -> &str {
+        text(&self.node)
+    }
+}
+
+impl Drop for Unattached {
+    fn drop(&mut self) {
+        // Whoever looks at new devices may still have it open.
+        for _ in 0..50 {
+            // SAFETY: as above.
+            if unsafe { libc::ioctl(self.control.as_raw_fd(), LOOP_CTL_REMOVE, self.number) } >= 0 {
+                return;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
     }
 }
 

@@ -64,14 +64,22 @@ impl Copier {
             Fault::EndOfStorage if operation == Operation::Read => Error::source_shrank(path, range),
             Fault::EndOfStorage if operation == Operation::ReadFleece => {
                 let errno = nix::errno::Errno::EIO;
-                Error::new(ErrorKind::Io(errno), operation, path, "it has become shorter").at(range)
+                Error::new(ErrorKind::Io(errno), operation, path, "it has become shorter")
+                    .at(range)
+                    .advise("see who truncates it, and back up again")
             }
             Fault::EndOfStorage => {
                 Error::new(ErrorKind::VerifyMismatch, operation, path, "the target has become shorter")
                     .at(range)
+                    .advise("see who truncates it, and copy again while nothing does")
             }
             Fault::NothingWritten => {
-                Error::new(ErrorKind::Io(Errno::EIO), operation, path, "nothing was written").at(range)
+                let whose = if self.plan_side(operation).remote { "server" } else { "kernel" };
+                Error::new(ErrorKind::Io(Errno::EIO), operation, path, "nothing was written")
+                    .at(range)
+                    .advise(format!(
+                        "the target takes nothing there and does not say why: see the {whose}'s log"
+                    ))
             }
             Fault::Mismatch => Error::verify_mismatch(path, range),
         }

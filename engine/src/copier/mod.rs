@@ -56,8 +56,9 @@ use slab::Slab;
 use crate::error::Error;
 use crate::interval_set::IntervalSet;
 use crate::job::{ErrorAction, IoStatus, SkippedRange};
+use crate::modes::SyncMode;
 use crate::piece;
-use crate::ring::{Op, Token, ZeroMethod};
+use crate::ring::{ExtentQuery, Op, Token, ZeroMethod};
 use crate::units::{ClusterIndex, ClusterRange, Speed, Timestamp};
 
 use allocation::AllocateAhead;
@@ -273,8 +274,9 @@ impl Copier {
         }
         let resumed = Captured { done: plan.resumed.clone(), tally, complete: false };
         let (length, cluster_bytes) = (geometry.length().0, geometry.cluster_size().bytes());
-        let layers = (plan.sync == crate::modes::SyncMode::Top)
-            .then(|| ExtentWindow::new(crate::ring::ExtentQuery::TopLayer, length, plan.limits.extents));
+        let window_of =
+            |query| ExtentWindow::new(query, length, plan.limits.extents, plan.limits.unanswered_bytes);
+        let layers = (plan.sync == SyncMode::Top).then(|| window_of(ExtentQuery::TopLayer));
         let uncovered = plan.live.filter(|_| layers.is_some()).map(|_| ClusterBits::new(geometry.clusters()));
         Self {
             slots: Slots::new(plan.slots, plan.arena_start),
@@ -289,7 +291,7 @@ impl Copier {
             sweep_slots: 0,
             aside_slots: 0,
             position: ClusterIndex(0),
-            holes: ExtentWindow::new(crate::ring::ExtentQuery::Data, length, plan.limits.extents),
+            holes: window_of(ExtentQuery::Data),
             layers,
             uncovered,
             give_back: plan.live.filter(LivePlan::gives_back).map(|_| GiveBack::new(geometry.clusters())),

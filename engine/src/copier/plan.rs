@@ -144,6 +144,8 @@ pub struct Limits {
     pub allocation_window_max: u64,
     /// Extents asked for at a time.
     pub extents: usize,
+    /// Bytes that count as data, or as allocated, where a question about them has no answer; behind them it is asked again. Above 0.
+    pub unanswered_bytes: u64,
     /// Bytes of sweep after which the page cache behind a buffered side is dropped.
     pub drop_step: u64,
     /// How much of a live copy is written between two flushes.
@@ -181,6 +183,7 @@ impl Default for Limits {
             allocation_window_min: 16 << 20,
             allocation_window_max: 1 << 30,
             extents: 1024,
+            unanswered_bytes: 1 << 30,
             drop_step: 32 << 20,
             write_back: WriteBackLimits::DEFAULT,
         }

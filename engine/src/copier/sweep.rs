@@ -93,6 +93,7 @@ impl Copier {
                 && self.sweep_room() > 0
                 && let Some((cluster, attempts)) = self.retries.take_due(now)
             {
+                tracing::debug!(?cluster, attempts, "retry");
                 match self.set.claim_first(one(cluster), ClusterCount(1)) {
                     Some(claim) => self.start_copy(claim, start, Some(attempts), now),
                     None => self.miss(cluster, attempts),
@@ -247,6 +248,7 @@ impl Copier {
             self.position = range.end;
             return true;
         };
+        tracing::trace!(clusters = ?claim.range(), "claim");
         self.position = claim.range().end;
         self.retries.forget(claim.range());
         self.reserve_ahead(claim.range());

@@ -12,7 +12,7 @@ use super::tally::Was;
 use super::transfer::{Category, Expected, Failure, Purpose, TransferId};
 use super::{Copier, Task, Zeroing};
 use crate::error::Operation;
-use crate::ring::{Arena, Completion, Op, Output, ZeroMethod};
+use crate::ring::{Arena, Completion, ExtentQuery, Op, Output, ZeroMethod};
 use crate::units::{ByteRange, ClusterIndex, ClusterRange, Timestamp};
 
 impl Copier {
@@ -33,8 +33,8 @@ impl Copier {
             Task::ZeroRun { claim, method, since } => {
                 self.on_zero_run(claim, method, now.since(since), &result)
             }
-            Task::SourceExtents => self.holes.on_answer(result),
-            Task::SourceLayers => self.layers.as_mut().expect("asked about layers").on_answer(result),
+            Task::SourceExtents => self.on_described(ExtentQuery::Data, result),
+            Task::SourceLayers => self.on_described(ExtentQuery::TopLayer, result),
             Task::Coverage { transfer, range } => self.on_coverage(transfer, range, result, now),
             Task::TargetExtents => self.on_target_extents(result),
             Task::Allocate => self.on_reserved(&result, arena, now),

@@ -121,7 +121,7 @@ fn start_dying(
     waits_left: usize,
     death: Death,
 ) -> (Copy, Sender<()>, std::thread::JoinHandle<()>) {
-    let checked = Checked { callback: Some(callback), ..check(options).unwrap() };
+    let checked = Checked { callback: Some(callback), ..check(options, &StartToken::default()).unwrap() };
     let (keep_alive, go) = unbounded();
     let (started, outcome) = bounded(1);
     let thread = std::thread::spawn(move || {
@@ -276,7 +276,7 @@ fn what_was_made_for_a_copy_that_cannot_begin_goes_again() {
             if exists {
                 std::fs::write(&target, "old").unwrap();
             }
-            let checked = check(&options).unwrap();
+            let checked = check(&options, &StartToken::default()).unwrap();
             let opened = select::open(IoEngine::Threads, &ring_config(&checked)).unwrap();
             let OpenedRing::Threads(ring) = opened.ring else { panic!("not threads") };
             let (_keep_alive, go) = unbounded();

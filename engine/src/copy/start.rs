@@ -89,7 +89,7 @@ fn begin(
     token: &StartToken,
     callback: Option<CompletionCallback>,
 ) -> Result<Copy, Error> {
-    let checked = Checked { token: token.clone(), callback, ..check(options)? };
+    let checked = Checked { callback, ..check(options, token)? };
     let name = options.source.clone();
     let (started, outcome) = bounded(1);
     let thread = std::thread::Builder::new().name("engine-ring".into());
@@ -102,7 +102,7 @@ fn begin(
     outcome.recv().unwrap_or_else(died)
 }
 
-fn check(options: &CopyOptions) -> Result<Checked, Error> {
+fn check(options: &CopyOptions, token: &StartToken) -> Result<Checked, Error> {
     if options.sync == SyncMode::None {
         let reason = "sync mode none copies what guests are about to change, and nobody writes to the source of this copy";
         return Err(Error::refused(Refusal::BadArgument, Operation::Copy, options.source.clone(), reason)
@@ -117,7 +117,7 @@ fn check(options: &CopyOptions) -> Result<Checked, Error> {
     let target_locator = Locator::parse(&options.target)?;
     let geometry = Geometry::new(source.length(), options.cluster_size);
     let slots = slots_of(options)?;
-    let map = open_map(options, &source, &target_locator)?;
+    let map = open_map(options, &source, &target_locator, token)?;
     let found = map.as_ref().and_then(|map| map.map().map(|found| (found.header(), map.path())));
     if let Some((header, path)) = found {
         // First of all, as for the target below: of another pair nothing else that differs matters, and its map is not to be removed.
@@ -164,7 +164,7 @@ fn check(options: &CopyOptions) -> Result<Checked, Error> {
         map.rehearse(&first_map(&header))
             .map_err(|errno| Error::refused_by_system(Operation::WriteMap, map.path(), errno))?;
     }
-    let (options, token) = (options.clone(), StartToken::default());
+    let (options, token) = (options.clone(), token.clone());
     Ok(Checked { options, source, target, map, geometry, slots, uncompared, token, callback: None })
 }
 
@@ -173,6 +173,7 @@ fn open_map(
     options: &CopyOptions,
     source: &OpenedSource,
     target: &Locator,
+    token: &StartToken,
 ) -> Result<Option<Arc<MapFile>>, Error> {
     match &options.map {
         Some(_) if matches!(target.place(), Place::Null { .. }) => Err(Error::refused(
@@ -182,7 +183,10 @@ fn open_map(
             "a null target keeps nothing that a copy could go on with",
         )
         .advise("leave out --map, or name a real target")),
-        Some(path) => Ok(Some(Arc::new(MapFile::open(path, source, target)?))),
+        Some(path) => {
+            let map = Arc::new(MapFile::open(path, source, target)?);
+            if token.has_map(&map) { Ok(Some(map)) } else { Err(Error::cancelled(target.as_str())) }
+        }
         None => Ok(None),
     }
 }

@@ -212,6 +212,16 @@ impl MapFile {
         has_name(&self.directory, &self.name, &self.current.lock().locked) != Ok(false)
     }
 
+    /// Remove the empty file that stands in for a first map, if it still does.
+    pub(crate) fn remove_stand_in(&self) {
+        let mut current = self.current.lock();
+        if current.stands_in && has_name(&self.directory, &self.name, &current.locked) == Ok(true) {
+            // Nothing depends on it: an empty file that stays is taken for a new map.
+            unlinkat(&self.directory, self.name.as_os_str(), UnlinkatFlags::NoRemoveDir).ok();
+        }
+        current.stands_in = false;
+    }
+
     fn remove(&self) -> std::result::Result<Published, Errno> {
         if self.is_anothers()? {
             return Err(Errno::EEXIST);
@@ -236,11 +246,7 @@ impl Document for MapFile {
 
 impl Drop for MapFile {
     fn drop(&mut self) {
-        let current = self.current.get_mut();
-        if current.stands_in && has_name(&self.directory, &self.name, &current.locked) == Ok(true) {
-            // Nothing depends on it: an empty file that stays is taken for a new map.
-            unlinkat(&self.directory, self.name.as_os_str(), UnlinkatFlags::NoRemoveDir).ok();
-        }
+        self.remove_stand_in();
     }
 }
 

@@ -183,7 +183,7 @@ pub enum Op {
         chunk: u32,
     },
     /// Replace a document atomically and durably (`Some`), or remove it durably (`None`; it may be missing). One that was removed, but perhaps
-    /// not durably, is [`Output::Unsynced`].
+    /// not durably, is [`Output::Unsynced`]. Where replacing fails, the old version has the name or the new one.
     Publish {
         /// Which document.
         document: DocumentId,

@@ -23,7 +23,9 @@ use nix::sys::statvfs::fstatvfs;
 
 use super::locator::{Locator, Place};
 use super::lock::{self, Lock};
-use super::open::{Access, OpenedPair, OpenedSource, errno_of, length_of, open_both, refuse_non_disk};
+use super::open::{
+    Access, OpenedPair, OpenedSource, errno_of, length_of, no_length, open_both, refuse_non_disk,
+};
 use super::topology::{self, Node};
 use super::{Storage, TargetPlan};
 use crate::error::{Error, Operation, Refusal, Result};
@@ -154,6 +156,9 @@ fn open_device(locator: &Locator, path: &Path, seen: &Metadata, size: u64) -> Re
     lock_it(locator, &pair.buffered)?;
     let refused = |errno| Error::refused_by_system(OPERATION, locator.as_str(), errno);
     let length = length_of(&pair.buffered, &pair.metadata).map_err(refused)?;
+    if length == 0 {
+        return Err(no_length(OPERATION, locator));
+    }
     let storage = pair.into_storage(OPERATION, locator)?;
     Ok(OpenedFleece { storage, taken: None, length: Length(length.min(size)) })
 }

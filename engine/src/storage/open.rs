@@ -221,6 +221,9 @@ fn open_path(locator: &Locator, path: &Path, access: Access, role: Role) -> Resu
     let mut opened = open_both(operation, locator, path, &seen, access)?;
     let is_device = seen.file_type().is_block_device();
     let length = length_of(&opened.buffered, &opened.metadata).map_err(refused)?;
+    if is_device && length == 0 {
+        return Err(no_length(operation, locator));
+    }
     if length > MAX_LENGTH {
         return Err(Error::refused(
             Refusal::TooLarge,
@@ -377,6 +380,14 @@ pub(super) fn refuse_non_disk(operation: Operation, locator: &Locator, metadata:
     };
     Err(Error::refused(Refusal::NotADisk, operation, locator.as_str(), what)
         .advise("name a regular file or a block device"))
+}
+
+/// The refusal of a block device of no length: a loop or network device that is attached to nothing, a drive without a medium. A copy of it would
+/// make an old backup empty, and call that complete. (A file may be empty.)
+pub(super) fn no_length(operation: Operation, locator: &Locator) -> Error {
+    let reason = "the device has no length: nothing is attached to it, or no medium is in it";
+    Error::refused(Refusal::NotFound, operation, locator.as_str(), reason)
+        .advise("see with lsblk which device it is that holds the disk, and attach it")
 }
 
 /// Refuse a format that this version does not read or write.

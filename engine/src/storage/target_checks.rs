@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Operation, Refusal, Result};
 use crate::storage::identity::Identity;
 use crate::storage::locator::Locator;
 use crate::storage::lock::{self, Lock};
-use crate::storage::open::{Access, OpenedPair, OpenedSource, length_of, open_both};
+use crate::storage::open::{Access, OpenedPair, OpenedSource, length_of, no_length, open_both};
 use crate::storage::prepare::{NewPlace, open_directory};
 use crate::storage::sharing::{self, Role, Taken};
 use crate::storage::topology::{self, Node};
@@ -88,6 +88,9 @@ impl TargetPlan {
                 .advise("make it writable (blockdev --setrw), or choose another device"));
         }
         let size = sys::device_length(fd).map_err(|errno| self.refused_by_system(errno))?;
+        if size == 0 {
+            return Err(no_length(Operation::OpenTarget, &self.locator));
+        }
         if size < self.length.0 {
             return Err(self.too_small(size));
         }

@@ -332,6 +332,7 @@ impl JobSpec {
                 guest_retries: GUEST_RETRIES,
                 zero_run_bytes: 6 * spec.cluster,
                 extents: 3,
+                unanswered_bytes: 6 * spec.cluster,
                 drop_step: 5 * spec.cluster,
                 write_back: WriteBackLimits {
                     start_bytes: 6 * spec.cluster,

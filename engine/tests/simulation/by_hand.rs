@@ -21,6 +21,7 @@ use crate::run::driver_of;
 use crate::scenario::{Scenario, decode};
 
 mod lost;
+mod unanswered;
 mod zeros;
 
 const CLUSTER: u64 = 8192;

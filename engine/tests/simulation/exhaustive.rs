@@ -1,6 +1,6 @@
 //! One fault, cancel or crash at every single point of a copy.
 
-use engine::copy::ErrorPolicy;
+use engine::copy::{ErrorPolicy, SyncMode};
 use engine::job::Outcome;
 use engine::ring::sim::{Fault, FaultPlan};
 use nix::errno::Errno;
@@ -25,6 +25,7 @@ fn scenarios() -> Vec<Scenario> {
     for verify in [true, false] {
         all.push(Scenario { buffered: true, map: true, verify, ..Scenario::plain(12) });
     }
+    all.push(Scenario { sync: SyncMode::Top, map: true, ..Scenario::plain(13) });
     all
 }
 
@@ -67,6 +68,7 @@ fn every_single_fault_at_every_operation(policy: ErrorPolicy) {
                 let mut scenario = scenario.clone();
                 scenario.source_policy = policy;
                 scenario.target_policy = policy;
+                scenario.faults = FaultPlan::single(operation, fault);
                 single_fault(&scenario, operation, fault);
             }
         }
@@ -76,8 +78,7 @@ fn every_single_fault_at_every_operation(policy: ErrorPolicy) {
 fn single_fault(scenario: &Scenario, operation: u64, fault: Fault) {
     let world = scenario.world();
     let before = Before::of(&world);
-    let faults = FaultPlan::single(operation, fault);
-    let first = run(scenario, &world, faults, Script::default());
+    let first = run(scenario, &world, scenario.faults.clone(), Script::default());
     let context = || format!("{fault:?} at operation {operation} of {scenario:?}");
     check(scenario, &world, &before, first.result()).unwrap_or_else(|wrong| panic!("{wrong}: {}", context()));
     let outcome = &first.result().outcome;

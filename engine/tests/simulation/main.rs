@@ -19,5 +19,6 @@ mod seeded;
 #[path = "../support/seeds.rs"]
 mod seeds;
 mod skipping;
+mod traced;
 mod verification;
 mod withdrawal;

@@ -157,7 +157,7 @@ impl Scenario {
 
     /// Whether extent queries cannot fail.
     pub(crate) fn queries_succeed(&self) -> bool {
-        self.faults.rates.eio == 0
+        self.faults.rates.eio == 0 && self.faults.exact.is_empty()
     }
 
     pub(crate) fn geometry(&self) -> Geometry {
@@ -255,6 +255,7 @@ impl Scenario {
             allocation_window_min: 4 * self.cluster,
             allocation_window_max: 16 * self.cluster,
             extents: 3,
+            unanswered_bytes: 6 * self.cluster,
             drop_step: 5 * self.cluster,
             write_back: WriteBackLimits::DEFAULT,
         };

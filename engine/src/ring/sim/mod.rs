@@ -228,6 +228,13 @@ impl SimRing {
                 Some(Err(fault.errno()))
             }
             (_, Some(Fault::Short | Fault::Corrupt)) => None,
+            // The new version may have the name when it fails, as where the directory cannot be synced.
+            (Op::Publish { document, contents: Some(contents) }, Some(fault)) => {
+                if self.rng.bool() {
+                    world.publish(self.documents[document.0 as usize], Some(contents.clone()));
+                }
+                Some(Err(fault.errno()))
+            }
             (_, Some(fault)) => Some(Err(fault.errno())),
         }
     }
