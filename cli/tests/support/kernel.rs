@@ -9,6 +9,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
 /// Of `/dev/loop-control`, from `linux/loop.h`.
@@ -49,6 +50,7 @@ impl LoopDevice {
     }
 
     pub(crate) fn with(file: &Path, options: &[&str]) -> Self {
+        let _turn = lock(FlockArg::LockShared);
         Self(tool("losetup", &[&["--find", "--show"], options, &[text(file)]].concat()).into())
     }
 
@@ -67,10 +69,16 @@ impl Drop for LoopDevice {
     }
 }
 
-/// A loop device to which nothing is attached, by a node of its own. Its number is one that nobody is given who wants any free one.
+/// Who wants any free device is given one of those that are there, so none is asked for while one is there that has to stay free.
+fn lock(how: FlockArg) -> Flock<File> {
+    let control = File::open("/dev/loop-control").expect("open");
+    Flock::lock(control, how).map_err(|(_, errno)| errno).expect("a lock")
+}
+
+/// A loop device to which nothing is attached, by a node of its own.
 pub(crate) struct Unattached {
     node: PathBuf,
-    control: File,
+    control: Flock<File>,
     number: libc::c_ulong,
 }
 
@@ -80,7 +88,7 @@ impl Unattached {
         if !is_root() {
             return None;
         }
-        let control = File::open("/dev/loop-control").expect("open");
+        let control = lock(FlockArg::LockExclusive);
         // So many tests of this kind may run side by side, in all builds of this machine.
         let number = (4000..4032).find(|&number: &libc::c_ulong| {
             // SAFETY: a number is handed over, and no memory.
@@ -113,6 +121,7 @@ impl Drop for Unattached {
             }
             thread::sleep(Duration::from_millis(20));
         }
+        eprintln!("loop{} stays behind: {}", self.number, std::io::Error::last_os_error());
     }
 }
 

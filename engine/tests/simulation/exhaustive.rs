@@ -68,7 +68,6 @@ fn every_single_fault_at_every_operation(policy: ErrorPolicy) {
                 let mut scenario = scenario.clone();
                 scenario.source_policy = policy;
                 scenario.target_policy = policy;
-                scenario.faults = FaultPlan::single(operation, fault);
                 single_fault(&scenario, operation, fault);
             }
         }
@@ -78,7 +77,8 @@ fn every_single_fault_at_every_operation(policy: ErrorPolicy) {
 fn single_fault(scenario: &Scenario, operation: u64, fault: Fault) {
     let world = scenario.world();
     let before = Before::of(&world);
-    let first = run(scenario, &world, scenario.faults.clone(), Script::default());
+    let faults = FaultPlan::single(operation, fault);
+    let first = run(scenario, &world, faults, Script::default());
     let context = || format!("{fault:?} at operation {operation} of {scenario:?}");
     check(scenario, &world, &before, first.result()).unwrap_or_else(|wrong| panic!("{wrong}: {}", context()));
     let outcome = &first.result().outcome;

@@ -155,11 +155,6 @@ impl Scenario {
         }
     }
 
-    /// Whether extent queries cannot fail.
-    pub(crate) fn queries_succeed(&self) -> bool {
-        self.faults.rates.eio == 0 && self.faults.exact.is_empty()
-    }
-
     pub(crate) fn geometry(&self) -> Geometry {
         Geometry::new(Length(self.length), ClusterSize::new(self.cluster).unwrap())
     }

@@ -63,6 +63,8 @@ fn a_copy_tells_what_it_does() {
         bad_source: vec![ByteRange::new(8192, 20 * 8192)],
         ..Scenario::plain(45)
     };
+    // With a single subscriber, what another test meets first in its own thread would never be heard of here.
+    let _other = tracing::Dispatch::new(Counting::default());
     let counting = Counting::default();
     let ended = tracing::subscriber::with_default(counting.clone(), || {
         run(&scenario, &scenario.world(), FaultPlan::default(), Script::default())

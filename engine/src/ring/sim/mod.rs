@@ -235,6 +235,10 @@ impl SimRing {
                 }
                 Some(Err(fault.errno()))
             }
+            (Op::Extents { .. }, Some(fault)) => {
+                world.question_failed = true;
+                Some(Err(fault.errno()))
+            }
             (_, Some(fault)) => Some(Err(fault.errno())),
         }
     }

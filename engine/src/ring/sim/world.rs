@@ -404,6 +404,7 @@ pub struct World {
     disks: Vec<Disk>,
     documents: Vec<Option<Vec<u8>>>,
     pub(super) network: Network,
+    pub(super) question_failed: bool,
 }
 
 impl World {
@@ -423,6 +424,12 @@ impl World {
     pub fn add_document(&mut self) -> usize {
         self.documents.push(None);
         self.documents.len() - 1
+    }
+
+    /// Whether a question where a disk has data was made to fail.
+    #[must_use]
+    pub fn question_failed(&self) -> bool {
+        self.question_failed
     }
 
     /// A disk by its number.
