@@ -107,7 +107,11 @@ fn first_paragraph(text: &str) -> String {
 fn hint(arguments: &[String]) -> String {
     let known = ["copy", "compare", "info", "demo", "daemon", "backup", "job", "completions", "man"];
     let command = arguments.iter().skip(1).find(|text| known.contains(&text.as_str()));
-    let name = command.map(|name| format!(" {name}")).unwrap_or_default();
+    let verbs = ["list", "pause", "resume", "cancel", "finalize", "dismiss", "set-speed", "watch"];
+    let verb = arguments
+        .iter()
+        .find(|text| command.is_some_and(|name| name == "job") && verbs.contains(&text.as_str()));
+    let name: String = command.into_iter().chain(verb).map(|name| format!(" {name}")).collect();
     let usage = match name.trim() {
         "copy" => ": engine-cli copy [OPTIONS] SOURCE TARGET",
         "compare" => ": engine-cli compare [OPTIONS] A B",

@@ -84,6 +84,12 @@ fn missing_and_superfluous_arguments() {
     refused(&["copy", "a", "b", "--map"], "--map <FILE>");
     refused(&["serve"], "unrecognized subcommand 'serve'");
     refused(&["daemon"], "there is no way in");
+    refused(&["daemon", "--nbd", "unix:nbd.sock"], "there is nothing to serve");
+    let hint = stderr(&run(&["job", "set-speed", "--qmp", "unix:q", "j"]));
+    assert!(
+        hint.contains("missing SPEED") && hint.contains("try 'engine-cli job set-speed --help'"),
+        "{hint}"
+    );
     refused(&["backup", "--disk", "vda"], "missing --qmp SOCKET, --target PATH");
     refused(&["job", "pause", "--qmp", "unix:q"], "missing JOB");
     refused(&["job"], "a command is missing: list, pause");

@@ -308,3 +308,32 @@ fn a_target_is_in_doubt_when_the_start_is_not_answered() {
     assert!(told.contains("; what becomes of copy.img is not known: if the daemon was killed"), "{told}");
     assert!(told.contains("'engine-cli job list --qmp unix:qmp.sock'"), "{told}");
 }
+
+/// A daemon that ends tells how its jobs have ended, and goes: what has come of that is true, whatever the connection says then.
+#[test]
+fn an_end_that_was_told_before_the_daemon_went_is_the_end() {
+    for (sync, expected) in [("full", (1, "cancelled")), ("none", (0, "complete"))] {
+        let there = directory();
+        let mut looks = 0;
+        daemon(there.path(), move |command, teller| {
+            if command == "x-backup" {
+                teller.status("nightly", "created");
+                teller.reply(json!({}));
+                return true;
+            }
+            looks += 1;
+            if looks < 2 {
+                teller.reply(job("running"));
+                return true;
+            }
+            let report = json!({ "total": 100, "done": 60 });
+            teller.event("BLOCK_JOB_CANCELLED", json!({ "type": "backup", "device": "nightly", "len": 100, "offset": 60, "x-report": report }));
+            false
+        });
+        let output = run_in(there.path(), &[&BACKUP[..], &["--sync", sync, "--json"]].concat());
+        let object: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let told = stderr(&output);
+        assert_eq!((code(&output), object["result"].as_str().expect("a word")), expected, "{told}");
+        assert!(!told.contains("is not known"), "{told}");
+    }
+}

@@ -56,7 +56,7 @@ pub(crate) struct BackupArgs {
     /// What is covered
     #[arg(long, value_name = "MODE", value_enum, default_value_t = LiveSync::Full)]
     sync: LiveSync,
-    /// Speed limit in bytes a second, like 200M; none: no limit
+    /// Speed limit in bytes a second, like 200M; none: no limit. What guests are about to change is copied at once all the same
     #[arg(long, value_name = "RATE", default_value = "none", value_parser = speed_or_none)]
     speed: SpeedLimit,
     /// What to do when the disk cannot be read
@@ -132,6 +132,11 @@ impl BackupArgs {
     pub(crate) fn keeps_partial(&self) -> bool {
         self.sync == LiveSync::None
     }
+
+    /// Whether a guest that cannot have something copied first is the end of it, and finds no other way.
+    pub(crate) fn breaks_on_guests(&self) -> bool {
+        matches!(self.on_cbw_error, OnCbwError::BreakSnapshot) && self.fleece.is_none()
+    }
 }
 
 /// `--sync` of a live disk.
@@ -196,7 +201,7 @@ pub(crate) enum JobAction {
     Pause(OneJob),
     /// Go on after a pause, asked for or on an error
     Resume(OneJob),
-    /// End a job without a result
+    /// End a job: without a result, but for one of sync mode none, whose good end this is
     Cancel(OneJob),
     /// Let a job that is pending end as it has been decided: one that was started over QMP with auto-finalize off
     Finalize(OneJob),

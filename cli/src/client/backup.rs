@@ -250,18 +250,25 @@ fn watch(
     let mut pauses = Pauses::default();
     loop {
         // First of all: what the start had to say comes before what happens then.
-        if let Some(job) = look(client, id)? {
-            for notice in notices_from(&job["x-progress"], told) {
-                meter.say(notice);
-                told += 1;
+        let mut lost = match look(client, id) {
+            Ok(Some(job)) => {
+                told = show(&job, told, meter, last);
+                None
             }
-            let snapshot = snapshot_of(&job);
-            meter.update(&snapshot);
-            *last = Some(snapshot);
-        }
-        // However many come: signals and keys have their turn.
-        let deadline = Instant::now() + TICK;
-        while let Some(event) = client.next_event(deadline)? {
+            Ok(None) => None,
+            Err(error) => Some(error),
+        };
+        // However many come: signals and keys have their turn. What a daemon has told before it went is true.
+        let deadline = Instant::now() + if lost.is_some() { Duration::ZERO } else { TICK };
+        loop {
+            let event = match client.next_event(deadline) {
+                Ok(Some(event)) => event,
+                Ok(None) => break,
+                Err(error) => {
+                    lost.get_or_insert(error);
+                    break;
+                }
+            };
             let data = &event["data"];
             match event["event"].as_str().unwrap_or_default() {
                 "BLOCK_JOB_ERROR" if data["device"] == id && data["action"] == "stop" => {
@@ -272,14 +279,15 @@ fn watch(
                     ended = Some(was_cancelled(data, args, signalled));
                 }
                 "JOB_STATUS_CHANGE" if data["id"] == id && data["status"] == "null" => {
-                    let mut ended = ended.ok_or_else(|| ClientError::Lost(format!("job {id} is gone")))?;
-                    ended.told = told;
-                    *last = Some(snapshot_of(&concluded(&ended.last, last.as_ref())));
-                    return Ok(ended);
+                    let gone = || ClientError::Lost(format!("job {id} is gone"));
+                    return ended.map(|ended| whole(ended, told, last)).ok_or_else(gone);
                 }
                 "JOB_STATUS_CHANGE" if data["id"] == *id && data["status"] == "running" => pauses.lifted(),
                 _ => {}
             }
+        }
+        if let Some(error) = lost {
+            return ended.map(|ended| whole(ended, told, last)).ok_or(error);
         }
         if let (false, Some(ending)) = (cancel.accepted, signalled.ending()) {
             cancel.accepted = true;
@@ -293,6 +301,25 @@ fn watch(
             client.execute("job-resume", json!({ "id": id })).ok();
         }
     }
+}
+
+/// Show how far the job is, and what it has to say beyond the first `told` notices; gives how many that are now.
+fn show(job: &Value, told: usize, meter: &mut Meter, last: &mut Option<Snapshot>) -> usize {
+    let mut count = told;
+    for notice in notices_from(&job["x-progress"], told) {
+        meter.say(notice);
+        count += 1;
+    }
+    let snapshot = snapshot_of(job);
+    meter.update(&snapshot);
+    *last = Some(snapshot);
+    count
+}
+
+/// The end, with what was told of it before.
+fn whole(ended: Ended, told: usize, last: &mut Option<Snapshot>) -> Ended {
+    *last = Some(snapshot_of(&concluded(&ended.last, last.as_ref())));
+    Ended { told, ..ended }
 }
 
 /// The job as `query-jobs` would show it at its end, made of the data of its last event.
@@ -335,7 +362,14 @@ impl Pauses {
         let detail = data["x-detail"].as_str().unwrap_or("an error");
         meter.say(out::Message::error(format_args!("paused: {}", out::one_line(detail))));
         let socket = args.socket.path.display();
-        meter.say(format_args!("to try again {enter}engine-cli job resume --qmp unix:{socket} {id}"));
+        let until_then = if args.breaks_on_guests() {
+            "; a guest that writes to what is not copied yet ends the backup before that (--on-cbw-error)"
+        } else {
+            ""
+        };
+        meter.say(format_args!(
+            "to try again {enter}engine-cli job resume --qmp unix:{socket} {id}{until_then}"
+        ));
     }
 
     /// The job runs again.
@@ -386,7 +420,8 @@ fn was_cancelled(data: &Value, args: &BackupArgs, signalled: &Signalled) -> Ende
         return Ended { result: "cancelled", code: ending.exit_code(), error: None, last, told: 0 };
     }
     if !args.keeps_partial() {
-        let error = Some("the job was cancelled".to_owned());
+        let id = data["device"].as_str().map(|id| format!(" {}", out::one_line(id))).unwrap_or_default();
+        let error = Some(format!("the job{id} was cancelled, by somebody else or with its daemon"));
         return Ended { result: "cancelled", code: FAILED, error, last, told: 0 };
     }
     // There is no other end to it, and the daemon has flushed the target; that of what it has not kept as well is another.

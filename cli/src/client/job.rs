@@ -86,9 +86,14 @@ fn table(jobs: &Value) -> String {
             0 => String::new(),
             speed => format!(", at most {}", rate(speed)),
         };
+        let stopped = match job["io-status"].as_str() {
+            Some("nospace") if job["status"] == "paused" => ", for there is no space left",
+            Some("failed") if job["status"] == "paused" => ", on an error",
+            _ => "",
+        };
         let error = job["error"].as_str().map(|error| format!(", {error}")).unwrap_or_default();
         format!(
-            "{}: {}, {percent}%, {} of {}{limit}{error}\n",
+            "{}: {}{stopped}, {percent}%, {} of {}{limit}{error}\n",
             out::one_line(job["device"].as_str().unwrap_or("?")),
             job["status"].as_str().unwrap_or("?"),
             bytes(done),
@@ -187,7 +192,9 @@ pub(super) fn snapshot_of(job: &Value) -> Snapshot {
         zeros: count("zeros").unwrap_or(0),
         skipped,
         rate,
-        time_left: left.checked_div(rate).map(Duration::from_secs),
+        time_left: (u128::from(left) * 1000)
+            .checked_div(u128::from(rate))
+            .map(|millis| Duration::from_millis(u64::try_from(millis).unwrap_or(u64::MAX))),
         paused: paused.then(|| more["paused-on"].as_str().unwrap_or("paused").to_owned()),
         counters: job.clone(),
     }
@@ -201,12 +208,14 @@ mod tests {
     fn jobs_as_lines() {
         let jobs = json!([
             { "device": "b", "status": "running", "offset": 1 << 20, "len": 4 << 20, "speed": 1 << 20 },
+            { "device": "c", "status": "paused", "io-status": "nospace", "offset": 0, "len": 4 << 20, "speed": 0 },
             { "device": "a", "status": "concluded", "offset": 0, "len": 0, "speed": 0, "error": "No space left on device" },
         ]);
         let lines = table(&jobs);
         assert_eq!(
             lines,
             "a: concluded, 100%, 0 B of 0 B, No space left on device\n\
+             c: paused, for there is no space left, 0%, 0 B of 4.0 MiB\n\
              b: running, 25%, 1.0 MiB of 4.0 MiB, at most 1.0 MiB/s\n"
         );
     }

@@ -196,7 +196,14 @@ pub(crate) fn listen_unix(path: &Path) -> Result<(UnixListener, SocketFile), Str
                 let (path, directory) = (path.display(), directory.display());
                 format!("cannot listen on {path}: the directory {directory} does not exist; create it first")
             }
-            None => format!("cannot listen on {}: {}", path.display(), crate::out::reason(&error)),
+            None => {
+                // It is not the system that finds it too long.
+                let advice = match error.kind() {
+                    ErrorKind::InvalidInput => "; choose a path of 107 bytes at most",
+                    _ => "",
+                };
+                format!("cannot listen on {}: {}{advice}", path.display(), crate::out::reason(&error))
+            }
         }
     };
     let claim = Claim::take(path, CLAIM_PATIENCE).map_err(failed)?;
@@ -267,8 +274,14 @@ fn listen_tcp(host: &str, port: u16) -> Result<TcpListener, String> {
                 .collect()
         }
     };
-    TcpListener::bind(&addresses[..])
-        .map_err(|error| format!("cannot listen on {shown}: {}", crate::out::reason(&error)))
+    TcpListener::bind(&addresses[..]).map_err(|error| {
+        let advice = match error.kind() {
+            ErrorKind::AddrInUse => "; stop the program that does, or choose another port",
+            ErrorKind::AddrNotAvailable => "; name an address of this host",
+            _ => "",
+        };
+        format!("cannot listen on {shown}: {}{advice}", crate::out::reason(&error))
+    })
 }
 
 /// The first descriptor that a service manager hands over.

@@ -113,6 +113,11 @@ fn serve(args: &DaemonArgs) -> Result<u8, NotStarted> {
         let mistake = "--qmp and --nbd are the same socket; give each a path of its own";
         return Err(NotStarted::Usage(mistake));
     }
+    let listens = args.nbd.is_some() != handed_over.is_some();
+    if listens && args.qmp.is_none() && args.disks.is_empty() {
+        let mistake = "there is nothing to serve, and no way to add anything: give --disk NAME=PATH, or --qmp unix:PATH";
+        return Err(NotStarted::Usage(mistake));
+    }
     same::refuse_same(&args.disks)?;
     let nbd = match (&args.nbd, handed_over) {
         (Some(endpoint), None) => {

@@ -353,12 +353,13 @@ fn check_fleece(
     let locator = Locator::parse(&fleece.path)?;
     let check = |bytes: u64| {
         let clusters = bytes / cluster_size.bytes();
+        let room = |clusters: u32| Length(u64::from(clusters) * cluster_size.bytes());
         if (u64::from(MIN_FLEECE_SLOTS)..=u64::from(MAX_SLOTS)).contains(&clusters) {
             return Ok(());
         }
-        let reason = format!("{bytes} bytes are {clusters} clusters of {}", cluster_size.bytes());
+        let reason = format!("{} are not enough, or too much", Length(bytes));
         Err(Error::refused(Refusal::BadArgument, Operation::OpenFleece, locator.as_str(), reason)
-            .advise(format!("give it room for {MIN_FLEECE_SLOTS} to {MAX_SLOTS} clusters")))
+            .advise(format!("give it {} to {}", room(MIN_FLEECE_SLOTS), room(MAX_SLOTS))))
     };
     check(fleece.size)?;
     let opened = open_fleece(&locator, fleece.size, source, target)?;

@@ -373,10 +373,10 @@ impl OpenedTarget {
         match std::fs::metadata(path) {
             Ok(named) if (named.dev(), named.ino()) == (written.st_dev, written.st_ino) => Ok(()),
             Ok(_) => {
-                lost("it was moved away and replaced while it was copied; its name does not mean the copy")
+                lost("it was moved away and replaced while it was copied; what is there now is not the copy")
             }
             Err(error) if matches!(errno_of(&error), Errno::ENOENT | Errno::ENOTDIR) => {
-                lost("it was removed or moved away while it was copied; its name does not mean the copy")
+                lost("it was removed or moved away while it was copied; the copy is not there any more")
             }
             Err(error) => Err(failed(errno_of(&error))),
         }
