@@ -65,7 +65,10 @@ fn a_pause_is_told_once_and_lifted_by_a_signal_or_by_the_job_command() {
     let reason = running.expect("engine-cli: paused: ");
     assert!(reason.contains("EFBIG"), "{reason}");
     let advice = running.expect("to try again ");
-    assert!(advice.contains("run: engine-cli job resume --qmp unix:qmp.sock nightly; a guest that writes"), "{advice}");
+    assert!(
+        advice.contains("run: engine-cli job resume --qmp unix:qmp.sock nightly; a guest that writes"),
+        "{advice}"
+    );
     running.progress(|line| line["status"] == "paused");
     running.progress(|line| line["status"] == "paused");
     // Nothing has changed: it pauses again, and says so again.
