@@ -138,6 +138,8 @@ pub(crate) struct Guests {
     next_at: Timestamp,
     /// Whether a flush that succeeds has brought everything to the medium.
     pub(crate) flushes_hold: bool,
+    /// One has failed.
+    flush_lost: bool,
     /// Longest wait of a request.
     pub(crate) longest: Duration,
 }
@@ -155,6 +157,7 @@ impl Guests {
             submitted: 0,
             next_at: Timestamp::default(),
             flushes_hold: true,
+            flush_lost: false,
             longest: Duration::ZERO,
         }
     }
@@ -403,9 +406,12 @@ impl Guests {
             self.longest = self.longest.max(now.since(since));
             let changes = kind == Kind::Write;
             seen.answer(!blame.may_fail_request(jobs, self.number, changes, since));
-            let judged = outcome.result.as_ref().err().map_or(Ok(()), |error| {
+            // After a flush that has failed others may, for no reason of their own: when they must, the simulation of guest I/O knows.
+            let excused = kind == Kind::Flush && self.flush_lost;
+            let judged = outcome.result.as_ref().err().filter(|_| !excused).map_or(Ok(()), |error| {
                 blame.request(jobs, (self.number, true, changes), (since, now), error)
             });
+            self.flush_lost |= kind == Kind::Flush && outcome.result.is_err();
             judged
                 .and_then(|()| self.take_outcome(id, kind, outcome, world, seen))
                 .map_err(|wrong| format!("disk {}, {kind:?} {id:?}: {wrong}", self.number))?;
