@@ -366,8 +366,8 @@ fn a_fleece_file_that_cannot_be_is_refused_and_nothing_touched() {
         ("backup", fleece(&fixture, "backup", 16), "the target of the copy"),
         ("overwritten", fleece(&fixture, "overwritten", 16), "the target of the copy"),
         ("overwritten", fleece(&fixture, "full", 16), "exists already"),
-        ("overwritten", fleece(&fixture, "new", 15), "15 clusters"),
-        ("overwritten", fleece(&fixture, "new", (1 << 20) + 1), "1048577 clusters"),
+        ("overwritten", fleece(&fixture, "new", 15), "960 KiB are not enough; give it 1.0 MiB to 64.0 GiB"),
+        ("overwritten", fleece(&fixture, "new", (1 << 20) + 1), "are too much; give it 1.0 MiB to 64.0 GiB"),
         ("overwritten", fleece(&fixture, "no/such/directory", 16), "use as fleece file"),
         ("overwritten", FleeceOptions { path: "null:1G".into(), ..fleece(&fixture, "", 16) }, "null"),
     ];

@@ -357,7 +357,8 @@ fn check_fleece(
         if (u64::from(MIN_FLEECE_SLOTS)..=u64::from(MAX_SLOTS)).contains(&clusters) {
             return Ok(());
         }
-        let reason = format!("{} are not enough, or too much", Length(bytes));
+        let what = if clusters < u64::from(MIN_FLEECE_SLOTS) { "not enough" } else { "too much" };
+        let reason = format!("{} are {what}", Length(bytes));
         Err(Error::refused(Refusal::BadArgument, Operation::OpenFleece, locator.as_str(), reason)
             .advise(format!("give it {} to {}", room(MIN_FLEECE_SLOTS), room(MAX_SLOTS))))
     };
