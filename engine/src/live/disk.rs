@@ -304,7 +304,7 @@ impl LiveDisk {
     /// Bring every write that has completed to stable storage.
     ///
     /// # Errors
-    /// As [`Self::read`]. Where data of the disk goes through the page cache (there is no direct I/O, or the disk ends within one of its blocks), all
+    /// As [`Self::read`]. Where data of the disk goes through the page cache (there is no direct I/O, or the disk ends within one of its blocks, or something was made zero that ends within 4 KiB), all
     /// flushes fail after one that has failed, whoever asks for them, until the disk is opened anew: what it has lost is told once, to nobody in particular.
     ///
     /// # Panics

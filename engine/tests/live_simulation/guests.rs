@@ -406,8 +406,12 @@ impl Guests {
             self.longest = self.longest.max(now.since(since));
             let changes = kind == Kind::Write;
             seen.answer(!blame.may_fail_request(jobs, self.number, changes, since));
-            // After a flush that has failed others may, for no reason of their own: when they must, the simulation of guest I/O knows.
-            let excused = kind == Kind::Flush && self.flush_lost;
+            // After a flush that has failed all others may fail with its words, where data goes through the page cache (the simulation of guest I/O
+            // knows when they must).
+            let of_another =
+                |error: &Error| error.to_string().contains("no flush of this disk succeeds any more");
+            let excused =
+                kind == Kind::Flush && self.flush_lost && outcome.result.as_ref().is_err_and(of_another);
             let judged = outcome.result.as_ref().err().filter(|_| !excused).map_or(Ok(()), |error| {
                 blame.request(jobs, (self.number, true, changes), (since, now), error)
             });
