@@ -13,11 +13,11 @@
 //! guest looks again then and asks for himself what is missing.
 //!
 //! # The clock
-//! It is the ring's, and runs for each job while that is asked. With his answer a guest hears for how long each job was asked for him, and for what; he
+//! It is the ring's, and runs for each job while that is asked. A request has one clock for each job, however many pieces it is copied in: what a guest
+//! waits for at most does not grow with what he writes. With his answer he hears for how long each job was asked for him by then; he
 //! brings that along when he asks again ([`Waited`]). Between an answer and his next question, which may be long where it is a future that nobody polls, nobody
-//! is asked anything, and no time goes by; nor does it for a job that has failed beside another, until he comes to ask it himself. A job that was not
-//! asked with the others, because it had not started or had too many who ask, has all of its time, and so has what a job was not asked for before: the
-//! next piece of a large request.
+//! is asked anything, and no time goes by; nor does it for a job that has answered beside another: that has copied all it was asked for, or it has failed,
+//! until he comes to ask it himself. A job that was not asked with the others, because it had not started or had too many who ask, has all of its time.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -31,7 +31,7 @@ use super::jobs::JobId;
 use super::reactor::Job;
 use crate::copier::guests::CbwId;
 use crate::error::Error;
-use crate::units::{ByteRange, ClusterIndex, ClusterRange, Timestamp};
+use crate::units::{ByteRange, ClusterRange, Timestamp};
 
 /// Most guests with an I/O path of their own who wait for copies of a job, and most that are asked beside.
 pub(super) const MAX_ASKS: usize = 65_536;
@@ -47,27 +47,34 @@ pub(super) struct Wish {
     pub(super) range: ByteRange,
 }
 
-/// For how long jobs were asked to copy for a guest: each up to where it was asked for last, and how long for that.
+/// For how long jobs were asked to copy for a guest's request, all its pieces together.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Waited(Vec<(JobId, ClusterIndex, Duration)>);
+pub(super) struct Waited(Vec<(JobId, Duration)>);
 
 impl Waited {
-    /// How long `job` was asked for all of `clusters`.
-    pub(super) fn of(&self, job: JobId, clusters: ClusterRange) -> Duration {
-        let asked = self.0.iter().find(|&&(other, end, _)| other == job && clusters.end <= end);
-        asked.map_or(Duration::ZERO, |&(_, _, time)| time)
+    /// How long `job` was asked.
+    pub(super) fn of(&self, job: JobId) -> Duration {
+        let asked = self.0.iter().find(|&&(other, _)| other == job);
+        asked.map_or(Duration::ZERO, |&(_, time)| time)
     }
 
-    /// A job was asked that long, whatever for.
+    /// A job was asked that long.
     #[cfg(test)]
     pub(super) fn of_test(job: JobId, seconds: u64) -> Self {
-        Self(vec![(job, ClusterIndex(u64::MAX), Duration::from_secs(seconds))])
+        Self(vec![(job, Duration::from_secs(seconds))])
     }
 
-    /// The moments from which the times of jobs count that are asked at `now`.
-    pub(super) fn since(&self, now: Timestamp) -> impl Fn(JobId, ClusterRange) -> Timestamp + use<> {
-        let waited = self.clone();
-        move |job, clusters| Timestamp(now.0.saturating_sub(waited.of(job, clusters)))
+    /// From when on the time of `job` counts, which is asked at `now`.
+    fn since(&self, job: JobId, now: Timestamp) -> Timestamp {
+        Timestamp(now.0.saturating_sub(self.of(job)))
+    }
+
+    /// `job` was asked that long by now.
+    fn set(&mut self, job: JobId, time: Duration) {
+        match self.0.iter_mut().find(|(other, _)| *other == job) {
+            Some((_, before)) => *before = time,
+            None => self.0.push((job, time)),
+        }
     }
 }
 
@@ -93,14 +100,13 @@ pub(super) enum Asker {
     Beside(JobId, CbwId),
 }
 
-/// What a job was asked for, and from when on its time counts.
+/// What a job was asked, and from when on its time counts.
 #[derive(Clone, Copy)]
 struct Question {
     job: JobId,
     id: CbwId,
-    end: ClusterIndex,
     since: Timestamp,
-    /// Until when, if it has failed: nobody is asked any more.
+    /// Until when, if it has answered beside another: it is asked nothing any more.
     until: Option<Timestamp>,
 }
 
@@ -117,13 +123,18 @@ pub(super) struct Ask {
     question: Question,
     /// What was asked beside it, of other jobs.
     beside: Vec<Question>,
+    /// For how long jobs were asked for the same request before; those that are not asked now, too.
+    before: Waited,
 }
 
 impl Ask {
-    /// For how long all of these were asked by `now`.
+    /// For how long jobs were asked for that request by `now`.
     pub(super) fn waited(&self, now: Timestamp) -> Waited {
-        let questions = self.beside.iter().chain([&self.question]);
-        Waited(questions.map(|asked| (asked.job, asked.end, asked.time(now))).collect())
+        let mut waited = self.before.clone();
+        for asked in self.beside.iter().chain([&self.question]) {
+            waited.set(asked.job, asked.time(now));
+        }
+        waited
     }
 
     fn forget_beside(&self, beside: &mut Vec<(JobId, CbwId)>) {
@@ -157,16 +168,21 @@ impl Asks {
     }
 }
 
-/// Have jobs copy for a guest, for whom each was asked since then for what it is to copy. `false`: the job that he wishes to has ended meanwhile; he looks
-/// again and does not find it.
+/// Have jobs copy for a guest at `now`, for whose request they were asked so long before.
+///
+/// # Errors
+/// The job that he wishes to has ended meanwhile: he looks again and does not find it.
 pub(super) fn ask_jobs(
     jobs: &mut Slab<Job>,
     wish: Wish,
     asker: Asker,
-    since: impl Fn(JobId, ClusterRange) -> Timestamp,
-) -> Result<(), Asker> {
+    waited: Waited,
+    now: Timestamp,
+) -> Result<(), (Asker, Waited)> {
     let found = jobs.iter().find(|(_, job)| job.watch.id() == wish.job && job.attached);
-    let Some((index, disk)) = found.map(|(index, job)| (index, job.disk)) else { return Err(asker) };
+    let Some((index, disk)) = found.map(|(index, job)| (index, job.disk)) else {
+        return Err((asker, waited));
+    };
     let with = CbwId(jobs[index].next_ask);
     let mut beside = Vec::new();
     for (_, job) in
@@ -176,11 +192,13 @@ pub(super) fn ask_jobs(
             continue;
         }
         if let Some(clusters) = job.watch.undone(wish.range) {
-            let since = since(job.watch.id(), clusters);
-            beside.push(job.ask(clusters, Asker::Beside(wish.job, with), Vec::new(), since));
+            let since = waited.since(job.watch.id(), now);
+            let asker = Asker::Beside(wish.job, with);
+            beside.push(job.ask(clusters, asker, Vec::new(), Waited::default(), since));
         }
     }
-    jobs[index].ask(wish.clusters, asker, beside, since(wish.job, wish.clusters));
+    let since = waited.since(wish.job, now);
+    jobs[index].ask(wish.clusters, asker, beside, waited, since);
     Ok(())
 }
 
@@ -190,6 +208,7 @@ impl Job {
         clusters: ClusterRange,
         asker: Asker,
         beside: Vec<Question>,
+        before: Waited,
         since: Timestamp,
     ) -> Question {
         let id = CbwId(self.next_ask);
@@ -201,8 +220,8 @@ impl Job {
         } else {
             self.runner.copier.copy_before_write(id, clusters, since);
         }
-        let question = Question { job: self.watch.id(), id, end: clusters.end, since, until: None };
-        self.asks.0.insert(id, Ask { asker, question, beside });
+        let question = Question { job: self.watch.id(), id, since, until: None };
+        self.asks.0.insert(id, Ask { asker, question, beside, before });
         self.controller.on_guest(since, self.asks.len());
         question
     }
@@ -219,13 +238,13 @@ pub(super) fn forget_beside(jobs: &mut Slab<Job>, beside: &[(JobId, CbwId)]) {
     }
 }
 
-/// What some jobs were asked beside others has failed, `now`: each with what it was asked with. They are asked nothing any more, so their clocks stand.
-pub(super) fn stop_clocks(jobs: &mut Slab<Job>, failed: &[(JobId, (JobId, CbwId))], now: Timestamp) {
-    for &(failed, (id, with)) in failed {
+/// Some jobs have answered beside others, `now`: each with what it was asked with. They are asked nothing any more, so their clocks stand.
+pub(super) fn stop_clocks(jobs: &mut Slab<Job>, answered: &[(JobId, (JobId, CbwId))], now: Timestamp) {
+    for &(answered, (id, with)) in answered {
         // The other one may be over, too.
         let ask = jobs.iter_mut().find(|(_, job)| job.watch.id() == id);
         let Some(ask) = ask.and_then(|(_, job)| job.asks.0.get_mut(&with)) else { continue };
-        ask.beside.iter_mut().filter(|asked| asked.job == failed).for_each(|asked| asked.until = Some(now));
+        ask.beside.iter_mut().filter(|asked| asked.job == answered).for_each(|asked| asked.until = Some(now));
     }
 }
 
@@ -251,13 +270,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn time_counts_for_what_was_asked_all_that_time() {
-        let second = Duration::from_secs(1);
-        let waited =
-            Waited(vec![(JobId(1), ClusterIndex(256), second), (JobId(2), ClusterIndex(3), 2 * second)]);
-        let of = |job, start, end| waited.of(JobId(job), ClusterRange::new(start, end));
-        assert_eq!([of(1, 0, 256), of(1, 200, 256), of(2, 0, 3)], [second, second, 2 * second]);
-        assert_eq!([of(1, 256, 300), of(1, 200, 300), of(2, 0, 4)], [Duration::ZERO; 3], "another piece");
-        assert_eq!(of(3, 0, 1), Duration::ZERO, "it was not asked");
+    fn a_request_has_one_clock_for_each_job() {
+        let at = |seconds| Timestamp(Duration::from_secs(seconds));
+        let question = |job, since, until: Option<u64>| Question {
+            job: JobId(job),
+            id: CbwId(0),
+            since: at(since),
+            until: until.map(at),
+        };
+        // Of the first piece: job 2 beside job 1, and done before it.
+        let mut ask = Ask {
+            asker: Asker::Beside(JobId(1), CbwId(0)),
+            question: question(1, 10, None),
+            beside: vec![question(2, 10, Some(12))],
+            before: Waited::default(),
+        };
+        let waited = ask.waited(at(15));
+        let of = |waited: &Waited| [1, 2, 3].map(|job| waited.of(JobId(job)).as_secs());
+        assert_eq!(of(&waited), [5, 2, 0]);
+        assert_eq!([1, 2, 3].map(|job| waited.since(JobId(job), at(100))), [at(95), at(98), at(100)]);
+        // Of the second, a while later: job 1 has that already, and its time is not forgotten.
+        ask.question = Question { since: waited.since(JobId(2), at(100)), ..question(2, 0, None) };
+        ask.beside = Vec::new();
+        ask.before = waited;
+        assert_eq!(of(&ask.waited(at(103))), [5, 5, 0]);
     }
 }

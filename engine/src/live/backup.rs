@@ -82,8 +82,9 @@ pub struct BackupOptions {
     /// guest's write waits for the first job all the same, and fails only after that. By then an error is tried once more, and a copy that was
     /// late but is there by then does no harm.
     pub on_cbw_error: CbwErrorPolicy,
-    /// How long a guest's write waits for its copy at most, counted from the moment it asks. A large write asks for one part after the other, each with
-    /// all of this time: of 1 MiB where the engine carries it, of 16 MiB where its guest has an I/O path of its own.
+    /// How long a guest's request waits for its copies at most, counted from the moment it asks, however large it is: a write, or zeros. (A discard waits for
+    /// none.) It is the time in which this job is asked: neither waiting for the start of another job, or for another job's copy, nor writing what was copied
+    /// is part of it.
     pub cbw_timeout: Option<Duration>,
     /// How long guests may wait, at the start, for writes that are under way; counted from the start's turn. (A group has its own.)
     pub start_timeout: Duration,

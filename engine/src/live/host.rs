@@ -46,9 +46,10 @@ impl AdmissionHost for Host<'_> {
         }
     }
 
-    fn copy(&mut self, job: JobId, clusters: ClusterRange, range: ByteRange, wait: CopyWait) {
-        let since = wait.waited.since(self.now);
-        let asked = ask_jobs(self.jobs, Wish { job, clusters, range }, Asker::Carrier(wait), since);
+    fn copy(&mut self, job: JobId, clusters: ClusterRange, range: ByteRange, mut wait: CopyWait) {
+        let waited = std::mem::take(&mut wait.waited);
+        let wish = Wish { job, clusters, range };
+        let asked = ask_jobs(self.jobs, wish, Asker::Carrier(wait), waited, self.now);
         assert!(asked.is_ok(), "the carrier has just found it");
     }
 

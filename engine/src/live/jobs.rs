@@ -29,8 +29,8 @@ use crate::units::{ByteRange, ClusterIndex, ClusterRange, Geometry};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct JobId(pub u64);
 
-/// Most bytes that a guest has copied at a time before a write: more are asked for piece by piece, so that a write of any length neither
-/// keeps others waiting for long nor runs into a time-out that was meant for a copy.
+/// Most bytes that a guest has copied at a time before a write: more are asked for piece by piece, so that a write of any length does not
+/// keep others waiting for long.
 pub(super) const MOST_AT_A_TIME: u64 = 16 << 20;
 
 /// What guests need of a job: its number, and what it has copied.

@@ -32,7 +32,7 @@ use super::groups::{Look, Looked};
 use super::hosted::{HostedDisk, IoAsker, too_many};
 use super::jobs::{JobId, Watch};
 use super::latency::GuestLatencies;
-use super::places::Taken;
+use super::places::{Division, Taken};
 #[cfg(feature = "sim")]
 use super::planted::Planted;
 use super::reads::{MAX_READ_BYTES, Reads, Refused};
@@ -40,6 +40,7 @@ use super::room::{Room, Share};
 use super::starts::Raised;
 use super::token::{Owner, owner_of, token_of};
 use super::waits::ForgetWait;
+use crate::copier::guests::CbwId;
 use crate::error::{Error, ErrorKind, Operation};
 use crate::job::runner::Runner;
 use crate::ring::{Completion, FileId, Op, Ring, RingFailure, Token, Wait};
@@ -74,6 +75,8 @@ pub(super) struct Reactor<R: Ring> {
     /// Which of them is the first to act in the next turn.
     pub(super) first_disk: DiskId,
     pub(super) jobs: Slab<Job>,
+    /// Which of them is the first to act: the one after the last that was given a place on the ring.
+    first_job: usize,
     pub(super) waiting: VecDeque<NewGroup<R::File>>,
     pub(super) raised: Option<Raised>,
     /// Disks whose barrier was up, and until when it stays down.
@@ -96,6 +99,23 @@ pub(super) struct Reactor<R: Ring> {
     pub(super) planted: Planted,
 }
 
+/// What the jobs of a turn have met with.
+struct Met {
+    division: Division,
+    taken: Taken,
+    failed_groups: Vec<u64>,
+    /// What was asked beside copies that were answered.
+    beside: Vec<(JobId, CbwId)>,
+    /// Answers to what was asked beside others, with those.
+    answered_beside: Vec<(JobId, (JobId, CbwId))>,
+}
+
+impl Met {
+    fn new(division: Division, taken: Taken) -> Self {
+        Self { division, taken, failed_groups: Vec::new(), beside: Vec::new(), answered_beside: Vec::new() }
+    }
+}
+
 /// Most commands taken in one turn: those who do not stop asking must not keep the others from the ring.
 const COMMANDS_A_TURN: usize = 512;
 
@@ -114,6 +134,7 @@ impl<R: Ring> Reactor<R> {
             disks: BTreeMap::new(),
             first_disk: DiskId(0),
             jobs: Slab::new(),
+            first_job: 0,
             waiting: VecDeque::new(),
             raised: None,
             rests: BTreeMap::new(),
@@ -303,62 +324,71 @@ impl<R: Ring> Reactor<R> {
         }
     }
 
-    /// Let the jobs act; `true`: there is more to do at once.
+    /// Let the jobs act; `true`: there is more to do at once. Places on the ring that there are not enough of go from one to the next.
     pub(super) fn poll_jobs(&mut self, now: Timestamp) -> bool {
         let mut more = false;
-        let (mut failed_groups, mut beside, mut failed_beside) = (Vec::new(), Vec::new(), Vec::new());
         self.look_for_guests(now);
-        let (division, mut taken) = self.places();
-        for (index, job) in &mut self.jobs {
-            // Whatever a job's target does not answer leaves places on the ring to the guests and to the other jobs.
-            let places = division.for_job(Taken { in_flight: self.ring.in_flight(), ..taken });
-            taken.of_jobs -= job.runner.copier.beyond(division.own());
-            if job.runner.copier.has_guests() {
-                job.controller.on_guest(now, job.asks.len());
-            }
-            let allowance = job.controller.allowance(now, job.runner.copier.counters().done);
-            job.runner.copier.set_sweep_limit(allowance.clusters, allowance.run, allowance.zero_runs);
-            job.runner.copier.set_flush_aim(allowance.flush);
-            more |= job.runner.poll(now, places, &mut self.ops);
-            taken.of_jobs += job.runner.copier.beyond(division.own());
-            for (token, op) in self.ops.drain(..) {
-                self.ring.push(token_of(Owner::Job(index), token), op);
-            }
-            let disk = self.disks.get_mut(&job.disk).expect("a job's disk stays until it is over");
-            if job.attached && job.runner.copier.is_ending() {
-                disk.shared.jobs().detach(job.watch.id());
-                job.attached = false;
-                if job.on_failure == GroupFailure::FailAll && !job.runner.copier.is_complete() {
-                    failed_groups.push(job.group);
-                }
-            }
-            for (id, result) in job.runner.copier.take_snapshot_outcomes() {
-                tell(job.reads.ended(id), IoOutcome { result }, &mut self.exports);
-            }
-            more |= job.begin_reads(&mut self.exports);
-            for (id, outcome) in job.runner.copier.take_cbw_outcomes() {
-                let ask = job.asks.answered(id, &mut beside);
-                let waited = ask.waited(now);
-                match ask.asker {
-                    Asker::Guest(answer) => answer.give(Copied { outcome, waited }),
-                    Asker::Beside(with, ask) if outcome.is_err() => {
-                        failed_beside.push((job.watch.id(), (with, ask)));
-                    }
-                    Asker::Beside(..) => {}
-                    Asker::Carrier(wait) => {
-                        disk.carrier.copied(CopyWait { waited, ..wait }, outcome);
-                        more = true;
-                    }
-                }
+        let (division, taken) = self.places();
+        let mut met = Met::new(division, taken);
+        let first = self.first_job;
+        for index in (first..self.jobs.capacity()).chain(0..first) {
+            if self.jobs.contains(index) {
+                more |= self.poll_job(index, &mut met, now);
             }
         }
-        stop_clocks(&mut self.jobs, &failed_beside, now);
-        forget_beside(&mut self.jobs, &beside);
-        for group in failed_groups {
+        stop_clocks(&mut self.jobs, &met.answered_beside, now);
+        forget_beside(&mut self.jobs, &met.beside);
+        for group in met.failed_groups {
             for (_, job) in &mut self.jobs {
                 if job.group == group && !job.runner.copier.is_ending() {
                     more = true;
                     job.runner.cancel();
+                }
+            }
+        }
+        more
+    }
+
+    fn poll_job(&mut self, index: usize, met: &mut Met, now: Timestamp) -> bool {
+        let job = &mut self.jobs[index];
+        // Whatever a job's target does not answer leaves places on the ring to the guests and to the other jobs.
+        let places = met.division.for_job(Taken { in_flight: self.ring.in_flight(), ..met.taken });
+        met.taken.of_jobs -= job.runner.copier.beyond(met.division.own());
+        if job.runner.copier.has_guests() {
+            job.controller.on_guest(now, job.asks.len());
+        }
+        let allowance = job.controller.allowance(now, job.runner.copier.counters().done);
+        job.runner.copier.set_sweep_limit(allowance.clusters, allowance.run, allowance.zero_runs);
+        job.runner.copier.set_flush_aim(allowance.flush);
+        let mut more = job.runner.poll(now, places, &mut self.ops);
+        met.taken.of_jobs += job.runner.copier.beyond(met.division.own());
+        if !self.ops.is_empty() {
+            self.first_job = index + 1;
+        }
+        for (token, op) in self.ops.drain(..) {
+            self.ring.push(token_of(Owner::Job(index), token), op);
+        }
+        let disk = self.disks.get_mut(&job.disk).expect("a job's disk stays until it is over");
+        if job.attached && job.runner.copier.is_ending() {
+            disk.shared.jobs().detach(job.watch.id());
+            job.attached = false;
+            if job.on_failure == GroupFailure::FailAll && !job.runner.copier.is_complete() {
+                met.failed_groups.push(job.group);
+            }
+        }
+        for (id, result) in job.runner.copier.take_snapshot_outcomes() {
+            tell(job.reads.ended(id), IoOutcome { result }, &mut self.exports);
+        }
+        more |= job.begin_reads(&mut self.exports);
+        for (id, outcome) in job.runner.copier.take_cbw_outcomes() {
+            let ask = job.asks.answered(id, &mut met.beside);
+            let waited = ask.waited(now);
+            match ask.asker {
+                Asker::Guest(answer) => answer.give(Copied { outcome, waited }),
+                Asker::Beside(with, ask) => met.answered_beside.push((job.watch.id(), (with, ask))),
+                Asker::Carrier(wait) => {
+                    disk.carrier.copied(CopyWait { waited, ..wait }, outcome);
+                    more = true;
                 }
             }
         }

@@ -36,12 +36,18 @@ pub(super) struct Bench {
     pub(super) world: SharedWorld,
     pub(super) engine: SimEngine,
     pub(super) disk: SimDisk,
+    pub(super) length: u64,
 }
 
 impl Bench {
     pub(super) fn new() -> Self {
+        Self::of(LENGTH)
+    }
+
+    /// With disks of that many bytes.
+    pub(super) fn of(bytes: u64) -> Self {
         let world = World::shared();
-        let length = usize::try_from(LENGTH).unwrap();
+        let length = usize::try_from(bytes).unwrap();
         let traits = DiskTraits { fixed_length: true, ..DiskTraits::default() };
         world.borrow_mut().add_disk(Disk::new(vec![7; length], traits));
         world.borrow_mut().add_disk(Disk::sparse(length, DiskTraits::default()));
@@ -55,8 +61,8 @@ impl Bench {
             ..CarrierLimits::default()
         };
         engine.set_carrier(limits, 65_536);
-        let (disk, added) = engine.add_disk(0, Length(LENGTH), Some(512));
-        let mut bench = Self { world, engine, disk };
+        let (disk, added) = engine.add_disk(0, Length(bytes), Some(512));
+        let mut bench = Self { world, engine, disk, length: bytes };
         bench.turn();
         assert!(added.take().unwrap().is_ok());
         bench
@@ -101,7 +107,7 @@ impl Bench {
     }
 
     pub(super) fn job(&self, policy: ErrorPolicy, cbw_timeout: Option<Duration>) -> SimJob {
-        let geometry = Geometry::new(Length(LENGTH), ClusterSize::new(CLUSTER).unwrap());
+        let geometry = Geometry::new(Length(self.length), ClusterSize::new(CLUSTER).unwrap());
         let plan = move |source: Side, file: FileId, memory: BufferRange| Plan {
             geometry,
             source,

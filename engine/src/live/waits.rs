@@ -82,8 +82,8 @@ impl<R: Ring> Reactor<R> {
             let error = too_many(Operation::CopyBeforeWrite, name, MAX_ASKS);
             return answer.give(Copied { outcome: Err(Arc::new(error)), waited });
         }
-        let since = waited.since(now);
-        if let Err(Asker::Guest(answer)) = ask_jobs(&mut self.jobs, wish, Asker::Guest(answer), since) {
+        let asker = Asker::Guest(answer);
+        if let Err((Asker::Guest(answer), waited)) = ask_jobs(&mut self.jobs, wish, asker, waited, now) {
             answer.give(Copied { outcome: Ok(()), waited });
         }
     }

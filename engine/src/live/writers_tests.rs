@@ -9,9 +9,9 @@ use std::time::Duration;
 use super::GroupFailure;
 use super::admission::{Attempt, Permit};
 use super::carrier::IoRequest;
-use super::jobs::JobId;
+use super::jobs::{JobId, MOST_AT_A_TIME};
 use super::sim::{SimBeginWrite, SimJob};
-use super::turns_tests::{Bench, CLUSTER, LENGTH, PATIENCE};
+use super::turns_tests::{Bench, CLUSTER, PATIENCE};
 use crate::error::Error;
 use crate::modes::ErrorPolicy;
 use crate::ring::sim::{Disk, DiskTraits};
@@ -34,7 +34,7 @@ impl Bench {
 
     /// Two copies of the disk with these time-outs, whose sweeps get nowhere.
     fn two_slow_jobs(&mut self, timeouts: [Duration; 2]) -> Vec<JobId> {
-        let target = Disk::sparse(usize::try_from(LENGTH).unwrap(), DiskTraits::default());
+        let target = Disk::sparse(usize::try_from(self.length).unwrap(), DiskTraits::default());
         self.world.borrow_mut().add_disk(target);
         let [first, second] = timeouts.map(|timeout| self.job(ErrorPolicy::Report, Some(timeout)));
         let jobs = vec![first, SimJob { target: 2, ..second }];
@@ -177,6 +177,58 @@ fn a_copy_that_has_failed_beside_another_has_the_rest_of_its_time() {
         assert_eq!((fails, bench.engine.jobs().count()), (0, 2), "carried: {carried}");
         let copied = bench.world.borrow_mut().disk(2).view()[usize::try_from(range.offset).unwrap()];
         assert_eq!(copied, 7, "carried: {carried}");
+    }
+}
+
+/// How many of two copies, of which the second has half a minute, fail for one write of four pieces, for each of which the target of one does not answer for 12 s.
+fn fail_for_four_pieces(carried: bool, stuck: usize) -> usize {
+    let piece = if carried { 2 * CLUSTER } else { MOST_AT_A_TIME };
+    let mut bench = Bench::of(5 * piece);
+    bench.two_slow_jobs([300, 30].map(Duration::from_secs));
+    let range = ByteRange::new(0, 4 * piece);
+    let data = if carried { vec![9; usize::try_from(range.length).unwrap()] } else { Vec::new() };
+    bench.world.borrow_mut().disk(stuck).set_stuck();
+    let write = carried.then(|| bench.engine.io(&bench.disk, IoRequest::Write { offset: 0, data }));
+    let mut own = bench.engine.begin_write(&bench.disk, range);
+    let mut permit = None;
+    let mut asks = |bench: &mut Bench, asked| {
+        if !carried && permit.is_none() {
+            permit = poll(&mut own);
+        }
+        matches!(bench.engine.attempt(&bench.disk, asked), Attempt::Granted(_)).then_some(())
+    };
+    for at in 0..4 {
+        let asked = ByteRange::new(at * piece, piece);
+        let next = bench.engine.now().after(Duration::from_secs(12));
+        bench.turn_until(|bench| {
+            assert!(asks(bench, asked).is_none() || at >= 2, "it does not answer");
+            (bench.engine.now() >= next).then_some(())
+        });
+        bench.world.borrow_mut().disk(stuck).set_free();
+        bench.turn_until(|bench| asks(bench, asked));
+        bench.world.borrow_mut().disk(stuck).set_stuck();
+    }
+    match write {
+        Some(write) => assert!(bench.turn_until(|_| write.take()).result.is_ok()),
+        None => drop(permit.unwrap_or_else(|| Ok(bench.permit(own)))),
+    }
+    assert_eq!(bench.engine.jobs().count(), 2, "one that fails has not concluded");
+    bench.engine.jobs().filter(|job| job.fails).count()
+}
+
+/// However large it is: a guest that waits for 48 s has waited for too long, though for no piece of it.
+#[test]
+fn a_large_write_has_its_time_once_and_not_for_each_piece() {
+    for carried in [true, false] {
+        assert_eq!(fail_for_four_pieces(carried, 2), 1, "carried: {carried}");
+    }
+}
+
+/// The second copies each piece at once, and waits with the guest for the first.
+#[test]
+fn a_copy_that_is_done_beside_another_has_the_rest_of_its_time_for_the_next_piece() {
+    for carried in [true, false] {
+        assert_eq!(fail_for_four_pieces(carried, 1), 0, "carried: {carried}");
     }
 }
 

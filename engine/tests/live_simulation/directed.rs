@@ -228,6 +228,25 @@ fn guests_of_one_disk_leave_places_on_the_ring_to_those_of_another() {
     assert!(ended.waits[1] < Duration::from_millis(100), "{:?}", ended.waits);
 }
 
+/// On a ring of two places jobs have one together: the sweep of one disk, whose target is slow, and the guests' copies of another. (Seed 30041484.)
+#[test]
+fn a_sweep_leaves_places_on_the_ring_to_copies_for_guests_of_another_disk() {
+    for seed in 60..70 {
+        let mut scenario = busy(seed, Path::Own);
+        scenario.disks.push(scenario.disks[0].clone());
+        scenario.disks[0].length = 512 * 8192;
+        scenario.disks[0].requests = 0;
+        let slow = JobSpec { slowness: 10, ..JobSpec::plain(0, 8192) };
+        // Every block of it is a guest's first.
+        let job =
+            JobSpec { speed: Some(100), cancel_at: Some(Duration::from_secs(20)), ..JobSpec::plain(1, 8192) };
+        scenario.starts[0].jobs = vec![slow, job];
+        scenario.capacity = 2;
+        let ended = ended(&scenario);
+        assert!(ended.waits[1] < Duration::from_secs(1), "{:?}", ended.waits);
+    }
+}
+
 /// There is always a read under way, also when all is copied.
 #[test]
 fn those_who_read_the_snapshot_all_the_time_do_not_keep_a_copy_from_its_end() {

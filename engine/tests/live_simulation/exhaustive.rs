@@ -43,6 +43,28 @@ fn scenarios() -> Vec<Scenario> {
     all
 }
 
+/// Of a copy of what guests are about to change alone, cancelled among their writes: it drains and flushes, from its fleece file, too. Its snapshot is read
+/// meanwhile.
+fn of_changes() -> [Scenario; 2] {
+    [(36, None), (42, Some(FleeceSpec::plain(6)))].map(|(seed, fleece)| {
+        let mut scenario = small(Path::Both, seed);
+        scenario.disks[0].requests = 30;
+        let job = &mut scenario.starts[0].jobs[0];
+        job.sync = SyncMode::None;
+        job.cancel_at = Some(Duration::from_millis(5));
+        job.reads = 20;
+        job.fleece = fleece;
+        scenario
+    })
+}
+
+/// With readers of the snapshot, before the sweep and behind it.
+fn read() -> Scenario {
+    let mut scenario = small(Path::Both, 39);
+    scenario.starts[0].jobs[0].reads = 40;
+    scenario
+}
+
 /// With a fleece file that is full now and then. A test of its own, which runs beside the others.
 fn fleeced() -> Scenario {
     let mut scenario = small(Path::Both, 35);
@@ -52,9 +74,14 @@ fn fleeced() -> Scenario {
     scenario
 }
 
+fn all() -> impl Iterator<Item = Scenario> {
+    scenarios().into_iter().chain(of_changes()).chain([read(), fleeced()])
+}
+
 fn calm(scenario: &Scenario) -> Ended {
     let ended = run(scenario).unwrap_or_else(|wrong| panic!("{wrong}"));
-    assert!(ended.operations > 20 && ended.seen.complete_late > 0, "a run of some substance: {ended:?}");
+    let over = ended.seen.complete_late + ended.seen.cancelled;
+    assert!(ended.operations > 20 && over > 0, "a run of some substance: {ended:?}");
     ended
 }
 
@@ -88,13 +115,27 @@ fn every_single_fault_at_every_operation() {
 }
 
 #[test]
+fn every_single_fault_of_a_copy_of_changes() {
+    let calm = of_changes().map(|scenario| calm(&scenario).seen);
+    assert!(calm.iter().all(|seen| seen.copies > 3 && seen.snapshot > 5), "{calm:?}");
+    assert!(calm[1].fleeced > 1, "{calm:?}");
+    of_changes().iter().for_each(every_single_fault);
+}
+
+#[test]
+fn every_single_fault_with_readers_of_the_snapshot() {
+    assert!(calm(&read()).seen.snapshot > 15);
+    every_single_fault(&read());
+}
+
+#[test]
 fn every_single_fault_with_a_fleece_file() {
     every_single_fault(&fleeced());
 }
 
 #[test]
 fn a_cancel_at_every_turn() {
-    for scenario in scenarios().into_iter().chain([fleeced()]) {
+    for scenario in all() {
         let turns = calm(&scenario).turns;
         let mut cancelled = 0;
         for turn in 0..turns {
@@ -108,7 +149,7 @@ fn a_cancel_at_every_turn() {
 
 #[test]
 fn a_death_at_every_turn() {
-    for scenario in scenarios().into_iter().chain([fleeced()]) {
+    for scenario in all() {
         let turns = calm(&scenario).turns;
         for turn in 0..turns {
             let script = Script { die_at: Some(turn), ..Script::default() };

@@ -2,7 +2,6 @@
 
 use nix::errno::Errno;
 
-use super::super::asks::Waited;
 use super::{Body, Carrier, CarrierBug, Doing, Failure, Key, Stage, Task, token_index};
 use crate::error::Operation;
 use crate::piece::{Fault, Step};
@@ -148,7 +147,6 @@ impl<P> Carrier<P> {
         let request = &mut self.requests[key];
         request.at = end;
         request.narrow = false;
-        request.waited = Waited::default();
         let over = end == request.range.end() || self.dead.is_some();
         let deferred = matches!(request.body, Body::Deferred);
         if let Some(failure) = failure {

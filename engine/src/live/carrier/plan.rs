@@ -68,8 +68,7 @@ impl IoOutcome {
 pub struct CopyWait {
     /// Never used twice by a carrier.
     pub number: u64,
-    /// For how long which jobs were asked for the window that waits: the host's, which hands it back longer. What came before it of the same
-    /// request is another matter, however long that took.
+    /// For how long which jobs were asked for this request, all its windows together: the host's, which hands it back longer.
     pub(in crate::live) waited: Waited,
 }
 

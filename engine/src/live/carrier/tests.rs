@@ -541,7 +541,7 @@ fn errors_name_what_was_done_where_and_why() {
 }
 
 #[test]
-fn the_time_of_a_copy_counts_from_the_window_that_waits_for_it() {
+fn the_time_of_copies_counts_for_the_whole_request() {
     let mut rig = Rig::new(Some(512));
     rig.host.to_copy = Some(ClusterRange::new(0, 1));
     rig.write(1, 0, &[1; 16384]);
@@ -555,11 +555,14 @@ fn the_time_of_a_copy_counts_from_the_window_that_waits_for_it() {
     rig.poll();
     rig.host.to_copy = Some(ClusterRange::new(1, 2));
     rig.succeed();
-    assert_eq!(rig.host.asked[2].waited, Waited::default(), "another window");
+    assert_eq!(rig.host.asked[2].waited, waited, "another window of the same request");
     rig.host.to_copy = None;
     rig.carrier.copied(rig.host.asked[2].clone(), Ok(()));
     rig.poll().succeed();
     assert!(rig.outcome(1).is_ok());
+    rig.host.to_copy = Some(ClusterRange::new(0, 1));
+    rig.write(2, 0, &[1; 512]);
+    assert_eq!(rig.host.asked[3].waited, Waited::default(), "another request");
 }
 
 #[test]
