@@ -182,7 +182,10 @@ fn a_read_only_device_is_exported_read_only() {
     dense(&there.path().join("disk.img"), 4 << 20, 3);
     let device = kernel::LoopDevice::with(&there.path().join("disk.img"), &["--read-only"]);
     let disk = format!("vda={}", device.text());
-    let daemon = Daemon::start(there.path(), &["--nbd", "unix:nbd.sock", "--disk", &disk]);
+    let mut daemon = Daemon::start(there.path(), &["--nbd", "unix:nbd.sock", "--disk", &disk]);
+    daemon.running.expect(&format!(
+        "engine-cli: --disk {disk} cannot be opened for writing, so guests may only read it"
+    ));
     let nodes = daemon.client().ok("query-named-block-nodes", serde_json::json!({}));
     for node in nodes.as_array().expect("nodes") {
         assert_eq!(node["ro"], true, "{node}");

@@ -232,6 +232,13 @@ fn set_up(
     control.serving.start(listener, file, &options).map_err(|error| told("--nbd", error))?;
     for disk in &args.disks {
         let writable = !control.nodes.is_read_only(&disk.name).unwrap_or(true);
+        if !writable {
+            let (name, path) = (&disk.name, &disk.path);
+            out::say(format!(
+                "--disk {name}={path} cannot be opened for writing, so guests may only read it; \
+                 see its permissions, and whether its device or file system is read-only"
+            ));
+        }
         let export = json!({ "type": "nbd", "id": disk.name, "node-name": disk.name, "writable": writable });
         let added = control.add_export(export.as_object().expect("an object"));
         let added = added.and_then(|carried| control.finish(carried));
