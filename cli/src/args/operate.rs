@@ -69,7 +69,7 @@ pub(crate) struct BackupArgs {
     /// What breaks when the old contents of what a guest writes cannot be copied first
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = OnCbwError::BreakSnapshot)]
     on_cbw_error: OnCbwError,
-    /// How long a guest's write waits for that at most, in seconds; 0: for ever
+    /// How long a guest's request waits for that at most, in seconds, however large it is; 0: for ever
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = cbw_timeout)]
     cbw_timeout: u32,
     /// Copy what guests are about to change here first, a file that does not exist, so that they do not wait for the target

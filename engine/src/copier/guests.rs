@@ -16,10 +16,12 @@
 //! # Failures
 //! A run that failed is taken apart; a cluster that failed alone is the request's own failure, for the sweep's failures only
 //! release the cluster, and a request that waited for it then finds it free and copies it itself. `on_cbw_error` decides:
-//! either the guest's write fails and the job goes on, or the job fails and the write goes on. So does the time-out, counted from
-//! the moment the guest asked. Either way the cluster stays to copy: it is on the sweep's list, or the sweep comes to it again.
+//! either the guest's write fails and the job goes on, or the job fails and the write goes on. So does the time-out. Either way the cluster stays to copy: it is on the sweep's list, or the sweep comes to it again.
 //!
 //! # Time-outs
+//! Their time counts from the moment that whoever asks says. He may have asked before, for other clusters of the same write: then that lies back for as long as
+//! he has waited by now.
+//!
 //! Nobody is refused whose clusters are done, whoever has copied them and however late that is seen. And a deadline is judged by the time of the last turn, for
 //! what had completed by then has been handed in: a ring thread that stood still for long (a process that was stopped, a host without
 //! time for it) finds copies complete that it has not heard of, and takes them before it calls anything late.
@@ -31,6 +33,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam::queue::SegQueue;
 use nix::errno::Errno;
@@ -169,7 +172,7 @@ impl Guests {
 }
 
 impl Copier {
-    /// A guest, which asked at `since`, is about to change `clusters`. Answered through [`Self::take_cbw_outcomes`], at the earliest after the next
+    /// A guest, whose time counts from `since`, is about to change `clusters`. Answered through [`Self::take_cbw_outcomes`], at the earliest after the next
     /// [`Self::poll`].
     ///
     /// # Panics
@@ -194,6 +197,22 @@ impl Copier {
         assert!(before.is_none(), "{id:?} is in use");
         self.guests.deadlines.extend(deadline.map(|deadline| (deadline, id)));
         self.guests.make_ready(id);
+    }
+
+    /// So long nobody could hear of what has completed: all who wait have their time from now.
+    pub fn put_off_deadlines(&mut self, time: Duration) {
+        let Guests { requests, deadlines, .. } = &mut self.guests;
+        deadlines.clear();
+        for (&id, request) in requests {
+            request.deadline = request.deadline.map(|deadline| deadline.after(time));
+            deadlines.extend(request.deadline.map(|deadline| (deadline, id)));
+        }
+    }
+
+    /// Whether guests wait whose time counts.
+    #[must_use]
+    pub fn has_deadlines(&self) -> bool {
+        !self.guests.deadlines.is_empty()
     }
 
     /// The guest does not want it any more. Copies under way go on; it is not answered.

@@ -16,8 +16,11 @@
 //! It is the ring's, and runs for each job while that is asked. A request has one clock for each job, however many pieces it is copied in: what a guest
 //! waits for at most does not grow with what he writes. With his answer he hears for how long each job was asked for him by then; he
 //! brings that along when he asks again ([`Waited`]). Between an answer and his next question, which may be long where it is a future that nobody polls, nobody
-//! is asked anything, and no time goes by; nor does it for a job that has answered beside another: that has copied all it was asked for, or it has failed,
-//! until he comes to ask it himself. A job that was not asked with the others, because it had not started or had too many who ask, has all of its time.
+//! is asked anything, and no time goes by; nor does it for a job that has failed beside another, until he comes to ask it himself. What was asked beside costs a
+//! job nothing where it is copied by the time he comes, however late: he has not waited for it. A job that was not asked at all by then has all of its time.
+//!
+//! A ring thread that stands still (a stopped process, a host without time for it) copies nothing and hears of nothing: that is nobody's time ([`stand_still`]). To
+//! know of it the thread wakes every [`TICK`] while guests' time counts.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -31,10 +34,13 @@ use super::jobs::JobId;
 use super::reactor::Job;
 use crate::copier::guests::CbwId;
 use crate::error::Error;
-use crate::units::{ByteRange, ClusterRange, Timestamp};
+use crate::units::{ByteRange, ClusterIndex, ClusterRange, Timestamp};
 
 /// Most guests with an I/O path of their own who wait for copies of a job, and most that are asked beside.
 pub(super) const MAX_ASKS: usize = 65_536;
+
+/// How often the ring thread wakes at least while guests' time counts. It has stood still where that took twice as long.
+pub(super) const TICK: Duration = Duration::from_millis(250);
 
 /// What a guest is to have copied before his write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,34 +53,46 @@ pub(super) struct Wish {
     pub(super) range: ByteRange,
 }
 
-/// For how long jobs were asked to copy for a guest's request, all its pieces together.
+/// For how long a guest has waited for jobs to copy for a request of his, all its pieces together.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Waited(Vec<(JobId, Duration)>);
+pub(super) struct Waited(Vec<Spent>);
+
+/// What a request has spent of the time of one job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Spent {
+    job: JobId,
+    time: Duration,
+    /// What it would be with the last time the job was asked beside another, for what lies before that cluster: if it still lacks something of that.
+    beside: Option<(ClusterIndex, Duration)>,
+}
 
 impl Waited {
-    /// How long `job` was asked.
-    pub(super) fn of(&self, job: JobId) -> Duration {
-        let asked = self.0.iter().find(|&&(other, _)| other == job);
-        asked.map_or(Duration::ZERO, |&(_, time)| time)
+    /// What is spent of the time of `job`, whose first clusters to be copied are `clusters`.
+    fn of(&self, job: JobId, clusters: ClusterRange) -> Duration {
+        match self.0.iter().find(|spent| spent.job == job) {
+            Some(&Spent { beside: Some((end, time)), .. }) if clusters.start < end => time,
+            spent => spent.map_or(Duration::ZERO, |spent| spent.time),
+        }
     }
 
     /// A job was asked that long.
     #[cfg(test)]
     pub(super) fn of_test(job: JobId, seconds: u64) -> Self {
-        Self(vec![(job, Duration::from_secs(seconds))])
+        Self(vec![Spent { job, time: Duration::from_secs(seconds), beside: None }])
     }
 
-    /// From when on the time of `job` counts, which is asked at `now`.
-    fn since(&self, job: JobId, now: Timestamp) -> Timestamp {
-        Timestamp(now.0.saturating_sub(self.of(job)))
+    /// From when on the time of `job` counts, which is asked for `clusters` at `now`.
+    fn since(&self, job: JobId, clusters: ClusterRange, now: Timestamp) -> Timestamp {
+        Timestamp(now.0.saturating_sub(self.of(job, clusters)))
     }
 
-    /// `job` was asked that long by now.
-    fn set(&mut self, job: JobId, time: Duration) {
-        match self.0.iter_mut().find(|(other, _)| *other == job) {
-            Some((_, before)) => *before = time,
-            None => self.0.push((job, time)),
-        }
+    fn entry(&mut self, job: JobId) -> &mut Spent {
+        let found = self.0.iter().position(|spent| spent.job == job);
+        let at = found.unwrap_or_else(|| {
+            self.0.push(Spent { job, time: Duration::ZERO, beside: None });
+            self.0.len() - 1
+        });
+        &mut self.0[at]
     }
 }
 
@@ -105,8 +123,9 @@ pub(super) enum Asker {
 struct Question {
     job: JobId,
     id: CbwId,
+    end: ClusterIndex,
     since: Timestamp,
-    /// Until when, if it has answered beside another: it is asked nothing any more.
+    /// Until when, if it has failed beside another: it is asked nothing any more.
     until: Option<Timestamp>,
 }
 
@@ -114,6 +133,13 @@ impl Question {
     /// How long it was asked by `now`.
     fn time(&self, now: Timestamp) -> Duration {
         self.until.unwrap_or(now).since(self.since)
+    }
+
+    /// So long nobody could answer.
+    fn stand_still(&mut self, time: Duration) {
+        if self.until.is_none() {
+            self.since = self.since.after(time);
+        }
     }
 }
 
@@ -123,17 +149,19 @@ pub(super) struct Ask {
     question: Question,
     /// What was asked beside it, of other jobs.
     beside: Vec<Question>,
-    /// For how long jobs were asked for the same request before; those that are not asked now, too.
+    /// What was spent for the same request before; of the time of jobs that are not asked now, too.
     before: Waited,
 }
 
 impl Ask {
-    /// For how long jobs were asked for that request by `now`.
+    /// What is spent for that request by `now`.
     pub(super) fn waited(&self, now: Timestamp) -> Waited {
         let mut waited = self.before.clone();
-        for asked in self.beside.iter().chain([&self.question]) {
-            waited.set(asked.job, asked.time(now));
+        for asked in &self.beside {
+            waited.entry(asked.job).beside = Some((asked.end, asked.time(now)));
         }
+        let Question { job, .. } = self.question;
+        *waited.entry(job) = Spent { job, time: self.question.time(now), beside: None };
         waited
     }
 
@@ -168,7 +196,7 @@ impl Asks {
     }
 }
 
-/// Have jobs copy for a guest at `now`, for whose request they were asked so long before.
+/// Have jobs copy for a guest at `now`, for whose request so much of their time was spent before.
 ///
 /// # Errors
 /// The job that he wishes to has ended meanwhile: he looks again and does not find it.
@@ -192,12 +220,12 @@ pub(super) fn ask_jobs(
             continue;
         }
         if let Some(clusters) = job.watch.undone(wish.range) {
-            let since = waited.since(job.watch.id(), now);
+            let since = waited.since(job.watch.id(), clusters, now);
             let asker = Asker::Beside(wish.job, with);
             beside.push(job.ask(clusters, asker, Vec::new(), Waited::default(), since));
         }
     }
-    let since = waited.since(wish.job, now);
+    let since = waited.since(wish.job, wish.clusters, now);
     jobs[index].ask(wish.clusters, asker, beside, waited, since);
     Ok(())
 }
@@ -220,7 +248,7 @@ impl Job {
         } else {
             self.runner.copier.copy_before_write(id, clusters, since);
         }
-        let question = Question { job: self.watch.id(), id, since, until: None };
+        let question = Question { job: self.watch.id(), id, end: clusters.end, since, until: None };
         self.asks.0.insert(id, Ask { asker, question, beside, before });
         self.controller.on_guest(since, self.asks.len());
         question
@@ -238,13 +266,24 @@ pub(super) fn forget_beside(jobs: &mut Slab<Job>, beside: &[(JobId, CbwId)]) {
     }
 }
 
-/// Some jobs have answered beside others, `now`: each with what it was asked with. They are asked nothing any more, so their clocks stand.
-pub(super) fn stop_clocks(jobs: &mut Slab<Job>, answered: &[(JobId, (JobId, CbwId))], now: Timestamp) {
-    for &(answered, (id, with)) in answered {
+/// Some jobs have failed beside others, `now`: each with what it was asked with. They are asked nothing any more, so their clocks stand.
+pub(super) fn stop_clocks(jobs: &mut Slab<Job>, failed: &[(JobId, (JobId, CbwId))], now: Timestamp) {
+    for &(failed, (id, with)) in failed {
         // The other one may be over, too.
         let ask = jobs.iter_mut().find(|(_, job)| job.watch.id() == id);
         let Some(ask) = ask.and_then(|(_, job)| job.asks.0.get_mut(&with)) else { continue };
-        ask.beside.iter_mut().filter(|asked| asked.job == answered).for_each(|asked| asked.until = Some(now));
+        ask.beside.iter_mut().filter(|asked| asked.job == failed).for_each(|asked| asked.until = Some(now));
+    }
+}
+
+/// The ring thread has stood still for `time`: no guest has waited so long for any job.
+pub(super) fn stand_still(jobs: &mut Slab<Job>, time: Duration) {
+    for (_, job) in jobs.iter_mut() {
+        job.runner.copier.put_off_deadlines(time);
+        for ask in job.asks.0.values_mut() {
+            ask.question.stand_still(time);
+            ask.beside.iter_mut().for_each(|asked| asked.stand_still(time));
+        }
     }
 }
 
@@ -269,30 +308,49 @@ pub(super) fn forget_unwanted(jobs: &mut Slab<Job>) {
 mod tests {
     use super::*;
 
+    /// Job 1 was asked for two pieces, and job 2 beside it, for both and for more.
     #[test]
     fn a_request_has_one_clock_for_each_job() {
         let at = |seconds| Timestamp(Duration::from_secs(seconds));
-        let question = |job, since, until: Option<u64>| Question {
+        let question = |job, end, since| Question {
             job: JobId(job),
             id: CbwId(0),
+            end: ClusterIndex(end),
             since: at(since),
-            until: until.map(at),
+            until: None,
         };
-        // Of the first piece: job 2 beside job 1, and done before it.
         let mut ask = Ask {
             asker: Asker::Beside(JobId(1), CbwId(0)),
-            question: question(1, 10, None),
-            beside: vec![question(2, 10, Some(12))],
+            question: question(1, 8, 10),
+            beside: vec![question(2, 8, 10)],
             before: Waited::default(),
         };
         let waited = ask.waited(at(15));
-        let of = |waited: &Waited| [1, 2, 3].map(|job| waited.of(JobId(job)).as_secs());
-        assert_eq!(of(&waited), [5, 2, 0]);
-        assert_eq!([1, 2, 3].map(|job| waited.since(JobId(job), at(100))), [at(95), at(98), at(100)]);
-        // Of the second, a while later: job 1 has that already, and its time is not forgotten.
-        ask.question = Question { since: waited.since(JobId(2), at(100)), ..question(2, 0, None) };
+        let of = |waited: &Waited, start| {
+            [1, 2, 3].map(|job| waited.of(JobId(job), ClusterRange::new(start, 20)).as_secs())
+        };
+        assert_eq!(of(&waited, 7), [5, 5, 0], "job 2 still lacks a cluster of the first piece");
+        assert_eq!(of(&waited, 8), [5, 0, 0], "it has copied them all, beside job 1");
+        let first = ClusterRange::new(7, 20);
+        assert_eq!(waited.since(JobId(2), first, at(100)), at(95));
+        // He comes to it, a while later, and waits for 3 s more.
+        ask.question = question(2, 8, 95);
         ask.beside = Vec::new();
         ask.before = waited;
-        assert_eq!(of(&ask.waited(at(103))), [5, 5, 0]);
+        let mut waited = ask.waited(at(103));
+        assert_eq!(of(&waited, 0), [5, 8, 0], "whatever is asked for next");
+        assert_eq!(of(&waited, 8), [5, 8, 0]);
+        // Beside job 1 for the next piece: 4 s of which 3 nobody could answer; then it has failed.
+        ask.question = Question { since: at(195), ..question(1, 16, 0) };
+        ask.beside = vec![Question { since: at(192), ..question(2, 16, 0) }];
+        ask.before = waited;
+        for asked in ask.beside.iter_mut().chain([&mut ask.question]) {
+            asked.stand_still(Duration::from_secs(3));
+        }
+        ask.beside[0].until = Some(at(204));
+        ask.beside[0].stand_still(Duration::from_secs(3));
+        waited = ask.waited(at(210));
+        assert_eq!(of(&waited, 12), [12, 9, 0]);
+        assert_eq!(of(&waited, 16), [12, 8, 0]);
     }
 }

@@ -83,8 +83,11 @@ pub struct BackupOptions {
     /// late but is there by then does no harm.
     pub on_cbw_error: CbwErrorPolicy,
     /// How long a guest's request waits for its copies at most, counted from the moment it asks, however large it is: a write, or zeros. (A discard waits for
-    /// none.) It is the time in which this job is asked: neither waiting for the start of another job, or for another job's copy, nor writing what was copied
-    /// is part of it.
+    /// none.) So it has to do for the largest request that guests make: 4 GiB of zeros at once, as NBD has them, take more than half a minute where
+    /// the target, or the fleece file, takes less than 140 MB/s.
+    ///
+    /// What counts is the time in which this job is asked: neither the barrier of a start, nor the time for which another job of the disk keeps the request where
+    /// this one has copied meanwhile, nor what the request does between its copies; nor while the process stands still.
     pub cbw_timeout: Option<Duration>,
     /// How long guests may wait, at the start, for writes that are under way; counted from the start's turn. (A group has its own.)
     pub start_timeout: Duration,

@@ -21,7 +21,7 @@ use nix::errno::Errno;
 use slab::Slab;
 
 use super::DiskId;
-use super::asks::{Asker, Asks, Copied, forget_beside, stop_clocks};
+use super::asks::{Asker, Asks, Copied, TICK, forget_beside, stand_still, stop_clocks};
 use super::carrier::{CarrierLimits, CopyWait, IoOutcome, IoRequest};
 use super::command::{Command, GroupFailure, Inbox, NewGroup};
 use super::controller::Controller;
@@ -75,8 +75,10 @@ pub(super) struct Reactor<R: Ring> {
     /// Which of them is the first to act in the next turn.
     pub(super) first_disk: DiskId,
     pub(super) jobs: Slab<Job>,
-    /// Which of them is the first to act: the one after the last that was given a place on the ring.
+    /// Which of them is the first to act: the one after the last that was given one of the common places on the ring.
     first_job: usize,
+    /// When the last turn began.
+    acted_at: Timestamp,
     pub(super) waiting: VecDeque<NewGroup<R::File>>,
     pub(super) raised: Option<Raised>,
     /// Disks whose barrier was up, and until when it stays down.
@@ -106,13 +108,13 @@ struct Met {
     failed_groups: Vec<u64>,
     /// What was asked beside copies that were answered.
     beside: Vec<(JobId, CbwId)>,
-    /// Answers to what was asked beside others, with those.
-    answered_beside: Vec<(JobId, (JobId, CbwId))>,
+    /// What has failed that was asked beside others, with those.
+    failed_beside: Vec<(JobId, (JobId, CbwId))>,
 }
 
 impl Met {
     fn new(division: Division, taken: Taken) -> Self {
-        Self { division, taken, failed_groups: Vec::new(), beside: Vec::new(), answered_beside: Vec::new() }
+        Self { division, taken, failed_groups: Vec::new(), beside: Vec::new(), failed_beside: Vec::new() }
     }
 }
 
@@ -135,6 +137,7 @@ impl<R: Ring> Reactor<R> {
             first_disk: DiskId(0),
             jobs: Slab::new(),
             first_job: 0,
+            acted_at: Timestamp::default(),
             waiting: VecDeque::new(),
             raised: None,
             rests: BTreeMap::new(),
@@ -197,6 +200,11 @@ impl<R: Ring> Reactor<R> {
     /// The first half of a turn: everything up to the wait, which is returned; `None`: it is over.
     pub(super) fn act(&mut self) -> Option<Wait> {
         let now = self.ring.now();
+        let turn = now.since(std::mem::replace(&mut self.acted_at, now));
+        if turn >= 2 * TICK {
+            // Where it might have slept so long, nobody's time counts.
+            stand_still(&mut self.jobs, turn.saturating_sub(TICK));
+        }
         let mut more = self.take_commands(now);
         self.forget_those_who_left();
         self.advance_start(now);
@@ -232,7 +240,9 @@ impl<R: Ring> Reactor<R> {
         let jobs = self.jobs.iter().filter_map(|(_, job)| job.runner.copier.next_deadline(now));
         let disks = self.disks.values().filter_map(|disk| disk.carrier.next_deadline(now));
         let start = self.raised.as_ref().map_or_else(|| self.next_start(), |raised| Some(raised.deadline()));
-        jobs.chain(disks).chain(start).chain(self.exports.next_deadline()).min()
+        let counts = self.jobs.iter().any(|(_, job)| job.runner.copier.has_deadlines());
+        let tick = counts.then(|| now.after(TICK));
+        jobs.chain(disks).chain(start).chain(tick).chain(self.exports.next_deadline()).min()
     }
 
     /// Take what other threads have left, a bounded part of it: `true`, there may be more. Whoever answers an answer with a new command (one
@@ -336,7 +346,7 @@ impl<R: Ring> Reactor<R> {
                 more |= self.poll_job(index, &mut met, now);
             }
         }
-        stop_clocks(&mut self.jobs, &met.answered_beside, now);
+        stop_clocks(&mut self.jobs, &met.failed_beside, now);
         forget_beside(&mut self.jobs, &met.beside);
         for group in met.failed_groups {
             for (_, job) in &mut self.jobs {
@@ -353,7 +363,8 @@ impl<R: Ring> Reactor<R> {
         let job = &mut self.jobs[index];
         // Whatever a job's target does not answer leaves places on the ring to the guests and to the other jobs.
         let places = met.division.for_job(Taken { in_flight: self.ring.in_flight(), ..met.taken });
-        met.taken.of_jobs -= job.runner.copier.beyond(met.division.own());
+        let before = job.runner.copier.beyond(met.division.own());
+        met.taken.of_jobs -= before;
         if job.runner.copier.has_guests() {
             job.controller.on_guest(now, job.asks.len());
         }
@@ -361,8 +372,9 @@ impl<R: Ring> Reactor<R> {
         job.runner.copier.set_sweep_limit(allowance.clusters, allowance.run, allowance.zero_runs);
         job.runner.copier.set_flush_aim(allowance.flush);
         let mut more = job.runner.poll(now, places, &mut self.ops);
-        met.taken.of_jobs += job.runner.copier.beyond(met.division.own());
-        if !self.ops.is_empty() {
+        let beyond = job.runner.copier.beyond(met.division.own());
+        met.taken.of_jobs += beyond;
+        if beyond > before {
             self.first_job = index + 1;
         }
         for (token, op) in self.ops.drain(..) {
@@ -385,7 +397,10 @@ impl<R: Ring> Reactor<R> {
             let waited = ask.waited(now);
             match ask.asker {
                 Asker::Guest(answer) => answer.give(Copied { outcome, waited }),
-                Asker::Beside(with, ask) => met.answered_beside.push((job.watch.id(), (with, ask))),
+                Asker::Beside(with, ask) if outcome.is_err() => {
+                    met.failed_beside.push((job.watch.id(), (with, ask)));
+                }
+                Asker::Beside(..) => {}
                 Asker::Carrier(wait) => {
                     disk.carrier.copied(CopyWait { waited, ..wait }, outcome);
                     more = true;

@@ -398,6 +398,11 @@ impl SimEngine {
         self.reactor_mut().wait(wait).expect("a simulated ring does not break");
     }
 
+    /// The ring thread stands still for so long. See [`SimRing::stand_still`].
+    pub fn stand_still(&mut self, time: Duration) {
+        self.reactor_mut().ring.stand_still(time);
+    }
+
     /// The ring's clock.
     #[must_use]
     pub fn now(&self) -> Timestamp {

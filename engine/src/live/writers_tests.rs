@@ -232,6 +232,49 @@ fn a_copy_that_is_done_beside_another_has_the_rest_of_its_time_for_the_next_piec
     }
 }
 
+/// A write of eight pieces, of which each is copied within a moment; and in one turn after the other the ring thread stands still, for longer than guests wait at most.
+#[test]
+fn while_the_ring_thread_stands_still_nobodys_time_goes_by() {
+    for turn in 0.. {
+        let mut bench = Bench::new();
+        let (handle, started) =
+            bench.ask_for(bench.job(ErrorPolicy::Report, Some(Duration::from_secs(30))), PATIENCE);
+        handle.set_speed(NonZeroU64::new(1).map(Speed)).unwrap();
+        bench.turn_until(|_| started.take()).unwrap();
+        let data = vec![9; usize::try_from(16 * CLUSTER).unwrap()];
+        let write = bench.engine.io(&bench.disk, IoRequest::Write { offset: 0, data });
+        (0..turn).for_each(|_| bench.turn());
+        if let Some(outcome) = write.take() {
+            assert!(turn > 30 && outcome.result.is_ok(), "it takes {turn} turns");
+            break;
+        }
+        let wait = bench.engine.act().expect("it has not ended");
+        bench.engine.stand_still(Duration::from_secs(40));
+        bench.engine.wait(wait);
+        assert!(bench.turn_until(|_| write.take()).result.is_ok());
+        let sound = bench.engine.jobs().filter(|job| !job.fails).count();
+        assert_eq!(sound, 1, "it stood still in turn {turn}");
+    }
+}
+
+/// The second has used up its time beside the first, for the first piece, and is slow with the others; its guest never waits for it alone, but for moments.
+#[test]
+fn a_copy_that_was_late_beside_another_and_is_there_has_its_time_for_the_next_piece() {
+    let mut bench = Bench::new();
+    bench.two_slow_jobs([300, 30].map(Duration::from_secs));
+    bench.world.borrow_mut().disk(1).set_stuck();
+    bench.world.borrow_mut().disk(2).set_stuck();
+    let data = vec![9; usize::try_from(8 * CLUSTER).unwrap()];
+    let write = bench.engine.io(&bench.disk, IoRequest::Write { offset: 0, data });
+    bench.turn_for(Duration::from_secs(31));
+    bench.world.borrow_mut().disk(2).set_free();
+    bench.world.borrow_mut().disk(2).set_slowness(20);
+    bench.turn_for(Duration::from_secs(9));
+    bench.world.borrow_mut().disk(1).set_free();
+    assert!(bench.turn_until(|_| write.take()).result.is_ok());
+    assert_eq!(bench.engine.jobs().filter(|job| !job.fails).count(), 2);
+}
+
 /// The time for which they were asked together is that of both.
 #[test]
 fn time_for_which_jobs_were_asked_together_goes_by_for_both() {

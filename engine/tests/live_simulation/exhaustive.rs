@@ -136,12 +136,14 @@ fn every_single_fault_with_a_fleece_file() {
 #[test]
 fn a_cancel_at_every_turn() {
     for scenario in all() {
-        let turns = calm(&scenario).turns;
+        let Ended { turns, operations, .. } = calm(&scenario);
         let mut cancelled = 0;
         for turn in 0..turns {
             let script = Script { cancel_at: Some(turn), ..Script::default() };
             let ended = run_script(&scenario, script);
-            cancelled += ended.unwrap_or_else(|wrong| panic!("cancelled at {turn}: {wrong}")).seen.cancelled;
+            let ended = ended.unwrap_or_else(|wrong| panic!("cancelled at {turn}: {wrong}"));
+            // Some are cancelled in any case, and later.
+            cancelled += ended.seen.cancelled * u64::from(ended.operations < operations);
         }
         assert!(cancelled > 20, "{cancelled} of {turns}");
     }

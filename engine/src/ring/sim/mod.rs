@@ -319,6 +319,11 @@ impl SimRing {
         self.files[file.0 as usize].expect("the disk was not removed")
     }
 
+    /// Whoever drives the ring stands still for `time`. What completes meanwhile is found afterwards.
+    pub fn stand_still(&mut self, time: Duration) {
+        self.clock = self.clock.after(time);
+    }
+
     /// The operation in `index` completes after a random time.
     fn schedule(&mut self, index: usize) {
         self.sequence += 1;
