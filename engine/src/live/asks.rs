@@ -14,13 +14,15 @@
 //!
 //! # The clock
 //! It is the ring's, and runs for each job while that is asked. A request has one clock for each job, however many pieces it is copied in: what a guest
-//! waits for at most does not grow with what he writes. With his answer he hears for how long each job was asked for him by then; he
+//! waits for at most does not grow with what he writes. (Where what he asked for comes in several requests, as from a client of an export, each
+//! brings along what those before it have spent: `exports::client`.) With his answer he hears for how long each job was asked for him by then; he
 //! brings that along when he asks again ([`Waited`]). Between an answer and his next question, which may be long where it is a future that nobody polls, nobody
 //! is asked anything, and no time goes by; nor does it for a job that has failed beside another, until he comes to ask it himself. What was asked beside costs a
 //! job nothing where it is copied by the time he comes, however late: he has not waited for it. A job that was not asked at all by then has all of its time.
 //!
 //! A ring thread that stands still (a stopped process, a host without time for it) copies nothing and hears of nothing: that is nobody's time ([`stand_still`]). To
-//! know of it the thread wakes every [`TICK`] while guests' time counts.
+//! know of it the thread wakes every [`TICK`] while guests' time counts. So much of each turn counts however long it takes: no guest waits without end for a
+//! thread that is held up again and again.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -84,6 +86,20 @@ impl Waited {
     /// From when on the time of `job` counts, which is asked for `clusters` at `now`.
     fn since(&self, job: JobId, clusters: ClusterRange, now: Timestamp) -> Timestamp {
         Timestamp(now.0.saturating_sub(self.of(job, clusters)))
+    }
+
+    /// Whether nothing is spent of anybody's time.
+    pub(super) fn is_nothing(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// What is spent for a request of which two parts have spent this much, perhaps at the same time: of each job's time the more.
+    pub(super) fn merge(&mut self, other: &Self) {
+        for more in &other.0 {
+            let spent = self.entry(more.job);
+            spent.time = spent.time.max(more.time);
+            spent.beside = spent.beside.max(more.beside);
+        }
     }
 
     fn entry(&mut self, job: JobId) -> &mut Spent {

@@ -83,11 +83,12 @@ pub struct BackupOptions {
     /// late but is there by then does no harm.
     pub on_cbw_error: CbwErrorPolicy,
     /// How long a guest's request waits for its copies at most, counted from the moment it asks, however large it is: a write, or zeros. (A discard waits for
-    /// none.) So it has to do for the largest request that guests make: 4 GiB of zeros at once, as NBD has them, take more than half a minute where
-    /// the target, or the fleece file, takes less than 140 MB/s.
+    /// none.) So it has to do for the largest request that guests make: 4 GiB of zeros at once, as NBD has them, are copied MiB by MiB, and take more than
+    /// half a minute where each takes more than 7 ms.
     ///
     /// What counts is the time in which this job is asked: neither the barrier of a start, nor the time for which another job of the disk keeps the request where
-    /// this one has copied meanwhile, nor what the request does between its copies; nor while the process stands still.
+    /// this one has copied meanwhile, nor what the request does between its copies; nor while the process
+    /// stands still for half a second or longer (but for a quarter of a second each time).
     pub cbw_timeout: Option<Duration>,
     /// How long guests may wait, at the start, for writes that are under way; counted from the start's turn. (A group has its own.)
     pub start_timeout: Duration,
@@ -228,7 +229,7 @@ impl Snapshot {
         if range.checked_end().is_none_or(|end| end > self.length.0) {
             let (kind, reason) = (ErrorKind::Io(Errno::EINVAL), "it lies beyond the end of the disk");
             let error = Error::new(kind, Operation::ReadSnapshot, "the disk", reason).at(range);
-            return answer.give(IoOutcome { result: Err(error) });
+            return answer.give(IoOutcome::new(Err(error)));
         }
         self.inbox.send(Command::Snapshot { job: self.job, range, answer });
     }

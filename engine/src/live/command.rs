@@ -157,7 +157,7 @@ impl Lost for Result<(), Arc<Error>> {
 
 impl Lost for IoOutcome {
     fn lost() -> Self {
-        Self { result: Err(gone()) }
+        Self::new(Err(gone()))
     }
 }
 

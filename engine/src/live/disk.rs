@@ -188,7 +188,8 @@ impl LiveDisk {
     }
 
     /// Before a write of one's own to `range`: waits until its old contents are copied by every job that needs them, and returns the permit to
-    /// hold until the write is on the disk. Where they are copied already, or there is no job, this takes no lock and wakes nobody.
+    /// hold until the write is on the disk. Where they are copied already, or there is no job, this takes no lock and wakes nobody. A job keeps
+    /// it for its `cbw_timeout` at most, which is one for all of `range`.
     ///
     /// A thread that holds a permit of this disk already is let through the barrier of a job that starts, so permits may nest in a
     /// thread. Only in this form, and only on one disk: who waits, with a permit in his hands, for a permit of another disk that the same
@@ -365,7 +366,7 @@ impl LiveDisk {
         {
             let reason = format!("its buffer has {} bytes and its range {}", buffer.len(), range.length);
             let error = Error::refused(Refusal::BadArgument, Operation::Read, self.name().to_owned(), reason);
-            return answer.give(IoOutcome { result: Err(error) });
+            return answer.give(IoOutcome::new(Err(error)));
         }
         let reads = matches!(request, IoRequest::Read { .. } | IoRequest::Flush);
         if !reads && !self.inner.writable {
@@ -373,7 +374,7 @@ impl LiveDisk {
             let reason = "it was opened for reading, so the engine carries no writes to it";
             let error = Error::refused(Refusal::BadArgument, Operation::Write, name, reason)
                 .advise("open it writable, or take permits and write to it by other means");
-            return answer.give(IoOutcome { result: Err(error) });
+            return answer.give(IoOutcome::new(Err(error)));
         }
         self.inner.inbox.send(Command::Io { disk: self.inner.shared.id, request, answer });
     }

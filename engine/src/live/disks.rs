@@ -74,7 +74,7 @@ impl<R: Ring> Reactor<R> {
             return tell(asker, IoOutcome::lost(), &mut self.exports);
         };
         if let Err((asker, error)) = disk.submit(request, asker, now) {
-            return tell(asker, IoOutcome { result: Err(error) }, &mut self.exports);
+            return tell(asker, IoOutcome::new(Err(error)), &mut self.exports);
         }
         let together = disk.carrier.requests_under_way();
         for (_, job) in &mut self.jobs {

@@ -10,6 +10,7 @@ use nix::errno::Errno;
 
 use super::admission::Permit;
 use super::ask::Answer;
+use super::asks::Waited;
 use super::carrier::{Carrier, CarrierPlan, IoId, IoOutcome, IoRequest};
 use super::controller::Passers;
 use super::disk::DiskShared;
@@ -132,8 +133,12 @@ impl HostedDisk {
             let Some(Queued { request, asker, since }) = self.queue.pop_front() else { break };
             let id = IoId(self.next_io);
             self.next_io += 1;
+            let waited = match &asker {
+                IoAsker::Caller(_) => Waited::default(),
+                IoAsker::Client(io) => io.waited.clone(),
+            };
             self.askers.insert(id, (asker, since));
-            self.carrier.submit(id, request);
+            self.carrier.submit_part(id, request, waited);
             fed = true;
         }
         fed

@@ -329,7 +329,7 @@ impl<R: Ring> Reactor<R> {
                     }
                     Refused::TooMany(most) => too_many(Operation::ReadSnapshot, name, most),
                 };
-                tell(asker, IoOutcome { result: Err(error.at(range)) }, &mut self.exports);
+                tell(asker, IoOutcome::new(Err(error.at(range))), &mut self.exports);
             }
         }
     }
@@ -389,7 +389,7 @@ impl<R: Ring> Reactor<R> {
             }
         }
         for (id, result) in job.runner.copier.take_snapshot_outcomes() {
-            tell(job.reads.ended(id), IoOutcome { result }, &mut self.exports);
+            tell(job.reads.ended(id), IoOutcome::new(result), &mut self.exports);
         }
         more |= job.begin_reads(&mut self.exports);
         for (id, outcome) in job.runner.copier.take_cbw_outcomes() {
@@ -540,7 +540,7 @@ impl Job {
 fn has_ended(range: ByteRange) -> IoOutcome {
     let reason = "the job has ended, and with it the snapshot";
     let error = Error::new(ErrorKind::Io(Errno::ESTALE), Operation::ReadSnapshot, "the disk", reason);
-    IoOutcome { result: Err(error.at(range)) }
+    IoOutcome::new(Err(error.at(range)))
 }
 
 /// Tell whoever waits for a request how it ended.

@@ -366,7 +366,7 @@ impl Run {
     }
 
     fn outcomes(&mut self) -> Result<(), String> {
-        for (id, IoOutcome { result }) in self.carrier.take_outcomes() {
+        for (id, IoOutcome { result, .. }) in self.carrier.take_outcomes() {
             let kind = self.waiting.remove(&id).ok_or_else(|| format!("{id:?} ends twice"))?;
             if let Err(error) = &result {
                 self.host.seen.failed += 1;

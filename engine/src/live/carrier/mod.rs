@@ -270,6 +270,11 @@ impl<P> Carrier<P> {
     /// # Panics
     /// If there are too many, or a read's buffer is not as long as its range.
     pub fn submit(&mut self, id: IoId, request: IoRequest) {
+        self.submit_part(id, request, Waited::default());
+    }
+
+    /// The same of a part of what a guest has asked for, for which so much was spent of the time of jobs before.
+    pub(in crate::live) fn submit_part(&mut self, id: IoId, request: IoRequest, waited: Waited) {
         assert!(self.has_room(), "the caller bounds its requests");
         let (body, mut range) = match request {
             IoRequest::Read { range, buffer } => (Body::Read(buffer), range),
@@ -286,7 +291,7 @@ impl<P> Carrier<P> {
         let refusal =
             self.dead.clone().or_else(|| (!self.cutter.holds(range)).then(|| self.beyond(&body, range)));
         if let Some(error) = refusal {
-            return self.outcomes.push((id, IoOutcome { result: Err(error) }));
+            return self.outcomes.push((id, IoOutcome::new(Err(error))));
         }
         if let Body::Read(buffer) = &body {
             assert_eq!(buffer.len() as u64, range.length, "a read's buffer is as long as its range");
@@ -295,14 +300,14 @@ impl<P> Carrier<P> {
             range = self.cutter.inward(range);
         }
         if range.is_empty() && !matches!(body, Body::Flush) {
-            return self.outcomes.push((id, IoOutcome { result: Ok(into_buffer(body)) }));
+            return self.outcomes.push((id, IoOutcome::new(Ok(into_buffer(body)))));
         }
         let key = self.requests.insert(Request {
             owner: Some(id),
             body,
             range,
             at: range.offset,
-            waited: Waited::default(),
+            waited,
             started: false,
             narrow: false,
             claimed: None,
@@ -467,7 +472,8 @@ impl<P> Carrier<P> {
             Ok(()) => Ok(into_buffer(std::mem::replace(&mut request.body, Body::Flush))),
             Err(error) => Err(error),
         };
-        self.outcomes.push((id, IoOutcome { result }));
+        let waited = std::mem::take(&mut request.waited);
+        self.outcomes.push((id, IoOutcome { result, waited }));
     }
 
     /// End a lock, and let those in that waited for it.

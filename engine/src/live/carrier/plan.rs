@@ -54,12 +54,18 @@ pub enum IoRequest {
 pub struct IoOutcome {
     /// The request's buffer: filled for a read, as given for a write, empty for the others.
     pub result: Result<Vec<u8>, Error>,
+    /// What it has spent of the time of jobs: more may follow that is of the same request of a guest.
+    pub(in crate::live) waited: Waited,
 }
 
 impl IoOutcome {
+    pub(in crate::live) fn new(result: Result<Vec<u8>, Error>) -> Self {
+        Self { result, waited: Waited::default() }
+    }
+
     /// Nothing had to be done.
     pub(in crate::live) fn nothing() -> Self {
-        Self { result: Ok(Vec::new()) }
+        Self::new(Ok(Vec::new()))
     }
 }
 

@@ -14,12 +14,13 @@ use super::handles::{Backend, ExportId};
 use super::status;
 use super::table::Table;
 use crate::error::ErrorKind;
+use crate::live::asks::Waited;
 use crate::live::carrier::{IoOutcome, IoRequest};
 use crate::live::jobs::Watch;
 use crate::live::token::{Owner, token_of};
 use crate::live::{DiskId, JobId};
 use crate::nbd::connection::{
-    Action, CloseReason, Connection, IoId, IoKind, Outcome, PayloadBuffer, Receive,
+    Action, CloseReason, Connection, IoId, IoKind, Outcome, PayloadBuffer, Receive, RequestId,
 };
 use crate::nbd::wire::WireError;
 use crate::ring::{Completion, ExtentQuery, FileId, Op, Output, SocketId, Token};
@@ -34,19 +35,21 @@ const FIRST_QUERY: u64 = 2;
 const MAX_INTERRUPTIONS: u32 = 16;
 
 /// A request that a client has under way on a disk or a snapshot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub(in crate::live) struct ServedIo {
     /// Its place in the table of clients.
     pub(super) client: usize,
     io: IoId,
     then: Then,
+    /// What other parts of the same request have spent of the time of jobs.
+    pub(in crate::live) waited: Waited,
 }
 
 #[cfg(test)]
 impl ServedIo {
     /// One that is never told anything.
     pub(in crate::live) fn of_test() -> Self {
-        Self { client: 0, io: IoId(0), then: Then::Done }
+        Self { client: 0, io: IoId(0), then: Then::Done, waited: Waited::default() }
     }
 }
 
@@ -136,6 +139,8 @@ pub(super) struct Client {
     /// The buffer of the last receive of requests.
     buffer: Vec<u8>,
     queries: Slab<Query>,
+    /// What was spent of the time of jobs for requests that are under way.
+    waited: Vec<(RequestId, Waited)>,
     /// Receives in a row that gave nothing.
     interruptions: u32,
     draining: bool,
@@ -163,6 +168,7 @@ impl Client {
             sent: None,
             buffer: Vec::new(),
             queries: Slab::new(),
+            waited: Vec::new(),
             interruptions: 0,
             draining: false,
             closed: false,
@@ -267,8 +273,29 @@ impl Client {
                 return effects.wanted.push(self.query(io, backend, range, extents));
             }
         };
-        let io = ServedIo { client: self.index, io, then };
+        let io = ServedIo { client: self.index, io, then, waited: self.waited_for(io) };
         effects.wanted.push(Wanted::Request { backend, request, io });
+    }
+
+    /// What was spent by now of the time of jobs for the request that `io` is of.
+    fn waited_for(&self, io: IoId) -> Waited {
+        if self.waited.is_empty() {
+            return Waited::default();
+        }
+        let request = self.connection.request_of(io);
+        let found = self.waited.iter().find(|&&(of, _)| Some(of) == request);
+        found.map_or_else(Waited::default, |(_, waited)| waited.clone())
+    }
+
+    /// So much was spent for a part of a request. It is kept for the parts to come.
+    fn has_waited(&mut self, io: IoId, waited: &Waited) {
+        let connection = &self.connection;
+        self.waited.retain(|&(of, _)| connection.has_request(of));
+        let Some(request) = connection.request_of(io).filter(|_| !waited.is_nothing()) else { return };
+        match self.waited.iter_mut().find(|(of, _)| *of == request) {
+            Some((_, known)) => known.merge(waited),
+            None => self.waited.push((request, waited.clone())),
+        }
     }
 
     fn query(&mut self, io: IoId, backend: Backend, range: ByteRange, limit: usize) -> Wanted {
@@ -294,6 +321,7 @@ impl Client {
 
     /// A request on a disk or a snapshot has ended. Gives what has to follow before its client is told.
     pub(super) fn on_outcome(&mut self, io: ServedIo, outcome: IoOutcome) -> Option<Wanted> {
+        self.has_waited(io.io, &outcome.waited);
         let outcome = match (outcome.result, io.then) {
             (Err(error), _) => {
                 if error.kind() == ErrorKind::Io(Errno::EOPNOTSUPP) {

@@ -366,9 +366,10 @@ impl Hub {
 
     /// A request of a client has ended.
     pub(super) fn on_outcome(&mut self, io: ServedIo, outcome: IoOutcome) {
-        let more = self.clients[io.client].on_outcome(io, outcome);
+        let client = io.client;
+        let more = self.clients[client].on_outcome(io, outcome);
         self.wanted.extend(more);
-        self.dirty.push_back(io.client);
+        self.dirty.push_back(client);
     }
 
     /// Whether the next turn has something to do that came up since the last one.

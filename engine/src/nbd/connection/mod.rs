@@ -39,7 +39,9 @@ mod writes;
 
 use std::sync::Arc;
 
-pub use self::action::{Action, CloseReason, IoId, IoKind, Outcome, PayloadBuffer, Receive, StatusExtent};
+pub use self::action::{
+    Action, CloseReason, IoId, IoKind, Outcome, PayloadBuffer, Receive, RequestId, StatusExtent,
+};
 use self::output::Output;
 use self::table::Transmission;
 use super::export::{Export, Exports};
@@ -216,6 +218,21 @@ impl Connection {
             Phase::Handshake(_) => self.end(CloseReason::Drained),
             Phase::Transmission(transmission) => transmission.drain(),
         }
+    }
+
+    /// Which request of the peer `id` belongs to, as long as that has no outcome; none where nobody is answered any more.
+    #[must_use]
+    pub fn request_of(&self, id: IoId) -> Option<RequestId> {
+        match &self.phase {
+            Phase::Transmission(transmission) => transmission.request_of(id),
+            Phase::Handshake(_) => None,
+        }
+    }
+
+    /// Whether more I/O of `id` may follow.
+    #[must_use]
+    pub fn has_request(&self, id: RequestId) -> bool {
+        matches!(&self.phase, Phase::Transmission(transmission) if transmission.has_request(id))
     }
 
     /// An I/O has ended.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use slab::Slab;
 
-use super::action::{CloseReason, IoId, IoKind, Outcome};
+use super::action::{CloseReason, IoId, IoKind, Outcome, RequestId};
 use super::input::Incoming;
 use super::output::Output;
 use super::reads::{Chunks, Gathered};
@@ -28,6 +28,11 @@ pub(super) type Key = usize;
 
 /// Tables that had more than so many entries give their memory back when they are empty.
 const KEPT_ENTRIES: usize = 16;
+
+/// The place in its table of what such a number names.
+fn index_of(number: u64) -> usize {
+    usize::try_from(number & u64::from(u32::MAX)).expect("32 bits")
+}
 
 /// Why a request fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +79,8 @@ pub(super) enum Body {
 #[derive(Debug)]
 pub(super) struct Request {
     pub(super) cookie: u64,
+    /// How many came before it.
+    number: u32,
     pub(super) body: Body,
     /// I/O that has no outcome yet.
     pub(super) in_flight: usize,
@@ -110,6 +117,8 @@ pub(super) struct Transmission {
     pub(super) requests: Slab<Request>,
     ios: Slab<Io>,
     serial: u32,
+    /// Requests that were ever in the table.
+    begun: u32,
     /// I/O that the driver has not been given yet.
     issue: VecDeque<(IoId, IoKind)>,
     pub(super) incoming: Incoming,
@@ -136,6 +145,7 @@ impl Transmission {
             requests: Slab::new(),
             ios: Slab::new(),
             serial: 0,
+            begun: 0,
             issue: VecDeque::new(),
             incoming: Incoming::default(),
             receiving: Account::new(shared, limits.reserve_bytes, limits.incoming_bytes),
@@ -206,7 +216,21 @@ impl Transmission {
 
     /// Put a request in the table.
     pub(super) fn begin(&mut self, cookie: u64, body: Body) -> Key {
-        self.requests.insert(Request { cookie, body, in_flight: 0, failure: None })
+        let number = self.begun;
+        self.begun = self.begun.wrapping_add(1);
+        self.requests.insert(Request { cookie, number, body, in_flight: 0, failure: None })
+    }
+
+    /// The request that `id` is of, unless everything was abandoned.
+    pub(super) fn request_of(&self, id: IoId) -> Option<RequestId> {
+        let key = self.ios.get(index_of(id.0))?.request;
+        let request = self.requests.get(key)?;
+        Some(RequestId(u64::from(request.number) << 32 | key as u64))
+    }
+
+    /// Whether `id` is under way.
+    pub(super) fn has_request(&self, id: RequestId) -> bool {
+        self.requests.get(index_of(id.0)).is_some_and(|request| u64::from(request.number) == id.0 >> 32)
     }
 
     /// Take a request out of the table.
@@ -237,7 +261,7 @@ impl Transmission {
     }
 
     fn take_io(&mut self, id: IoId) -> Io {
-        let index = usize::try_from(id.0 & u64::from(u32::MAX)).expect("32 bits");
+        let index = index_of(id.0);
         let known = self.ios.get(index).is_some_and(|io| u64::from(io.serial) == id.0 >> 32);
         assert!(known, "{id:?} is not under way");
         let io = self.ios.remove(index);
