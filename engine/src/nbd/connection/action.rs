@@ -13,7 +13,7 @@ use crate::units::ByteRange;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct IoId(pub u64);
 
-/// Names a request of the peer that is under way: its I/O is of one guest's request, however many pieces that has. Never used again by its connection.
+/// Names a request of the peer that is under way: its I/O is of one guest's request, however many pieces that has. Not used again soon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(pub u64);
 
