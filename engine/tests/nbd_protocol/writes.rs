@@ -46,6 +46,31 @@ fn put_together(kinds: &[IoKind]) -> Vec<u8> {
 }
 
 #[test]
+fn pieces_are_told_to_be_of_one_request_and_the_next_one_in_its_place_is_another() {
+    let mut session = open_long(64 << 20);
+    let mut before = None;
+    for cookie in 0..3 {
+        let data = contents(0, 2 * PIECE as u64);
+        session.request(Request::write(0, cookie, 0, data));
+        let ids: Vec<_> = session.ios.iter().map(|&(id, _)| id).collect();
+        let request = session.connection.request_of(ids[0]).unwrap();
+        assert_eq!((ids.len(), session.connection.request_of(ids[1])), (2, Some(request)));
+        assert!(session.connection.has_request(request) && before != Some(request));
+        session.answer_next(|_| Outcome::Done);
+        assert!(session.connection.has_request(request), "a piece is under way");
+        session.answer_next(|_| Outcome::Done);
+        assert!(!session.connection.has_request(request));
+        before = Some(request);
+    }
+    // Everything is abandoned.
+    session.request(Request::write(0, 9, 0, contents(0, 512)));
+    let (id, _) = session.ios[0];
+    session.connection.lost();
+    session.turn();
+    assert_eq!(session.connection.request_of(id), None);
+}
+
+#[test]
 fn a_long_write_never_is_in_memory_as_a_whole() {
     let mut session = open_long(64 << 20);
     let data = contents(77, 32 << 20);
