@@ -16,7 +16,8 @@
 //! # Failures
 //! A run that failed is taken apart; a cluster that failed alone is the request's own failure, for the sweep's failures only
 //! release the cluster, and a request that waited for it then finds it free and copies it itself. `on_cbw_error` decides:
-//! either the guest's write fails and the job goes on, or the job fails and the write goes on. So does the time-out. Either way the cluster stays to copy: it is on the sweep's list, or the sweep comes to it again.
+//! either the guest's write fails and the job goes on, or the job fails and the write goes on. So does the time-out. Either
+//! way the cluster stays to copy: it is on the sweep's list, or the sweep comes to it again.
 //!
 //! # Time-outs
 //! Their time counts from the moment that whoever asks says. He may have asked before, for other clusters of the same write: then that lies back for as long as
@@ -199,7 +200,7 @@ impl Copier {
         self.guests.make_ready(id);
     }
 
-    /// So long nobody could hear of what has completed: all who wait have their time from now.
+    /// For so long nobody could hear of what has completed: the time of all who wait ends so much later.
     pub fn put_off_deadlines(&mut self, time: Duration) {
         let Guests { requests, deadlines, .. } = &mut self.guests;
         deadlines.clear();

@@ -1,22 +1,19 @@
 //! More requests than anybody else may have waiting, of clients each of whom keeps to his bounds: none of them is told to come again.
 
-use std::num::NonZeroU64;
-use std::sync::Arc;
 use std::time::Duration;
 
-use engine::copier::plan::{Limits, LivePlan, Plan, Side};
-use engine::job::{JobHandle, TargetHolds};
+use engine::job::JobHandle;
 use engine::live::carrier::CarrierLimits;
-use engine::live::sim::{SimDisk, SimEngine, SimJob, SimServer};
-use engine::live::{CbwErrorPolicy, GroupFailure, JobId, NbdOptions, SweepDepth};
-use engine::modes::{ErrorPolicy, SyncMode};
+use engine::live::sim::{SimDisk, SimEngine, SimServer};
+use engine::live::{GroupFailure, JobId, NbdOptions};
+use engine::ring::Wait;
 use engine::ring::sim::{
     Disk, DiskTraits, FaultPlan, SharedWorld, SimAddress, SimPeer, SimRing, SimSocket, World,
 };
-use engine::ring::{BufferRange, FileId, Wait};
-use engine::units::{ByteRange, ClusterSize, Geometry, Length, Speed};
+use engine::units::{ByteRange, ClusterSize, Geometry, Length};
 
 use crate::client::{self, Message, OPT_GO, Parser, READ, REP_ACK, Request};
+use crate::jobs::job;
 
 const LENGTH: u64 = 1 << 20;
 const CLUSTER: u64 = 16 << 10;
@@ -159,38 +156,7 @@ impl Bench {
     /// A job that copies nothing by itself.
     fn start(&mut self) -> (JobHandle, JobId) {
         let geometry = Geometry::new(Length(LENGTH), ClusterSize::new(CLUSTER).unwrap());
-        let plan = move |source: Side, file: FileId, memory: BufferRange| Plan {
-            geometry,
-            source,
-            target: Side { file, name: Arc::from("target"), direct_alignment: None, remote: false },
-            sync: SyncMode::None,
-            zero_detect: true,
-            target_is_zero: true,
-            target_before: TargetHolds::Zeros,
-            allocate_ahead: false,
-            target_shows_holes: false,
-            slots: SLOTS,
-            arena_start: memory.start,
-            max_run: 2,
-            on_source_error: ErrorPolicy::Report,
-            on_target_error: ErrorPolicy::Report,
-            speed: NonZeroU64::new(1).map(Speed),
-            verify: false,
-            map: None,
-            resumed: Vec::new(),
-            postponed: Vec::new(),
-            live: Some(LivePlan {
-                on_cbw_error: CbwErrorPolicy::BreakSnapshot,
-                cbw_timeout: None,
-                reserved_slots: 2,
-                space_reserved: false,
-                may_unmap: true,
-            }),
-            limits: Limits::default(),
-            planted: None,
-        };
-        let (disk, depth) = (self.disk.clone(), SweepDepth::Auto);
-        let job = SimJob { disk, target: 1, geometry, slots: SLOTS, depth, plan: Box::new(plan) };
+        let job = job(self.disk.clone(), geometry, SLOTS, |_| ());
         let (mut handles, pending) = self.engine.start(vec![job], GroupFailure::GoOn, Duration::from_secs(5));
         for _ in 0..1000 {
             if let Some(started) = pending.take() {

@@ -6,6 +6,7 @@
 #[path = "../nbd_protocol/client.rs"]
 mod client;
 mod crowds;
+mod jobs;
 mod patience;
 mod peer;
 mod questions;

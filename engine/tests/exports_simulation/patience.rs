@@ -1,21 +1,17 @@
 //! A client's large write, which goes to its disk in pieces, and has the time of a backup once.
 
-use std::num::NonZeroU64;
-use std::sync::Arc;
 use std::time::Duration;
 
-use engine::copier::plan::{Limits, LivePlan, Plan, Side};
 use engine::job::JobHandle;
-use engine::job::TargetHolds;
 use engine::live::carrier::CarrierLimits;
-use engine::live::sim::{SimDisk, SimEngine, SimJob};
-use engine::live::{CbwErrorPolicy, GroupFailure, NbdOptions, SweepDepth};
-use engine::modes::{ErrorPolicy, SyncMode};
+use engine::live::sim::{SimDisk, SimEngine};
+use engine::live::{GroupFailure, NbdOptions};
+use engine::ring::Wait;
 use engine::ring::sim::{Disk, DiskTraits, FaultPlan, SharedWorld, SimPeer, SimRing, SimSocket, World};
-use engine::ring::{BufferRange, FileId, Wait};
-use engine::units::{ClusterSize, Geometry, Length, Speed};
+use engine::units::{ClusterSize, Geometry, Length};
 
 use crate::client::{self, OPT_GO, Request, WRITE};
+use crate::jobs::job;
 
 const LENGTH: u64 = 4 << 20;
 const CLUSTER: u64 = 64 << 10;
@@ -23,7 +19,7 @@ const SLOTS: u32 = 8;
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// For so long the target does not answer, again and again.
 const STUCK: Duration = Duration::from_secs(12);
-/// More bytes of a payload than are on their way to the disk at a time, where clients have little memory.
+/// Of a payload. It is all the memory that clients share, so that a write has few pieces on their way to the disk at a time.
 const PIECE: u64 = 256 << 10;
 
 struct Bench {
@@ -95,38 +91,9 @@ impl Bench {
     /// A job that copies next to nothing by itself.
     fn start(&mut self) -> JobHandle {
         let geometry = Geometry::new(Length(LENGTH), ClusterSize::new(CLUSTER).unwrap());
-        let plan = move |source: Side, file: FileId, memory: BufferRange| Plan {
-            geometry,
-            source,
-            target: Side { file, name: Arc::from("target"), direct_alignment: None, remote: false },
-            sync: SyncMode::None,
-            zero_detect: true,
-            target_is_zero: true,
-            target_before: TargetHolds::Zeros,
-            allocate_ahead: false,
-            target_shows_holes: false,
-            slots: SLOTS,
-            arena_start: memory.start,
-            max_run: 2,
-            on_source_error: ErrorPolicy::Report,
-            on_target_error: ErrorPolicy::Report,
-            speed: NonZeroU64::new(1).map(Speed),
-            verify: false,
-            map: None,
-            resumed: Vec::new(),
-            postponed: Vec::new(),
-            live: Some(LivePlan {
-                on_cbw_error: CbwErrorPolicy::BreakSnapshot,
-                cbw_timeout: Some(TIMEOUT),
-                reserved_slots: 2,
-                space_reserved: false,
-                may_unmap: true,
-            }),
-            limits: Limits::default(),
-            planted: None,
-        };
-        let (disk, depth) = (self.disk.clone(), SweepDepth::Auto);
-        let job = SimJob { disk, target: 1, geometry, slots: SLOTS, depth, plan: Box::new(plan) };
+        let job = job(self.disk.clone(), geometry, SLOTS, |plan| {
+            plan.live.as_mut().expect("its disk is live").cbw_timeout = Some(TIMEOUT);
+        });
         let (mut handles, pending) = self.engine.start(vec![job], GroupFailure::GoOn, Duration::from_secs(5));
         let mut started = None;
         self.turn_until(|_| {

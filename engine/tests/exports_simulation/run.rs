@@ -5,21 +5,22 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use engine::copier::plan::{Limits, LivePlan, Plan, Side};
+use engine::copier::plan::Limits;
 use engine::error::Error;
 use engine::job::{JobHandle, TargetHolds};
 use engine::live::carrier::CarrierLimits;
 use engine::live::sim::{Pending, SimDisk, SimEngine, SimExport, SimJob, SimServer};
-use engine::live::{CbwErrorPolicy, GroupFailure, JobId, NbdOptions, Removal, SweepDepth};
+use engine::live::{GroupFailure, JobId, NbdOptions, Removal};
 use engine::modes::{ErrorPolicy, SyncMode};
+use engine::ring::Wait;
 use engine::ring::sim::{
     Disk, DiskTraits, FaultPlan, Rates, SharedWorld, SimAddress, SimRing, SimSocket, SocketRates, World,
 };
-use engine::ring::{BufferRange, FileId, Wait};
 use engine::units::{ClusterSize, Geometry, Length, Speed};
 use fastrand::Rng;
 
 use crate::client::Request;
+use crate::jobs::job;
 use crate::peer::{Byte, Client, Still, Stripe, Temper};
 
 const CLUSTER: u64 = 16 << 10;
@@ -361,38 +362,14 @@ impl<'a> Run<'a> {
         // Where the sweep has been, nothing is known of holes any more: one without a sweep, and one that takes its time.
         let sync = if self.scenario.seed.is_multiple_of(4) { SyncMode::None } else { SyncMode::Full };
         let slow = (self.scenario.seed % 4 < 2).then_some(Speed(NonZeroU64::new(256 << 10).unwrap()));
-        let plan = move |source: Side, file: FileId, memory: BufferRange| Plan {
-            geometry,
-            source,
-            target: Side { file, name: Arc::from("target"), direct_alignment: None, remote: false },
-            sync,
-            zero_detect: true,
-            target_is_zero: true,
-            target_before: TargetHolds::Unknown,
-            allocate_ahead: false,
-            target_shows_holes: false,
-            slots: SLOTS,
-            arena_start: memory.start,
-            max_run: 2,
-            on_source_error: ErrorPolicy::Ignore,
-            on_target_error: ErrorPolicy::Ignore,
-            speed: slow,
-            verify: false,
-            map: None,
-            resumed: Vec::new(),
-            postponed: Vec::new(),
-            live: Some(LivePlan {
-                on_cbw_error: CbwErrorPolicy::BreakSnapshot,
-                cbw_timeout: None,
-                reserved_slots: 2,
-                space_reserved: false,
-                may_unmap: true,
-            }),
-            limits: Limits { retries: 3, retry_pause: Duration::from_millis(2), ..Limits::default() },
-            planted: None,
-        };
-        let disk = self.disk.clone();
-        SimJob { disk, target: 1, geometry, slots: SLOTS, depth: SweepDepth::Auto, plan: Box::new(plan) }
+        job(self.disk.clone(), geometry, SLOTS, move |plan| {
+            plan.sync = sync;
+            plan.speed = slow;
+            plan.target_before = TargetHolds::Unknown;
+            plan.on_source_error = ErrorPolicy::Ignore;
+            plan.on_target_error = ErrorPolicy::Ignore;
+            plan.limits = Limits { retries: 3, retry_pause: Duration::from_millis(2), ..Limits::default() };
+        })
     }
 
     fn is_over(&self) -> bool {
